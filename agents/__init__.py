@@ -1,0 +1,21 @@
+"""The learners: a Hugging Face causal language model as an SB3 policy, and algorithms that train it."""
+
+from agents.episode_buffer import EpisodeBuffer, EpisodeSamples
+from agents.on_policy import OnPolicyAlgorithm
+from agents.policy import CausalLMPolicy
+from agents.ppo import PPO
+from agents.reference import AdaptiveKL, FixedKL, Reference
+from agents.sb3_vec_env import TextVecEnv, make_vec_env
+
+__all__ = [
+    "PPO",
+    "AdaptiveKL",
+    "CausalLMPolicy",
+    "EpisodeBuffer",
+    "EpisodeSamples",
+    "FixedKL",
+    "OnPolicyAlgorithm",
+    "Reference",
+    "TextVecEnv",
+    "make_vec_env",
+]

@@ -1,0 +1,300 @@
+"""A Hugging Face causal language model as a scorer of token contexts.
+
+This is the one component that does language-model work. The policy adds a value head to it; the frozen reference of
+the KL penalty is another instance of it, so that what is sampled, what is trained and what is compared against are
+the same distribution: temperature and masks included.
+
+Notation: B contexts, T columns, N scored positions, H hidden units, V tokens of the environment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from text_env.builtin import LANGUAGE_MODEL
+
+# Logits of one chunk in float32: 2^22 values are 16 MB, large enough for full-speed matrix products.
+CHUNK_ELEMENTS = 2**22
+
+
+class Positions(NamedTuple):
+    """Where the next token is asked for, in a batch of sequences.
+
+    :param row: int64 [N], index of the sequence.
+    :param column: int64 [N], index of the last token of the context.
+    :param step: int64 [N], how many tokens of the response the context holds already.
+    """
+
+    row: torch.Tensor
+    column: torch.Tensor
+    step: torch.Tensor
+
+
+def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
+    """
+    :param dtype: a ``torch.dtype``, its name (``"float32"``, ``"bfloat16"``, …), or ``"auto"`` (as saved on disk).
+    :return: what ``from_pretrained(dtype=...)`` takes.
+    :raises ValueError: for a name that is not a floating-point dtype.
+    """
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    resolved = getattr(torch, dtype, None)
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise ValueError(f"Expected dtype 'auto', 'float32', 'bfloat16', 'float16' or 'float64', got {dtype!r}.")
+    return resolved
+
+
+def load_causal_lm(
+    model: str | Path | PretrainedConfig | PreTrainedModel, dtype: str | torch.dtype = "float32"
+) -> PreTrainedModel:
+    """Load a causal language model by any of the names it goes by.
+
+    :param model: ``"builtin"``, a directory, a hub name, a ``PretrainedConfig`` (random weights) or a live model.
+    :param dtype: floating-point type of the weights; a live model keeps its own.
+    :raises ValueError: if there is no such model, or it is not a causal language model.
+    """
+    if isinstance(model, PreTrainedModel):
+        return model
+    if isinstance(model, PretrainedConfig):
+        resolved = resolve_dtype(dtype)
+        random_model = AutoModelForCausalLM.from_config(model)
+        return random_model if resolved == "auto" else random_model.to(resolved)
+    name = str(LANGUAGE_MODEL) if model == "builtin" else str(model)
+    try:
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=resolve_dtype(dtype))
+    except OSError as error:
+        raise ValueError(
+            f"Expected model to be 'builtin', a directory with config.json and weights, or a hub name; got {model!r}, "
+            f"which could not be loaded: {error}"
+        ) from error
+    return loaded
+
+
+class CausalLM(nn.Module):
+    """Next-token distributions of a causal language model, restricted to the environment's tokens.
+
+    :param model: the Hugging Face model; dropout is off, always.
+    :param n_tokens: V; the model's first V logits are used, so padded embeddings are fine.
+    :param temperature: divides the logits, everywhere (sampling, training, reference).
+    :param eos_token_id: the token that ends an episode.
+    :param min_new_tokens: EOS has probability 0 before so many response tokens.
+    :raises ValueError: if the model has fewer than V logits, or a head that is not a function of the last hidden state.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        n_tokens: int,
+        temperature: float = 1.0,
+        eos_token_id: int | None = None,
+        min_new_tokens: int = 0,
+    ) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"Expected temperature > 0, got {temperature}. For greedy actions use deterministic=True.")
+        if min_new_tokens > 0 and eos_token_id is None:
+            raise ValueError(f"min_new_tokens={min_new_tokens} needs eos_token_id: the token to forbid until then.")
+        head = model.get_output_embeddings()
+        if head is None:
+            raise ValueError(f"{type(model).__name__} has no output embeddings: expected a causal language model.")
+        n_logits, self.hidden_size = head.weight.shape
+        if n_logits < n_tokens:
+            raise ValueError(
+                f"Expected a model with at least {n_tokens} logits, one for each token of the environment; "
+                f"{type(model).__name__} has {n_logits}. Use the model's own tokenizer in the environment, "
+                f"or model.resize_token_embeddings({n_tokens})."
+            )
+        self.model = model.eval()
+        self.n_tokens = n_tokens
+        self.temperature = temperature
+        self.eos_token_id = eos_token_id
+        self.min_new_tokens = min_new_tokens
+        config = model.config.get_text_config()
+        self._logit_scale = float(getattr(config, "logit_scale", None) or 1.0)
+        self._logit_scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        self._logit_softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._check_head()
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The decoder below the language-model head: token ids in, last hidden states out."""
+        return self.model.base_model
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def train(self, mode: bool = True) -> CausalLM:
+        """Dropout stays off: with it, the policy that is trained is not the one that was sampled from."""
+        return super().train(False)
+
+    def hidden_states(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Last hidden states of right-padded sequences, one plain forward pass.
+
+        No attention mask is needed: causal attention never looks at what stands to the right.
+
+        :param input_ids: int64 [B, T], right-padded with anything.
+        :return: [B, T, H].
+        """
+        return full_forward(self.backbone, input_ids)
+
+    def logits(self, hidden: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        """Logits of the sampled distribution: temperature applied, forbidden tokens at minus infinity.
+
+        :param hidden: [N, H] last hidden states.
+        :param step: int64 [N], tokens of the response so far.
+        :return: float32 (float64 for float64 models) [N, V].
+        """
+        logits = self._head(hidden)[:, : self.n_tokens]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.temperature != 1.0:
+            logits = logits / self.temperature
+        if self.min_new_tokens > 0:
+            assert self.eos_token_id is not None
+            too_early = step < self.min_new_tokens  # [N]
+            eos = torch.arange(self.n_tokens, device=logits.device) == self.eos_token_id  # [V]
+            logits = logits.masked_fill(too_early[:, None] & eos, -torch.inf)
+        return logits
+
+    def log_prob_and_entropy(
+        self, hidden: torch.Tensor, step: torch.Tensor, actions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability of each action and entropy of its distribution, in chunks of positions.
+
+        The backward pass computes each chunk's logits again, so [N, V] never exists at once.
+
+        :param hidden: [N, H]. :param step: int64 [N]. :param actions: int64 [N].
+        :return: log-probabilities [N] and entropies [N] (nats), float32.
+        """
+
+        def chunk(hidden: torch.Tensor, step: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return log_prob_and_entropy(self.logits(hidden, step), actions)
+
+        size = max(1, CHUNK_ELEMENTS // self.n_tokens)
+        parts = zip(hidden.split(size), step.split(size), actions.split(size), strict=True)
+        if torch.is_grad_enabled():
+            done = [checkpoint(chunk, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        else:
+            done = [chunk(*part) for part in parts]
+        log_probs, entropies = zip(*done, strict=True)
+        return torch.cat(log_probs), torch.cat(entropies)
+
+    def evaluate(self, input_ids: torch.Tensor, at: Positions, actions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Score actions inside whole sequences: one forward pass per sequence.
+
+        :param input_ids: int64 [B, T], right-padded.
+        :param at: the N positions whose next token is scored.
+        :param actions: int64 [N].
+        :return: log-probabilities [N], entropies [N], hidden states [N, H].
+        """
+        hidden = self.hidden_states(input_ids)[at.row, at.column]
+        log_prob, entropy = self.log_prob_and_entropy(hidden, at.step, actions)
+        return log_prob, entropy, hidden
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
+        if self._logit_scale != 1.0:
+            logits = logits * self._logit_scale
+        if self._logit_softcap is not None:
+            logits = torch.tanh(logits / self._logit_softcap) * self._logit_softcap
+        return logits
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """The head is applied apart from the model, only where it is needed; make sure that this is the same function."""
+        probe = torch.arange(4, device=self.device)[None] % self.n_tokens
+        expected = self.model(input_ids=probe, use_cache=False).logits
+        actual = self._head(self.hidden_states(probe))
+        if not torch.allclose(actual, expected, rtol=1e-2, atol=1e-3):
+            raise ValueError(
+                f"Expected the logits of {type(self.model).__name__} to be its output embeddings applied to the last "
+                "hidden state; they are not, so this architecture is not supported."
+            )
+
+
+def full_forward(backbone: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """
+    :param backbone: a Hugging Face decoder without head.
+    :param input_ids: int64 [B, T], right-padded.
+    :return: last hidden states [B, T, H].
+    """
+    hidden: torch.Tensor = backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+    return hidden
+
+
+def log_prob_and_entropy(logits: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    :param logits: [N, V], minus infinity where forbidden. :param actions: int64 [N].
+    :return: log π(a) [N] and entropy −Σ π log π [N], with 0 log 0 = 0.
+    """
+    log_probs = torch.log_softmax(logits, dim=-1)
+    entropy = -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(dim=-1)
+    return log_probs.gather(-1, actions[:, None]).squeeze(-1), entropy
+
+
+def sample(logits: torch.Tensor) -> torch.Tensor:
+    """Sample tokens by inverting the cumulative distribution: one uniform number per row instead of V.
+
+    A token of probability 0 is never returned: the first cumulative sum *above* u·total is never at one.
+
+    :param logits: [N, V], minus infinity where forbidden.
+    :return: int64 [N].
+    """
+    # Sums in float64: over a large vocabulary, float32 would lose the rare tokens at the far end.
+    cumulative = torch.softmax(logits, dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    target = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device) * total
+    below_total = torch.nextafter(total, torch.zeros_like(total))
+    return torch.searchsorted(cumulative, torch.minimum(target, below_total), right=True).squeeze(-1)
+
+
+@contextlib.contextmanager
+def adapter_disabled(model: nn.Module) -> Iterator[None]:
+    """Within it, the LoRA layers inside ``model`` are the identity: the model is its base."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def add_lora(model: PreTrainedModel, lora: dict[str, Any]) -> PreTrainedModel:
+    """Add trainable low-rank adapters in place and freeze everything else.
+
+    :param model: the base model.
+    :param lora: arguments of ``peft.LoraConfig``, for example ``{"r": 16, "target_modules": "all-linear"}``.
+    :return: the PEFT model around it (``get_base_model()`` is the same object, with adapters inside).
+    """
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **lora}))  # type: ignore[return-value]
+
+
+def load_tokenizer(model: Any) -> PreTrainedTokenizerBase | None:
+    """
+    :param model: as for :func:`load_causal_lm`.
+    :return: the tokenizer beside the model, or None for a config or a live model, which have none.
+    """
+    if isinstance(model, PretrainedConfig | PreTrainedModel):
+        return None
+    from transformers import AutoTokenizer
+
+    name = str(LANGUAGE_MODEL) if model == "builtin" else str(model)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError):
+        return None  # a directory with weights only: saved again without a tokenizer
+    return tokenizer

@@ -1,0 +1,224 @@
+"""The command line: ``textrlhf train | evaluate | sample | demo``. Thin; the work is in ``run`` and ``evaluation``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from stable_baselines3.common.utils import set_random_seed
+
+from agents.evaluation import evaluate, load_policy, sample_texts
+from agents.run import EnvConfig, TrainConfig, load_config, train
+from text_env.rewards import RewardError
+
+console = Console()
+
+# What the demo has to show on held-out prompts; below it, training has not worked.
+MIN_SCORE_GAIN_STD, MIN_GOLD_GAIN, MAX_KL, MIN_DISTINCT_RATIO = 1.5, 0.4, 15.0, 0.5
+
+
+@dataclass
+class EvaluateConfig:
+    """Compare a policy with its reference on held-out prompts."""
+
+    policy: str
+    """Directory of a trained policy (or any model's name)."""
+    reference: str | None = None
+    """What to compare with; by default the model that the run started from."""
+    reward: str | None = None
+    """By default the run's."""
+    prompts: str = "builtin:eval"
+    """Held-out prompts."""
+    episodes: int = 256
+    """Texts of each."""
+    json: Path | None = None
+    """Write the figures here."""
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "float32"
+
+
+@dataclass
+class SampleConfig:
+    """Let a policy write."""
+
+    policy: str
+    """Directory or name of a model."""
+    prompt: list[str]
+    """Opening words, one or more."""
+    n: int = 1
+    """Texts for each prompt."""
+    greedy: bool = False
+    """The most probable token instead of a sampled one."""
+    temperature: float = 1.0
+    max_new_tokens: int = 48
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "float32"
+
+
+@dataclass
+class DemoConfig:
+    """Train PPO on the built-in model, and show that it learned."""
+
+    run_dir: Path = Path("runs/demo")
+    """An existing run there is replaced, if it is a demo's."""
+    seed: int = 0
+    total_timesteps: int = 60_000
+    """Tokens to generate."""
+    episodes: int = 256
+    """Texts to evaluate, of the policy before and after."""
+
+
+def run_evaluate(config: EvaluateConfig) -> int:
+    run = run_of(config.policy)
+    env_config = run.env if run is not None else EnvConfig()
+    if config.reward is not None:
+        env_config = dataclasses.replace(env_config, reward=config.reward)
+    reference = config.reference or (run.model if run is not None else "builtin")
+    result = _evaluate(config, env_config, reference)
+    print_evaluation(result)
+    if config.json is not None:
+        config.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+def run_sample(config: SampleConfig) -> int:
+    run = run_of(config.policy)
+    longest = max(16, *(len(prompt) for prompt in config.prompt))  # a token is at least a character or a byte
+    env_config = dataclasses.replace(
+        run.env if run is not None else EnvConfig(),
+        max_new_tokens=config.max_new_tokens,
+        max_prompt_tokens=longest,
+    )
+    prompts = [prompt for prompt in config.prompt for _ in range(config.n)]
+    env = env_config.make(len(prompts), config.policy, prompts=prompts)
+    set_random_seed(config.seed)
+    policy = load_policy(config.policy, env, config.device, config.dtype, config.temperature)
+    for info in sample_texts(policy, env, prompts, config.greedy):
+        console.print(
+            f"[bold]{info['prompt']}[/bold]{info['completion']}",
+            f"[dim]({info['score']:+.2f})[/dim]",
+            soft_wrap=True,
+        )
+    return 0
+
+
+def run_train(config: TrainConfig) -> int:
+    train(config)
+    console.print(f"Wrote {config.run_dir}/: policy/, learning_curve.png, progress.csv, samples.jsonl, config.yaml")
+    return 0
+
+
+def run_demo(config: DemoConfig) -> int:
+    if (config.run_dir / "config.yaml").exists():
+        for path in sorted(config.run_dir.rglob("*"), reverse=True):
+            path.unlink() if path.is_file() else path.rmdir()
+    settings = TrainConfig(run_dir=config.run_dir, seed=config.seed, total_timesteps=config.total_timesteps)
+    console.print("Training PPO on the built-in language model; the reward is the built-in reward model.")
+    start = time.perf_counter()
+    train(settings)
+    console.print(f"Trained in {time.perf_counter() - start:.0f} s. Now {config.episodes} texts on held-out prompts.\n")
+    question = EvaluateConfig(policy=str(config.run_dir / "policy"), episodes=config.episodes, seed=config.seed)
+    result = _evaluate(question, settings.env, settings.model)
+    print_evaluation(result)
+    (config.run_dir / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    _print_texts(config.run_dir / "samples.jsonl")
+    before, after = result["reference"], result["policy"]
+    checks = {
+        f"score rose by at least {MIN_SCORE_GAIN_STD} standard deviations": result["score_gain_std"]
+        >= MIN_SCORE_GAIN_STD,
+        f"gold score rose by at least {MIN_GOLD_GAIN}": after["gold_score"] - before["gold_score"] >= MIN_GOLD_GAIN,
+        f"KL under {MAX_KL:g} nats per episode": result["kl"] < MAX_KL,
+        "distinct-2 above half of the start": after["distinct_2"] > MIN_DISTINCT_RATIO * before["distinct_2"],
+    }
+    for claim, holds in checks.items():
+        console.print(f"[{'green' if holds else 'red'}]{'yes' if holds else 'NO '}[/] {claim}")
+    return 0 if all(checks.values()) else 1
+
+
+def run_of(policy: str) -> TrainConfig | None:
+    """The configuration of the run that a policy directory belongs to, if it does."""
+    path = Path(policy).resolve().parent / "config.yaml"
+    return load_config(path) if path.exists() else None
+
+
+def print_evaluation(result: dict[str, Any]) -> None:
+    """Print an evaluation as a table."""
+    table = Table("", "reference", "policy", "change", title=f"{result['episodes']} episodes each, held-out prompts")
+    for name, after in result["policy"].items():
+        before = result["reference"][name]
+        table.add_row(name, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
+    table.add_row("score gain (std)", "", "", f"{result['score_gain_std']:+.3f}", style="bold")
+    table.add_row("KL (nats per episode)", "", f"{result['kl']:.2f}", "", style="bold")
+    console.print(table)
+
+
+def _evaluate(config: EvaluateConfig, env_config: EnvConfig, reference: str) -> dict[str, Any]:
+    env = env_config.make(min(64, config.episodes), config.policy, prompts=config.prompts)
+    set_random_seed(config.seed)
+    env.reset(seed=config.seed)
+    policies = [load_policy(name, env, config.device, config.dtype) for name in (config.policy, reference)]
+    return evaluate(*policies, env, config.episodes)
+
+
+def _print_texts(path: Path) -> None:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    last = rows[-1]["timesteps"]
+    for title, when in (("Before", rows[0]["timesteps"]), ("After", last)):
+        console.print(f"\n[bold]{title}[/bold]")
+        for row in (row for row in rows if row["timesteps"] == when):
+            console.print(
+                f" [dim]{row['score']:+.2f}[/dim] [bold]{row['prompt']}[/bold]{row['completion']}",
+                soft_wrap=True,
+            )
+    console.print()
+
+
+COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
+    "train": (TrainConfig, run_train),
+    "evaluate": (EvaluateConfig, run_evaluate),
+    "sample": (SampleConfig, run_sample),
+    "demo": (DemoConfig, run_demo),
+}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Entry point of the console script.
+
+    :param args: by default the process's. :return: exit status.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    if not args or args[0] not in COMMANDS:
+        for name, (config_type, _) in COMMANDS.items():
+            console.print(f"  textrlhf {name:9} {(config_type.__doc__ or '').splitlines()[0]}", highlight=False)
+        console.print("`textrlhf COMMAND --help` lists its options.", highlight=False)
+        asked = bool(args) and args[0] in ("-h", "--help")
+        return 0 if asked else 2
+    command, *rest = args
+    config_type, function = COMMANDS[command]
+    try:
+        default = None
+        if command == "train" and "--config" in rest:
+            at = rest.index("--config")
+            if at + 1 == len(rest):
+                raise ValueError("--config needs a YAML file after it.")
+            default = load_config(Path(rest[at + 1]))
+            rest = rest[:at] + rest[at + 2 :]
+        return function(tyro.cli(config_type, args=rest, default=default, prog=f"textrlhf {command}"))
+    except (ValueError, OSError, RewardError) as error:
+        console.print(f"[red]{type(error).__name__}[/red]: {error}", highlight=False, soft_wrap=True)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

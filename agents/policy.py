@@ -1,0 +1,266 @@
+"""A Hugging Face causal language model as a Stable-Baselines3 actor-critic policy.
+
+The policy is a pure function of token contexts. It keeps the whole contract of SB3's ``ActorCriticPolicy``, so that
+unmodified SB3 algorithms, callbacks and ``evaluate_policy`` work with it, and adds one thing: ``evaluate_actions`` also
+takes packed batches of whole episodes (an ``action_mask`` among the observations), which cost one forward pass each.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from gymnasium import spaces
+from safetensors.torch import load_file, save_file
+from stable_baselines3.common.distributions import CategoricalDistribution
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from agents.causal_lm import CausalLM, add_lora, full_forward, load_causal_lm, load_tokenizer, sample
+from agents.contexts import Contexts, contexts_of, packed_positions, share_prefixes
+from agents.prefix_cache import PrefixCache
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+
+
+class CausalLMPolicy(ActorCriticPolicy):
+    """Actor: a causal language model. Critic: a linear head on the last hidden state, zero at first.
+
+    :param observation_space: the environment's Dict of ``input_ids``, ``attention_mask``, ``prompt_length``.
+    :param action_space: ``Discrete(V)``, one action a token.
+    :param lr_schedule: learning rate as a function of the remaining progress (1 → 0).
+    :param model: ``"builtin"``, a directory, a hub name, a ``PretrainedConfig`` (random weights) or a live model (which
+        is then trained in place).
+    :param dtype: type of the weights: ``"float32"``, ``"bfloat16"``, … or ``"auto"``. The value head is float32 always.
+    :param temperature: of the policy's distribution, in rollout, update and reference alike.
+    :param min_new_tokens: EOS has probability 0 before so many response tokens. Our algorithms take it from the
+        environment when it isn't given.
+    :param eos_token_id: the token that ends an episode; by default the tokenizer's, else the model config's.
+    :param lora: arguments of ``peft.LoraConfig``; only the adapter and the value head are then trained.
+    :param separate_critic: the value gets a decoder of its own (a copy), instead of sharing the actor's.
+    :param prefix_cache: remember keys and values of contexts already seen. The results are the same without.
+    :param tokenizer: saved beside the model; by default the one found there.
+    :param use_sde: must be False; part of SB3's signature.
+    :param optimizer_class: the optimiser; :param optimizer_kwargs: its arguments (Adam: eps 1e-5 unless said otherwise).
+    :raises ValueError: if the spaces are not the text environment's, or the model has fewer logits than V.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        lr_schedule: Schedule,
+        model: str | Path | PretrainedConfig | PreTrainedModel = "builtin",
+        dtype: str | torch.dtype = "float32",
+        temperature: float = 1.0,
+        min_new_tokens: int = 0,
+        eos_token_id: int | None = None,
+        lora: dict[str, Any] | None = None,
+        separate_critic: bool = False,
+        prefix_cache: bool = True,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        use_sde: bool = False,
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        _check_spaces(observation_space, action_space)
+        if use_sde:
+            raise ValueError("use_sde=True is for continuous actions; tokens are discrete. Use use_sde=False.")
+        if optimizer_class is torch.optim.Adam:
+            # PyTorch's default of 1e-8 is too aggressive in the first updates (SB3 and OpenAI's baselines use 1e-5).
+            optimizer_kwargs = {"eps": 1e-5, **(optimizer_kwargs or {})}
+        # ActorCriticPolicy's own constructor would build an MLP, and orthogonally re-initialise linear layers.
+        super(ActorCriticPolicy, self).__init__(
+            observation_space,
+            action_space,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+        )
+        self.use_sde = False
+        self.share_features_extractor = not separate_critic
+        self.constructor_arguments = {
+            "model": model,
+            "dtype": dtype,
+            "temperature": temperature,
+            "min_new_tokens": min_new_tokens,
+            "eos_token_id": eos_token_id,
+            "lora": lora,
+            "separate_critic": separate_critic,
+            "prefix_cache": prefix_cache,
+        }
+        self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
+        base = load_causal_lm(model, dtype)
+        if eos_token_id is None:
+            eos_token_id = base.config.get_text_config().eos_token_id if self.tokenizer is None else None
+            eos_token_id = self.tokenizer.eos_token_id if self.tokenizer is not None else eos_token_id
+            eos_token_id = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id
+        critic = copy.deepcopy(base.base_model) if separate_critic else None
+        # Held in a tuple: the PEFT wrapper shares its modules with `lm`, and must not be registered a second time.
+        self._peft_model = (add_lora(base, lora),) if lora is not None else None
+        assert isinstance(action_space, spaces.Discrete)
+        self.lm = CausalLM(base, int(action_space.n), temperature, eos_token_id, min_new_tokens)
+        self.critic = critic
+        self.value_head = nn.Linear(self.lm.hidden_size, 1)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        if self.lm.model.dtype == torch.float64:
+            self.value_head.double()
+        self._actor_memo = PrefixCache(self.lm.backbone) if prefix_cache else None
+        self._critic_memo = PrefixCache(critic) if prefix_cache and critic is not None else None
+        self._build(lr_schedule)
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        self.optimizer = self.optimizer_class(trainable, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+        self.optimizer.register_step_post_hook(lambda *_: self.clear_cache())
+
+    # ---- SB3's contract -------------------------------------------------------------------------------------------
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Choose the next token of each context.
+
+        :param obs: a batch of B observations.
+        :param deterministic: the most probable token instead of a sampled one.
+        :return: actions int64 [B], values [B, 1], log-probabilities [B].
+        """
+        contexts = contexts_of(obs)
+        hidden = self._last_hidden(contexts)
+        logits = self.lm.logits(hidden, self._steps(contexts))
+        actions = logits.argmax(dim=-1) if deterministic else sample(logits)
+        log_prob = logits.gather(-1, actions[:, None]).squeeze(-1) - torch.logsumexp(logits, dim=-1)
+        return actions, self._last_values(contexts, hidden), log_prob
+
+    def evaluate_actions(
+        self, obs: PyTorchObs, actions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Score given actions.
+
+        :param obs: B observations, or a packed batch of E whole episodes (with ``action_mask``, see ``EpisodeBuffer``).
+        :param actions: [N] token ids, N = B, or the number of true entries of ``action_mask`` (in row-major order).
+        :return: values [N, 1], log-probabilities [N], entropies [N].
+        """
+        assert isinstance(obs, Mapping)
+        if "action_mask" in obs:
+            input_ids, at = obs["input_ids"], packed_positions(obs)
+        else:
+            input_ids, at = share_prefixes(contexts_of(obs), self.lm.device)
+        log_prob, entropy, hidden = self.lm.evaluate(input_ids, at, actions.long().flatten())
+        if self.critic is not None:
+            hidden = full_forward(self.critic, input_ids)[at.row, at.column]
+        return self._values(hidden), log_prob, entropy
+
+    def get_distribution(self, obs: PyTorchObs) -> CategoricalDistribution:
+        """
+        :param obs: a batch of B observations.
+        :return: SB3's categorical distribution over the V tokens.
+        """
+        contexts = contexts_of(obs)
+        logits = self.lm.logits(self._last_hidden(contexts), self._steps(contexts))
+        return CategoricalDistribution(self.lm.n_tokens).proba_distribution(logits)
+
+    def predict_values(self, obs: PyTorchObs) -> torch.Tensor:
+        """
+        :param obs: a batch of B observations.
+        :return: values [B, 1], float32.
+        """
+        contexts = contexts_of(obs)
+        return self._last_values(contexts, None)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> torch.Tensor:
+        return self.forward(observation, deterministic)[0]
+
+    def train(self, mode: bool = True) -> CausalLMPolicy:
+        if mode:  # opens SB3's `train`: the weights are about to change
+            self.clear_cache()
+        super().train(mode)
+        if self.critic is not None:
+            self.critic.eval()
+        return self
+
+    def reset_noise(self, n_envs: int = 1) -> None:
+        raise ValueError("reset_noise is for state-dependent exploration, which needs continuous actions.")
+
+    def clear_cache(self) -> None:
+        """Forget every remembered context. Needed only after weights were changed behind PyTorch's back."""
+        for memo in (self._actor_memo, self._critic_memo):
+            if memo is not None:
+                memo.clear()
+
+    # ---- saving ---------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write a plain Hugging Face directory (model or adapter, tokenizer), and the critic beside it.
+
+        :param directory: is made if missing; ``AutoModelForCausalLM.from_pretrained(directory)`` loads it.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        model = self._peft_model[0] if self._peft_model is not None else self.lm.model
+        model.save_pretrained(directory)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(directory)
+        save_file(self._critic_state(), directory / VALUE_HEAD_FILE)
+
+    def load_value_head(self, directory: str | Path) -> None:
+        """Load the critic that :meth:`save_pretrained` left in a directory."""
+        self.load_state_dict(load_file(Path(directory) / VALUE_HEAD_FILE), strict=False)
+        self.clear_cache()
+
+    def _critic_state(self) -> dict[str, torch.Tensor]:
+        state = self.state_dict()
+        return {name: x.contiguous() for name, x in state.items() if name.startswith(("value_head.", "critic."))}
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {
+            "observation_space": self.observation_space,
+            "action_space": self.action_space,
+            "lr_schedule": self._dummy_schedule,  # SB3's own placeholder: schedules are often lambdas
+            "optimizer_class": self.optimizer_class,
+            "optimizer_kwargs": self.optimizer_kwargs,
+            **self.constructor_arguments,
+        }
+
+    # ---- inside ---------------------------------------------------------------------------------------------------
+
+    def _last_hidden(self, contexts: Contexts) -> torch.Tensor:
+        return self._memoised(self.lm.backbone, self._actor_memo, contexts)
+
+    def _memoised(self, backbone: nn.Module, memo: PrefixCache | None, contexts: Contexts) -> torch.Tensor:
+        """Hidden state at the end of each context [B, H]; remembered only where no gradient is asked for."""
+        if memo is not None and not torch.is_grad_enabled():
+            return memo.last_hidden(contexts)
+        input_ids, at = share_prefixes(contexts, self.lm.device)
+        return full_forward(backbone, input_ids)[at.row, at.column]
+
+    def _last_values(self, contexts: Contexts, hidden: torch.Tensor | None) -> torch.Tensor:
+        if self.critic is not None:
+            hidden = self._memoised(self.critic, self._critic_memo, contexts)
+        elif hidden is None:
+            hidden = self._last_hidden(contexts)
+        return self._values(hidden)
+
+    def _values(self, hidden: torch.Tensor) -> torch.Tensor:
+        values: torch.Tensor = self.value_head(hidden.to(self.value_head.weight.dtype))
+        return values
+
+    def _steps(self, contexts: Contexts) -> torch.Tensor:
+        return torch.from_numpy(contexts.step).to(self.lm.device)
+
+
+def _check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
+    expected = {"input_ids", "attention_mask", "prompt_length"}
+    names = set(observation_space.spaces) if isinstance(observation_space, spaces.Dict) else set()
+    if not expected <= names:
+        raise ValueError(
+            f"CausalLMPolicy reads token contexts: expected a Dict observation space with {sorted(expected)} (as "
+            f"TextRLHF-v0 has it), got {observation_space}."
+        )
+    if not isinstance(action_space, spaces.Discrete) or action_space.start != 0:
+        raise ValueError(
+            f"CausalLMPolicy chooses tokens: expected a Discrete action space starting at 0, got {action_space}."
+        )

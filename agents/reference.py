@@ -1,0 +1,112 @@
+"""The frozen model that the KL penalty is measured against, and how strongly.
+
+It lives outside every ``nn.Module`` that is trained: nothing to pickle, nothing for an optimiser to find.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from stable_baselines3.common.utils import get_device
+
+from agents.causal_lm import CausalLM, adapter_disabled, load_causal_lm, load_tokenizer
+from agents.contexts import packed_positions
+
+
+class Reference:
+    """Log-probabilities under the frozen model, of the same distribution as the policy's (temperature, masks).
+
+    :param lm: the frozen model.
+    :param without_adapter: ``lm`` is the policy's own model, and the reference is it without its LoRA adapter.
+    """
+
+    def __init__(self, lm: CausalLM, without_adapter: bool = False) -> None:
+        self._lm = lm
+        self._without_adapter = without_adapter
+
+    @classmethod
+    def of(cls, policy: Any) -> Reference:
+        """The policy as it is now: a frozen copy, or the base model under its LoRA adapter (no second copy).
+
+        :param policy: a ``CausalLMPolicy``.
+        """
+        if policy.constructor_arguments["lora"] is not None:
+            return cls(policy.lm, without_adapter=True)
+        return cls(copy.deepcopy(policy.lm).requires_grad_(False))
+
+    @classmethod
+    def load(
+        cls,
+        model: Any,
+        n_tokens: int,
+        device: torch.device | str = "auto",
+        dtype: str = "float32",
+        **distribution: Any,
+    ) -> Reference:
+        """
+        :param model: as for ``CausalLMPolicy``. :param n_tokens: V. :param device: where it runs.
+        :param dtype: of the weights. :param distribution: ``temperature``, ``min_new_tokens``, ``eos_token_id``.
+        """
+        if distribution.get("eos_token_id") is None:
+            tokenizer = load_tokenizer(model)
+            distribution["eos_token_id"] = None if tokenizer is None else tokenizer.eos_token_id
+        lm = CausalLM(load_causal_lm(model, dtype), n_tokens, **distribution)
+        return cls(lm.requires_grad_(False).to(get_device(device)))
+
+    @torch.no_grad()
+    def log_probs(self, observations: Mapping[str, torch.Tensor], actions: torch.Tensor) -> torch.Tensor:
+        """
+        :param observations: a packed batch (see ``EpisodeSamples``). :param actions: int64 [N].
+        :return: log π_ref of each action [N], float32.
+        """
+        device = self._lm.device
+        packed = {name: x.to(device) for name, x in observations.items()}
+        with adapter_disabled(self._lm) if self._without_adapter else contextlib.nullcontext():
+            return self._lm.evaluate(packed["input_ids"], packed_positions(packed), actions.to(device))[0]
+
+
+class KLController(Protocol):
+    """Decides β after every rollout."""
+
+    coef: float
+
+    def update(self, kl: float, n_episodes: int) -> None:
+        """
+        :param kl: mean KL to the reference per episode (nats). :param n_episodes: in the rollout.
+        """
+
+
+class FixedKL:
+    """β stays what it is.
+
+    :param coef: β.
+    """
+
+    def __init__(self, coef: float) -> None:
+        self.coef = coef
+
+    def update(self, kl: float, n_episodes: int) -> None:
+        """Nothing to do."""
+
+
+class AdaptiveKL:
+    """β follows a target KL by proportional control of its logarithm (Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, §2.2).
+
+    :param coef: β at the start. :param target: KL per episode to hold (nats). :param horizon: episodes; β moves by at
+        most 20 % in a fifth of it.
+    """
+
+    def __init__(self, coef: float, target: float, horizon: int = 10_000) -> None:
+        if target <= 0:
+            raise ValueError(f"Expected a target KL > 0 nats per episode, got {target}.")
+        self.coef = coef
+        self._target = target
+        self._horizon = horizon
+
+    def update(self, kl: float, n_episodes: int) -> None:
+        error = min(max(kl / self._target - 1.0, -0.2), 0.2)
+        self.coef *= 1.0 + error * n_episodes / self._horizon

@@ -1,0 +1,285 @@
+"""A training run: its configuration, and the directory that it leaves behind.
+
+``config.yaml``, ``progress.csv``, TensorBoard events, ``samples.jsonl`` (fixed held-out prompts, texts every few
+iterations), ``learning_curve.png``, ``policy/`` (a plain Hugging Face directory).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import gymnasium as gym
+import numpy as np
+import yaml
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import configure
+
+from agents.evaluation import sample_texts
+from agents.on_policy import MAX_ROWS, OnPolicyAlgorithm
+from agents.ppo import PPO
+from text_env.prompts import load_prompts
+from text_env.vector_env import TextVectorEnv
+
+ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {"ppo": PPO}
+
+
+@dataclass
+class EnvConfig:
+    """The environment, as ``gym.make_vec`` takes it."""
+
+    env: str = "TextRLHF-v0"
+    """Registered name."""
+    tokenizer: str | None = None
+    """Name or directory; by default the model's."""
+    prompts: str = "builtin"
+    """'builtin', 'builtin:eval', a file (.jsonl, .json, .csv, .txt) or 'module:function'."""
+    reward: str = "builtin"
+    """'builtin', 'sentiment', a classifier's directory or hub name, 'module:function', or a sum: 'builtin+0.5*sentiment'."""
+    gold: str | None = "sentiment"
+    """A second score, measured and logged as gold_score, never trained on."""
+    max_prompt_tokens: int = 16
+    """Longest prompt, in tokens."""
+    max_new_tokens: int = 48
+    """Response budget, in tokens."""
+    min_new_tokens: int = 0
+    """EOS is not sampled before so many response tokens."""
+
+    def make(self, num_envs: int, model: str, **overrides: Any) -> TextVectorEnv:
+        """
+        :param num_envs: rows. :param model: whose tokenizer is used, if none is named.
+        :param overrides: keyword arguments of the environment that differ.
+        :return: the vector environment.
+        """
+        options = dataclasses.asdict(self)
+        name, gold, tokenizer = options.pop("env"), options.pop("gold"), options.pop("tokenizer")
+        options.update(tokenizer=tokenizer or model, metrics={"gold_score": gold} if gold else None, **overrides)
+        return cast(TextVectorEnv, gym.make_vec(name, num_envs=num_envs, **options).unwrapped)
+
+
+@dataclass
+class TrainConfig:
+    """Train a language model by reinforcement learning."""
+
+    algo: str = "ppo"
+    """'ppo', or 'module:Class' for an algorithm of your own."""
+    model: str = "builtin"
+    """'builtin', a directory or a hub name."""
+    env: EnvConfig = field(default_factory=EnvConfig)
+    total_timesteps: int = 60_000
+    """Tokens to generate."""
+    run_dir: Path = Path("runs/ppo")
+    """Where everything goes; must not hold a run yet."""
+    seed: int = 0
+    learning_rate: float = 1e-4
+    lr_schedule: Literal["constant", "linear"] = "linear"
+    n_episodes: int = 64
+    """Episodes of a rollout."""
+    batch_size: int = 16
+    """Episodes of a minibatch."""
+    n_epochs: int = 4
+    kl_coef: float = 0.05
+    """β of the KL penalty."""
+    kl_target: float | None = None
+    """Nats per episode: β adapts to hold the KL there."""
+    missing_eos_penalty: float | None = None
+    """Taken off the reward of texts that the budget cut."""
+    algo_kwargs: dict[str, str] = field(default_factory=dict)
+    """Further arguments of the algorithm, for example `--algo-kwargs clip_range 0.1 gae_lambda 0.9`."""
+    temperature: float = 1.0
+    lora_r: int | None = None
+    """Rank of a LoRA adapter on all linear layers; by default every weight is trained."""
+    device: str = "auto"
+    dtype: str = "float32"
+    sample_every: int = 5
+    """Iterations between two entries of samples.jsonl."""
+    n_samples: int = 6
+    """Held-out prompts in samples.jsonl."""
+    progress: bool = True
+    """Show a progress bar."""
+
+
+def algorithm_named(name: str) -> type[OnPolicyAlgorithm]:
+    """
+    :param name: a known one, or ``"module:Class"``.
+    :return: the class.
+    :raises ValueError: naming the known ones.
+    """
+    if name in ALGORITHMS:
+        return ALGORITHMS[name]
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise ValueError(f"Expected algo to be one of {sorted(ALGORITHMS)} or 'module:Class', got {name!r}.")
+    found = getattr(importlib.import_module(module), attribute, None)
+    if not (isinstance(found, type) and issubclass(found, OnPolicyAlgorithm)):
+        raise ValueError(f"Expected {name!r} to be a subclass of agents.on_policy.OnPolicyAlgorithm, got {found!r}.")
+    return found
+
+
+def train(config: TrainConfig) -> OnPolicyAlgorithm:
+    """Train as configured and leave a complete run directory.
+
+    :param config: everything. :return: the trained algorithm.
+    :raises FileExistsError: if the directory holds a run already.
+    """
+    directory = config.run_dir
+    if (directory / "config.yaml").exists():
+        raise FileExistsError(f"{directory} holds a run already; choose another --run-dir, or remove it.")
+    algorithm = algorithm_named(config.algo)
+    env = config.env.make(min(config.n_episodes, MAX_ROWS), config.model)
+    rate = config.learning_rate
+    policy_kwargs: dict[str, Any] = {
+        "model": config.model,
+        "dtype": config.dtype,
+        "temperature": config.temperature,
+        "lora": {"r": config.lora_r, "target_modules": "all-linear"} if config.lora_r else None,
+    }
+    model = algorithm(
+        "CausalLMPolicy",
+        env,
+        learning_rate=rate if config.lr_schedule == "constant" else lambda progress: rate * progress,
+        n_episodes=config.n_episodes,
+        batch_size=config.batch_size,
+        n_epochs=config.n_epochs,
+        kl_coef=config.kl_coef,
+        kl_target=config.kl_target,
+        missing_eos_penalty=config.missing_eos_penalty,
+        policy_kwargs=policy_kwargs,
+        seed=config.seed,
+        device=config.device,
+        **{name: yaml.safe_load(value) for name, value in config.algo_kwargs.items()},
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.yaml").write_text(dump_config(config))
+    model.set_logger(configure(str(directory), ["csv", "tensorboard"]))
+    callbacks: list[BaseCallback] = [SampleTexts(directory / "samples.jsonl", config)]
+    if config.progress:
+        callbacks.append(ProgressBar())
+    model.learn(config.total_timesteps, callback=callbacks)
+    model.logger.close()
+    model.policy.save_pretrained(directory / "policy")
+    plot_learning_curve(directory)
+    return model
+
+
+def dump_config(config: Any) -> str:
+    """
+    :param config: a dataclass of this module. :return: all of it as YAML.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return str(value) if isinstance(value, Path) else value
+
+    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False)
+
+
+def load_config(path: Path) -> TrainConfig:
+    """
+    :param path: YAML, as ``config.yaml`` or a part of it; what is missing keeps its default.
+    :raises ValueError: for a key that doesn't exist, naming those that do.
+    """
+    values = yaml.safe_load(path.read_text()) or {}
+    env = values.pop("env", {})
+    for given, cls in ((values, TrainConfig), (env, EnvConfig)):
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := set(given) - known:
+            raise ValueError(f"{path}: unknown {sorted(unknown)}; {cls.__name__} has {sorted(known)}.")
+    if "run_dir" in values:
+        values["run_dir"] = Path(values["run_dir"])
+    return TrainConfig(env=EnvConfig(**env), **values)
+
+
+class SampleTexts(BaseCallback):
+    """Write texts for fixed held-out prompts to ``samples.jsonl`` at the start and every few iterations.
+
+    :param path: the file. :param config: of the run.
+    """
+
+    def __init__(self, path: Path, config: TrainConfig) -> None:
+        super().__init__()
+        self._path = path
+        self._every = config.sample_every
+        self._iteration = 0
+        # Files of the user's own have no held-out part: then the first prompts are watched.
+        held_out = "builtin:eval" if config.env.prompts == "builtin" else config.env.prompts
+        self._prompts = [prompt["prompt"] for prompt in load_prompts(held_out)][: config.n_samples]
+        self._env = config.env.make(len(self._prompts), config.model, prompts=self._prompts)
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        if self._iteration % self._every == 0:
+            self._write()
+        self._iteration += 1
+
+    def _on_training_end(self) -> None:
+        self._write()
+
+    def _write(self) -> None:
+        policy = cast(OnPolicyAlgorithm, self.model).policy
+        infos = sample_texts(policy, self._env, self._prompts)
+        with self._path.open("a") as file:
+            for info in infos:
+                row = {k: float(v) if isinstance(v, np.floating) else v for k, v in info.items()}
+                file.write(json.dumps({"timesteps": self.num_timesteps, **row}, ensure_ascii=False) + "\n")
+
+
+class ProgressBar(BaseCallback):
+    """Tokens so far, with the latest rollout's score and KL."""
+
+    def _on_training_start(self) -> None:
+        self._bar = Progress(
+            TextColumn("tokens"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("score {task.fields[score]:+.2f}  KL {task.fields[kl]:.2f} nats"),
+        )
+        self._bar.start()
+        self._task = self._bar.add_task("", total=self.model._total_timesteps, score=float("nan"), kl=float("nan"))
+
+    def _on_step(self) -> bool:
+        self._bar.update(self._task, completed=self.num_timesteps)
+        return True
+
+    def _on_rollout_end(self) -> None:
+        values = self.model.logger.name_to_value
+        self._bar.update(self._task, score=values["objective/scores"], kl=values["objective/kl"])
+
+    def _on_training_end(self) -> None:
+        self._bar.stop()
+
+
+def plot_learning_curve(directory: Path) -> None:
+    """Draw score, gold score and KL over tokens from ``progress.csv`` into ``learning_curve.png``.
+
+    :param directory: of the run.
+    """
+    import matplotlib.figure
+
+    table = np.genfromtxt(directory / "progress.csv", delimiter=",", names=True, deletechars="")
+    table = np.atleast_1d(table)
+    tokens = table["time/total_timesteps"]
+    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    lines = axes.plot(tokens, table["objective/scores"], color="tab:blue", label="score (trained on)")
+    if "objective/gold_score" in table.dtype.names:
+        lines += axes.plot(
+            tokens, table["objective/gold_score"], color="tab:orange", label="gold score (only measured)"
+        )
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("score")
+    axes.grid(alpha=0.3)
+    right = axes.twinx()
+    lines += right.plot(tokens, table["objective/kl"], color="tab:gray", linestyle="--", label="KL to the reference")
+    right.set_ylabel("KL (nats per episode)")
+    axes.legend(handles=lines, loc="upper left", framealpha=0.9)
+    figure.savefig(directory / "learning_curve.png", dpi=120)

@@ -1,0 +1,128 @@
+"""One episode as a ``gymnasium.Env``: a token is a step, and the last one is paid the score of the text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+
+from text_env.episodes import Episodes, EpisodesFace, Observation
+from text_env.prompts import OverlongPrompts
+from text_env.rendering import RENDER_MODES, check_render_mode, render
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
+    """Write a text, token by token.
+
+    **Observation**: ``Dict`` of ``input_ids`` int64 [L] (prompt, response so far, padding), ``attention_mask`` int8 [L]
+    and ``prompt_length`` int64 [1], with L = ``max_prompt_tokens + max_new_tokens``.
+    **Action**: ``Discrete(V)``, the next token, with V = ``len(tokenizer)``.
+    **Reward**: 0 until the last step, then the score of the text.
+    **End**: EOS, a stop string and a spent budget all *terminate*, since the budget is part of the task; nothing here
+    truncates. The info of the last step holds ``score``, ``prompt``, ``completion``, ``finish_reason`` (``"eos"``,
+    ``"stop"`` or ``"length"``), the ``metrics``, and ``reward/<name>`` for each part of a weighted sum. The info of a
+    reset holds ``prompt``.
+
+    :param tokenizer: ``"builtin"``, a directory, a hub name, or a live Hugging Face tokenizer with an eos token. Here and
+        below, names are the better form: Gymnasium deep-copies live objects when a wrapper's ``spec`` is read.
+    :param prompts: ``"builtin"``, ``"builtin:eval"``, a file (.jsonl, .json, .csv, .txt), ``"module:function"``, a list
+        of strings, a list of mappings with the key ``"prompt"``, or a ``datasets.Dataset``. Columns go to the reward.
+    :param reward: ``"builtin"``, ``"sentiment"``, directory or hub name of a sequence classifier, ``"module:function"``,
+        a callable ``(prompts, completions, completion_ids, **columns) -> list[float]``, or a weighted sum of these, as
+        ``{"builtin": 1.0, "sentiment": 0.5}`` or ``"builtin+0.5*sentiment"``.
+    :param max_prompt_tokens: the longest prompt, in tokens.
+    :param max_new_tokens: the response budget, in tokens, EOS included.
+    :param min_new_tokens: an EOS with fewer response tokens than this before it is an ordinary token.
+    :param stop: string or strings that end the text; the completion keeps them.
+    :param group_size: so many episodes that start one after another share a prompt.
+    :param metrics: name → reward: further scores for the final info, never paid, e.g. ``{"gold_score": "sentiment"}``.
+    :param overlong_prompts: what happens to a prompt longer than ``max_prompt_tokens``: ``"error"``, or
+        ``"truncate_left"``, which keeps its end.
+    :param render_mode: ``"ansi"``, ``"human"`` (``render()`` prints the text; nothing is printed unasked, as a copy of
+        the text per token would drown it), ``"rgb_array"`` or None.
+    :raises ValueError: if an argument is out of range or names something that is not there; it says what is.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": list(RENDER_MODES), "render_fps": 10}
+
+    def __init__(
+        self,
+        tokenizer: str | Path | PreTrainedTokenizerBase = "builtin",
+        prompts: str | Path | Iterable[str | Mapping[str, Any]] = "builtin",
+        reward: Any = "builtin",
+        max_prompt_tokens: int = 16,
+        max_new_tokens: int = 48,
+        min_new_tokens: int = 0,
+        stop: str | Sequence[str] | None = None,
+        group_size: int = 1,
+        metrics: Mapping[str, Any] | None = None,
+        overlong_prompts: OverlongPrompts = "error",
+        render_mode: str | None = None,
+    ) -> None:
+        check_render_mode(render_mode)
+        self.render_mode = render_mode
+        self.episodes = Episodes(
+            1,
+            tokenizer=tokenizer,
+            prompts=prompts,
+            reward=reward,
+            max_prompt_tokens=max_prompt_tokens,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            stop=stop,
+            group_size=group_size,
+            metrics=metrics,
+            overlong_prompts=overlong_prompts,
+        )
+        self.observation_space = self.episodes.observation_space()
+        self.action_space = self.episodes.action_space()
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Start an episode.
+
+        :param seed: begin the sequence of prompts (and the group of them) anew.
+        :param options: ``"prompt"`` (text or token ids) instead of a drawn one; ``"response"`` (text or token ids): start
+            in the middle of it. It counts against the budget and belongs to the completion.
+        :return: observation, and info with ``prompt``.
+        :raises ValueError: if a prompt or a response cannot be used. The running episode goes on then.
+        """
+        asked = {name: None if value is None else [value] for name, value in (options or {}).items()}
+        openings = self.episodes.openings(1, asked)
+        super().reset(seed=seed)
+        [info] = self.episodes.start([0], [self.np_random], openings, new_group=seed is not None)
+        return self.episodes.observe(0), info
+
+    def step(self, action: np.int64 | int) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Append a token.
+
+        :param action: the token.
+        :return: observation, reward, terminated, False, info.
+        :raises ValueError: if it is no token of the vocabulary.
+        :raises gymnasium.error.ResetNeeded: if the episode has ended.
+        :raises text_env.rewards.RewardError: if the reward fails. The step has not happened then and can be repeated.
+        """
+        rewards, terminated, infos = self.episodes.append(
+            np.zeros(1, np.int64), self.episodes.tokens([action])
+        )
+        return (
+            self.episodes.observe(0),
+            float(rewards[0]),
+            bool(terminated[0]),
+            False,
+            infos[0] if infos else {},
+        )
+
+    def render(self) -> str | NDArray[np.uint8] | None:  # type: ignore[override]
+        """
+        :return: prompt and response so far: as text (``"ansi"``), as an image (``"rgb_array"``), or printed (``"human"``).
+        """
+        return render(self.render_mode, *self.episodes.text(0))

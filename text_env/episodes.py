@@ -1,0 +1,393 @@
+"""The Markov decision process: token after token until the text is finished, then its score.
+
+All dynamics are here, for n episodes at once and as arrays; :mod:`text_env.env` and :mod:`text_env.vector_env` are the
+faces that Gymnasium knows. A step changes nothing before everything that can fail has succeeded, so whoever mends the
+cause of an error can repeat the step.
+
+Notation: n rows (each plays one episode after another), L = ``max_prompt_tokens + max_new_tokens`` columns, V tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from text_env.prompts import OverlongPrompts, Prompt, Prompts, checked_ids
+from text_env.rewards import FinishedTexts, make_reward, score, score_parts
+from text_env.tokenization import decode, decode_completions, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NO_ACTION = -1
+"""In :meth:`text_env.vector_env.TextVectorEnv.step`: leave this row exactly as it is."""
+
+Observation = dict[str, NDArray[Any]]
+
+# What the final info says already; a metric of the same name would overwrite it.
+RESERVED_INFO = frozenset({"score", "prompt", "completion", "finish_reason", "final_obs", "final_info"})
+
+
+class Opening(NamedTuple):
+    """How one episode is to start: a given prompt (None: draw one) and the tokens of its response that exist already."""
+
+    prompt: Prompt | None = None
+    response: Sequence[int] = ()
+
+
+class Episodes:
+    """n episodes side by side.
+
+    :param n: number of rows.
+    :param tokenizer: ``"builtin"``, a directory, a hub name or a live tokenizer.
+    :param prompts: what :class:`text_env.prompts.Prompts` takes.
+    :param reward: what :func:`text_env.rewards.make_reward` takes. Paid on the last token.
+    :param max_prompt_tokens: the longest prompt.
+    :param max_new_tokens: the response budget in tokens, EOS included.
+    :param min_new_tokens: an EOS with fewer response tokens than this before it is an ordinary token, which ends nothing
+        (a policy that knows of it gives EOS probability 0 there). Stop strings and the budget end a text regardless.
+    :param stop: strings that end a text as soon as its completion contains one; the completion keeps it.
+    :param group_size: so many episodes that start one after another share a prompt.
+    :param metrics: name → reward. Further scores of finished texts: reported in the final info, never paid.
+    :param overlong_prompts: ``"error"`` or ``"truncate_left"``.
+    :raises ValueError: for arguments outside their range, and for what tokenizer, prompts and rewards refuse.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        *,
+        tokenizer: str | Path | PreTrainedTokenizerBase,
+        prompts: str | Path | Iterable[str | Mapping[str, Any]],
+        reward: Any,
+        max_prompt_tokens: int,
+        max_new_tokens: int,
+        min_new_tokens: int,
+        stop: str | Sequence[str] | None,
+        group_size: int,
+        metrics: Mapping[str, Any] | None,
+        overlong_prompts: OverlongPrompts,
+    ) -> None:
+        for name, value, least in [
+            ("num_envs", n, 1),
+            ("max_prompt_tokens", max_prompt_tokens, 1),
+            ("max_new_tokens", max_new_tokens, 1),
+            ("min_new_tokens", min_new_tokens, 0),
+            ("group_size", group_size, 1),
+        ]:
+            if not isinstance(value, int | np.integer) or value < least:
+                raise ValueError(f"Expected {name} to be an integer of at least {least}, got {value!r}.")
+        if min_new_tokens > max_new_tokens:
+            raise ValueError(
+                f"Expected min_new_tokens to be at most max_new_tokens={max_new_tokens}, got {min_new_tokens}."
+            )
+        self.n = n
+        self.tokenizer = load_tokenizer(tokenizer)
+        self.vocabulary = len(self.tokenizer)
+        self.eos_token_id = int(self.tokenizer.eos_token_id)
+        pad = self.tokenizer.pad_token_id
+        self.pad_token_id = self.eos_token_id if pad is None else int(pad)
+        self.max_prompt_tokens, self.max_new_tokens, self.min_new_tokens = (
+            max_prompt_tokens,
+            max_new_tokens,
+            min_new_tokens,
+        )
+        self.stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        if not all(isinstance(string, str) and string for string in self.stop):
+            raise ValueError(f"Expected stop to be a non-empty string or a list of them, got {stop!r}.")
+        self.group_size = group_size
+        self.prompts = Prompts(prompts, self.tokenizer, max_prompt_tokens, overlong_prompts)
+        self.reward = make_reward(reward)
+        self.metrics = {name: make_reward(metric) for name, metric in (metrics or {}).items()}
+        if clash := sorted(
+            name for name in self.metrics if name in RESERVED_INFO or name.startswith(("_", "reward/"))
+        ):
+            raise ValueError(
+                f"Expected metrics to have names that the final info does not use yet, got {clash}."
+            )
+
+        columns = max_prompt_tokens + max_new_tokens
+        # Where a text ends is known from these counts alone, never from content: pad may be the same token as eos.
+        self._prompt_length = np.ones(n, np.int64)
+        self._length = np.ones(n, np.int64)  # prompt and response
+        self._input_ids = np.full((n, columns), self.pad_token_id, np.int64)
+        self._attention_mask = np.zeros((n, columns), np.int8)
+        self._prompt: list[Prompt] = [self.prompts[0]] * n
+        self.finished = np.ones(n, np.bool_)  # a row plays only after its first `start`
+        self._group_prompt = self.prompts[0]
+        self._group_left = 0
+
+    # What can be seen of the episodes
+
+    def observation_space(self) -> spaces.Dict:
+        """Of one row: prompt, then response, then padding, left-aligned."""
+        columns = self._input_ids.shape[1]
+        return spaces.Dict(
+            {
+                "input_ids": spaces.Box(0, self.vocabulary - 1, (columns,), np.int64),
+                "attention_mask": spaces.Box(0, 1, (columns,), np.int8),
+                # It makes the state Markov: the budget left, and whether EOS counts yet, follow from it and the mask.
+                "prompt_length": spaces.Box(1, self.max_prompt_tokens, (1,), np.int64),
+            }
+        )
+
+    def action_space(self) -> spaces.Discrete[np.int64]:
+        """Of one row: the next token."""
+        return spaces.Discrete(self.vocabulary)
+
+    def observe(self, row: int | slice = slice(None)) -> Observation:
+        """
+        :param row: one row, or all of them.
+        :return: a fresh copy: ``input_ids`` int64 [n, L], ``attention_mask`` int8 [n, L], ``prompt_length`` int64 [n, 1],
+            without the leading n for one row.
+        """
+        return {
+            "input_ids": self._input_ids[row].copy(),
+            "attention_mask": self._attention_mask[row].copy(),
+            "prompt_length": self._prompt_length[row, None].copy(),
+        }
+
+    def text(self, row: int) -> tuple[str, str]:
+        """
+        :return: the row's prompt, and its response so far.
+        """
+        return self._prompt[row].text, self._completions([self._context(row)], [self._prompt[row]])[0]
+
+    # The dynamics
+
+    def openings(self, count: int, options: Mapping[str, Sequence[Any] | None]) -> list[Opening]:
+        """Check what a user asks of ``count`` episodes to be started. Draws nothing and changes nothing.
+
+        :param options: ``"prompt"`` and ``"response"``, either may be missing or None: one entry per episode, each text,
+            token ids or None (a drawn prompt, an empty response).
+        :raises ValueError: for another option or another number of entries, if a prompt is empty or overlong, or if a
+            response is finished already.
+        """
+        if unknown := sorted(set(options) - {"prompt", "response"}):
+            raise ValueError(
+                f"Unknown reset options {unknown}; known are 'prompt', 'response' and, for n rows, 'reset_mask'."
+            )
+        entries: dict[str, Sequence[Any]] = {}
+        for name in ("prompt", "response"):
+            values = options.get(name)
+            entries[name] = [None] * count if values is None else values
+            if isinstance(values, str) or len(entries[name]) != count:
+                raise ValueError(
+                    f"Expected options[{name!r}] to be a list with one entry for each of the {count} rows that are "
+                    f"reset (None: nothing special), got {values!r}."
+                )
+        return [
+            Opening(None if prompt is None else self.prompts.make(prompt), self._opening_response(response))
+            for prompt, response in zip(entries["prompt"], entries["response"], strict=True)
+        ]
+
+    def _opening_response(self, response: str | Sequence[int] | None) -> list[int]:
+        if response is None:
+            return []
+        if isinstance(response, str):
+            ids = list(self.tokenizer(response, add_special_tokens=False)["input_ids"])
+        else:
+            ids = checked_ids(response, self.vocabulary, "response")
+        if len(ids) >= self.max_new_tokens:
+            cause = f"spends the whole budget of max_new_tokens={self.max_new_tokens} with {len(ids)} tokens"
+        elif self.eos_token_id in ids[self.min_new_tokens :]:
+            cause = f"holds the end-of-text token {self.eos_token_id}"
+        elif any(string in decode(self.tokenizer, [ids])[0] for string in self.stop):
+            cause = f"holds one of the stop strings {self.stop}"
+        else:
+            return ids
+        raise ValueError(f"Expected a response that can be continued, got {response!r}, which {cause}.")
+
+    def start(
+        self,
+        rows: Sequence[int] | NDArray[np.int64],
+        generators: Sequence[np.random.Generator],
+        openings: Sequence[Opening] | None = None,
+        new_group: bool = False,
+    ) -> list[dict[str, Any]]:
+        """Start an episode in each of these rows, in this order. Cannot fail.
+
+        :param rows: indices of k rows.
+        :param generators: k generators; a prompt is drawn from the generator of the row that opens a group.
+        :param openings: k of them, as :meth:`openings` made them. Episodes with a given prompt stand outside the groups.
+        :param new_group: begin with a new group, as a reset with a seed does.
+        :return: k reset infos.
+        """
+        if new_group:
+            self._group_left = 0
+        infos = []
+        for row, generator, opening in zip(
+            rows, generators, openings or [Opening()] * len(rows), strict=True
+        ):
+            prompt = opening.prompt or self._next_prompt(generator)
+            ids = [*prompt.token_ids, *opening.response]
+            self._prompt[row] = prompt
+            self._prompt_length[row], self._length[row] = len(prompt.token_ids), len(ids)
+            self._input_ids[row, : len(ids)] = ids
+            self._input_ids[row, len(ids) :] = self.pad_token_id
+            self._attention_mask[row] = 0
+            self._attention_mask[row, : len(ids)] = 1
+            self.finished[row] = False
+            infos.append({"prompt": prompt.text})
+        return infos
+
+    def _next_prompt(self, generator: np.random.Generator) -> Prompt:
+        if self._group_left == 0:
+            self._group_prompt = self.prompts[int(generator.integers(len(self.prompts)))]
+            self._group_left = self.group_size
+        self._group_left -= 1
+        return self._group_prompt
+
+    def tokens(self, actions: Any) -> NDArray[np.integer[Any]]:
+        """
+        :param actions: n integers.
+        :return: them as an array [n].
+        :raises ValueError: if they are no integers, or not n of them.
+        """
+        tokens = np.asarray(actions)
+        if tokens.shape != (self.n,) or not np.issubdtype(tokens.dtype, np.integer):
+            raise ValueError(f"Expected {self.n} actions, integers of shape ({self.n},), got {actions!r}.")
+        return tokens
+
+    def append(
+        self, rows: NDArray[np.int64], tokens: NDArray[np.integer[Any]]
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_], list[dict[str, Any]]]:
+        """Append a token to each of these rows; score the texts that it finishes.
+
+        :param rows: int64 [k], different indices.
+        :param tokens: integers [k].
+        :return: rewards float64 [k], terminated bool [k], and one final info for each row that terminated, in order.
+        :raises ValueError: if a token is outside the vocabulary.
+        :raises gymnasium.error.ResetNeeded: if one of the episodes has ended already.
+        :raises text_env.rewards.RewardError: if a reward fails. In all these cases nothing has changed.
+        """
+        if len(rows) and (tokens.min() < 0 or tokens.max() >= self.vocabulary):
+            wrong = (tokens < 0) | (tokens >= self.vocabulary)
+            raise ValueError(
+                f"Expected every action to be a token in [0, {self.vocabulary}), got {tokens[wrong].tolist()} for rows "
+                f"{rows[wrong].tolist()}."
+            )
+        if (over := self.finished[rows]).any():
+            raise gym.error.ResetNeeded(
+                f"A step after the end: the episodes of rows {rows[over].tolist()} are over or were never started. Start "
+                f"new ones with reset(), in a vector environment with reset(options={{'reset_mask': ...}})."
+            )
+        columns = self._length[rows]  # where the tokens go
+        before = columns - self._prompt_length[rows]  # response tokens until now
+        eos = (tokens == self.eos_token_id) & (before >= self.min_new_tokens)
+        terminated = eos | (before + 1 >= self.max_new_tokens)
+        stopped = np.zeros(len(rows), np.bool_)
+        if self.stop:
+            contexts = [self._context(row, token) for row, token in zip(rows, tokens, strict=True)]
+            stopped = np.array(self._stops(contexts, [self._prompt[row] for row in rows]), np.bool_)
+            terminated |= stopped
+
+        rewards, infos = np.zeros(len(rows)), []
+        if terminated.any():
+            reasons = np.where(eos, "eos", np.where(stopped, "stop", "length"))[terminated].tolist()
+            rewards[terminated], infos = self.finish(rows[terminated], tokens[terminated], reasons)
+
+        self._input_ids[rows, columns] = tokens
+        self._attention_mask[rows, columns] = 1
+        self._length[rows] = columns + 1
+        self.finished[rows] = terminated
+        return rewards, terminated, infos
+
+    def finish(
+        self, rows: NDArray[np.int64], tokens: NDArray[np.integer[Any]], reasons: Sequence[str]
+    ) -> tuple[NDArray[np.float64], list[dict[str, Any]]]:
+        """Score the texts that end with these tokens, which are not appended yet. One call per reward for all of them.
+
+        :param rows: int64 [k]. :param tokens: integers [k]. :param reasons: ``"eos"``, ``"stop"`` or ``"length"``, k of them.
+        :return: scores float64 [k], and k final infos.
+        :raises text_env.rewards.RewardError: if a reward fails.
+        """
+        prompts = [self._prompt[row] for row in rows]
+        contexts = [self._context(row, token) for row, token in zip(rows, tokens, strict=True)]
+        texts = FinishedTexts(
+            prompts=[prompt.text for prompt in prompts],
+            completions=self._completions(contexts, prompts),
+            completion_ids=[
+                ids[len(prompt.token_ids) :] for ids, prompt in zip(contexts, prompts, strict=True)
+            ],
+            columns={name: [prompt.columns[name] for prompt in prompts] for name in self.prompts.columns},
+        )
+        numbers = score_parts(self.reward, texts)
+        numbers |= {name: score(metric, texts) for name, metric in self.metrics.items()}
+        infos = [
+            {
+                "prompt": texts.prompts[index],
+                "completion": texts.completions[index],
+                "finish_reason": reason,
+                **{name: float(values[index]) for name, values in numbers.items()},
+            }
+            for index, reason in enumerate(reasons)
+        ]
+        return numbers["score"], infos
+
+    def _context(self, row: int, *more: int) -> list[int]:
+        return [*self._input_ids[row, : self._length[row]].tolist(), *map(int, more)]
+
+    def _completions(self, contexts: Sequence[Sequence[int]], prompts: Sequence[Prompt]) -> list[str]:
+        lengths = [len(prompt.token_ids) for prompt in prompts]
+        return decode_completions(self.tokenizer, contexts, lengths, [prompt.decoded for prompt in prompts])
+
+    def _stops(self, contexts: Sequence[Sequence[int]], prompts: Sequence[Prompt]) -> list[bool]:
+        return [any(string in text for string in self.stop) for text in self._completions(contexts, prompts)]
+
+
+class EpisodesFace:
+    """What both environments let be read of their episodes. None of it can be set: it was decided at construction."""
+
+    episodes: Episodes
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer whose ids the actions are."""
+        return self.episodes.tokenizer
+
+    @property
+    def eos_token_id(self) -> int:
+        """The token that ends a response."""
+        return self.episodes.eos_token_id
+
+    @property
+    def pad_token_id(self) -> int:
+        """What stands in ``input_ids`` where ``attention_mask`` is 0; may equal ``eos_token_id``."""
+        return self.episodes.pad_token_id
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """The longest prompt."""
+        return self.episodes.max_prompt_tokens
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The response budget."""
+        return self.episodes.max_new_tokens
+
+    @property
+    def min_new_tokens(self) -> int:
+        """Response tokens before which EOS ends nothing."""
+        return self.episodes.min_new_tokens
+
+    @property
+    def group_size(self) -> int:
+        """How many episodes that start one after another share a prompt."""
+        return self.episodes.group_size
+
+    @property
+    def prompts(self) -> Prompts:
+        """The tokenised prompts that episodes draw from."""
+        return self.episodes.prompts
+
+    @property
+    def reward(self) -> Any:
+        """The resolved reward, a callable on batches of texts."""
+        return self.episodes.reward

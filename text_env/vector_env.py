@@ -1,0 +1,195 @@
+"""n episodes as a native ``gymnasium.vector.VectorEnv``: array work, and one reward call for all that finish in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from gymnasium.utils import seeding
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+
+from text_env.episodes import NO_ACTION, Episodes, EpisodesFace, Observation
+from text_env.prompts import OverlongPrompts
+from text_env.rendering import RENDER_MODES, check_render_mode, render
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDArray[Any]]):
+    """Write ``num_envs`` texts side by side. With ``group_size=1`` the same as that many :class:`~text_env.env.TextEnv`.
+
+    Observations, rewards, ends and infos are those of :class:`~text_env.env.TextEnv`, batched as Gymnasium batches them:
+    arrays of shape ``(num_envs, …)``, infos with ``_key`` masks, and under SAME_STEP ``final_obs`` and ``final_info``.
+
+    :param num_envs: number of rows.
+    :param autoreset_mode: ``AutoresetMode`` or its value (``"SameStep"``, ``"NextStep"``, ``"Disabled"``). Can be set later.
+        Under ``Disabled``, finished rows wait for ``reset(options={"reset_mask": …})``.
+
+    The other parameters are those of :class:`~text_env.env.TextEnv`. ``group_size`` counts episodes in the order in which
+    they start: by row within one call.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": list(RENDER_MODES), "render_fps": 10}
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        tokenizer: str | Path | PreTrainedTokenizerBase = "builtin",
+        prompts: str | Path | Iterable[str | Mapping[str, Any]] = "builtin",
+        reward: Any = "builtin",
+        max_prompt_tokens: int = 16,
+        max_new_tokens: int = 48,
+        min_new_tokens: int = 0,
+        stop: str | Sequence[str] | None = None,
+        group_size: int = 1,
+        metrics: Mapping[str, Any] | None = None,
+        overlong_prompts: OverlongPrompts = "error",
+        render_mode: str | None = None,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+    ) -> None:
+        check_render_mode(render_mode)
+        self.render_mode = render_mode
+        self.num_envs = num_envs
+        self.metadata = dict(self.metadata)  # type: ignore[misc]  # the mode is this instance's, not the class's
+        self.autoreset_mode = autoreset_mode
+        self.episodes = Episodes(
+            num_envs,
+            tokenizer=tokenizer,
+            prompts=prompts,
+            reward=reward,
+            max_prompt_tokens=max_prompt_tokens,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            stop=stop,
+            group_size=group_size,
+            metrics=metrics,
+            overlong_prompts=overlong_prompts,
+        )
+        self.single_observation_space = self.episodes.observation_space()
+        self.single_action_space = self.episodes.action_space()
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._generators: list[tuple[np.random.Generator, int]] = [
+            seeding.np_random() for _ in range(num_envs)
+        ]
+
+    @property
+    def autoreset_mode(self) -> AutoresetMode:
+        """What happens to a row whose episode has ended."""
+        mode: AutoresetMode = self.metadata["autoreset_mode"]
+        return mode
+
+    @autoreset_mode.setter
+    def autoreset_mode(self, mode: AutoresetMode | str) -> None:
+        self.metadata["autoreset_mode"] = AutoresetMode(mode)
+
+    @property
+    def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]
+        """Each row's own generator."""
+        return tuple(generator for generator, _ in self._generators)
+
+    @property
+    def np_random_seed(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Each row's seed."""
+        return tuple(seed for _, seed in self._generators)
+
+    def reset(  # type: ignore[override]
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Start episodes in all rows, or in some.
+
+        :param seed: row i is seeded with ``seed + i``, or with entry i of a list (None: its generator goes on). Groups of
+            prompts begin anew with a seed.
+        :param options: ``"reset_mask"``, bool [n]: the rows to reset, the others go on. ``"prompt"`` and ``"response"``: a
+            list with one entry per row that is reset, each text, token ids or None (a drawn prompt, an empty response).
+        :return: observations of all rows, and info with ``prompt`` for those that were reset.
+        :raises ValueError: if an option or a seed cannot be used. Nothing has changed then.
+        """
+        options = dict(options or {})
+        rows = self._masked_rows(options.pop("reset_mask", None))
+        openings = self.episodes.openings(len(rows), options)
+        seeds = self._seeds(seed)
+        for row in rows:
+            if (row_seed := seeds[row]) is not None:
+                self._generators[row] = seeding.np_random(row_seed)
+        infos = self._start({}, rows, openings, new_group=any(seeds[row] is not None for row in rows))
+        return self.episodes.observe(), infos
+
+    def step(
+        self, actions: NDArray[np.int64]
+    ) -> tuple[Observation, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
+        """Append a token to every row that is given one.
+
+        :param actions: integers [n]; :data:`~text_env.episodes.NO_ACTION` leaves a row exactly as it is.
+        :return: observations, rewards float64 [n], terminated bool [n], truncated bool [n] (never), infos.
+        :raises ValueError: if an action is no token of the vocabulary, or their number is wrong.
+        :raises gymnasium.error.ResetNeeded: if a row's episode has ended and nothing but a reset can start another.
+        :raises text_env.rewards.RewardError: if the reward fails. In all these cases nothing has changed, and the step
+            can be repeated.
+        """
+        tokens = self.episodes.tokens(actions)
+        moving = tokens != NO_ACTION
+        over = np.zeros(0, np.int64)
+        if self.autoreset_mode == AutoresetMode.NEXT_STEP:
+            # The action of a row that waits for its reset is the signal to do it, whatever token it names.
+            over = np.flatnonzero(self.episodes.finished & moving)
+            moving[over] = False
+        rows = np.flatnonzero(moving)
+        rewards, terminated = np.zeros(self.num_envs), np.zeros(self.num_envs, np.bool_)
+        rewards[rows], terminated[rows], final_infos = self.episodes.append(rows, tokens[rows])
+        ended = np.flatnonzero(terminated)
+
+        infos: dict[str, Any] = {}
+        if self.autoreset_mode == AutoresetMode.SAME_STEP:
+            for row, info in zip(ended, final_infos, strict=True):
+                final = {"final_obs": self.episodes.observe(int(row)), "final_info": info}
+                infos = self._add_info(infos, final, row)
+            over = ended
+        else:
+            for row, info in zip(ended, final_infos, strict=True):
+                infos = self._add_info(infos, info, row)
+        infos = self._start(infos, over)
+        return self.episodes.observe(), rewards, terminated, np.zeros(self.num_envs, np.bool_), infos
+
+    def render(self) -> tuple[str | NDArray[np.uint8] | None, ...]:
+        """
+        :return: for each row what :meth:`text_env.env.TextEnv.render` returns.
+        """
+        return tuple(render(self.render_mode, *self.episodes.text(row)) for row in range(self.num_envs))
+
+    def _start(
+        self, infos: dict[str, Any], rows: NDArray[np.int64], openings: Any = None, new_group: bool = False
+    ) -> dict[str, Any]:
+        generators = [self._generators[row][0] for row in rows]
+        for row, info in zip(rows, self.episodes.start(rows, generators, openings, new_group), strict=True):
+            infos = self._add_info(infos, info, row)
+        return infos
+
+    def _masked_rows(self, mask: Any) -> NDArray[np.int64]:
+        if mask is None:
+            return np.arange(self.num_envs)
+        if (
+            not isinstance(mask, np.ndarray)
+            or mask.shape != (self.num_envs,)
+            or mask.dtype != np.bool_
+            or not mask.any()
+        ):
+            raise ValueError(
+                f"Expected options['reset_mask'] to be a bool array of shape ({self.num_envs},) with at least one True, "
+                f"got {mask!r}."
+            )
+        return np.flatnonzero(mask)
+
+    def _seeds(self, seed: int | Sequence[int | None] | None) -> list[int | None]:
+        if seed is None:
+            return [None] * self.num_envs
+        if isinstance(seed, int | np.integer):
+            return [int(seed) + row for row in range(self.num_envs)]
+        if len(seed) != self.num_envs:
+            raise ValueError(f"Expected one seed, or a list of num_envs={self.num_envs} seeds, got {seed!r}.")
+        return list(seed)
