@@ -131,7 +131,7 @@ def _plain_arguments(model: OnPolicyAlgorithm) -> dict[str, Any]:
 def _parameters(cls: type) -> list[str]:
     from agents.on_policy import OnPolicyAlgorithm
 
-    return list(inspect.signature(cls.__init__).parameters) if issubclass(cls, OnPolicyAlgorithm) else []  # type: ignore[misc]
+    return list(inspect.signature(cls.__init__).parameters) if issubclass(cls, OnPolicyAlgorithm) else []
 
 
 def _numpy_state() -> list[Any]:

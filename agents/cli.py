@@ -167,8 +167,8 @@ def _evaluate(config: EvaluateConfig, env_config: EnvConfig, reference: str) -> 
     env = env_config.make(min(64, config.episodes), config.policy, prompts=config.prompts)
     set_random_seed(config.seed)
     env.reset(seed=config.seed)
-    policies = [load_policy(name, env, config.device, config.dtype) for name in (config.policy, reference)]
-    return evaluate(*policies, env, config.episodes)
+    policy, frozen = (load_policy(name, env, config.device, config.dtype) for name in (config.policy, reference))
+    return evaluate(policy, frozen, env, config.episodes)
 
 
 def _print_texts(path: Path) -> None:

@@ -7,7 +7,7 @@ beginning of another one needs no forward pass of its own: its answer stands ins
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,9 +28,10 @@ class Contexts(NamedTuple):
     step: np.ndarray
 
 
-def contexts_of(observation: Mapping[str, torch.Tensor | np.ndarray]) -> Contexts:
+def contexts_of(observation: Any) -> Contexts:
     """
-    :param observation: a batch of the environment's observations (``input_ids``, ``attention_mask``, ``prompt_length``).
+    :param observation: a batch of the environment's observations, a mapping of arrays or tensors (``input_ids``,
+        ``attention_mask``, ``prompt_length``).
     :return: the contexts in it.
     """
     arrays = {name: _numpy(observation[name]) for name in ("input_ids", "attention_mask", "prompt_length")}

@@ -257,11 +257,13 @@ class EpisodeBuffer(RolloutBuffer):
         action_mask = (columns >= prefix_length[:, None] - 1) & (columns < total[:, None])
         prompt_length = np.array([[self._prompt_lengths[e]] for e in episodes])
         tensors = {"input_ids": input_ids, "action_mask": action_mask, "prompt_length": prompt_length}
-        flat = (self.values, self.log_probs, self.advantages, self.returns)
         return EpisodeSamples(
             {name: self.to_torch(array) for name, array in tensors.items()},
             self.to_torch(self.actions[index].astype(np.int64)),
-            *(self.to_torch(array[index]) for array in flat),
+            self.to_torch(self.values[index]),
+            self.to_torch(self.log_probs[index]),
+            self.to_torch(self.advantages[index]),
+            self.to_torch(self.returns[index]),
             self.to_torch(np.repeat(episodes, lengths)),
         )
 

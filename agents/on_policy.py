@@ -275,7 +275,7 @@ class OnPolicyAlgorithm(BaseAlgorithm):
             values, log_prob, entropy = self.policy.evaluate_actions(samples.observations, samples.actions)
             assert entropy is not None
             loss, logged = self.loss(samples, values.flatten(), log_prob, entropy)
-            (loss.sum() / n_tokens).backward()  # type: ignore[no-untyped-call]
+            (loss.sum() / n_tokens).backward()
             for name, per_token in {"loss": loss, **logged}.items():
                 means[name] += float(per_token.detach().sum()) / n_tokens
         return dict(means)
@@ -304,7 +304,7 @@ class OnPolicyAlgorithm(BaseAlgorithm):
         record("completions/clipped_ratio", float(cut.mean()))
         record("time/tokens_per_second", buffer.n_tokens / seconds)
 
-    def _dump_logs(self, iteration: int) -> None:  # type: ignore[override]
+    def _dump_logs(self, iteration: int) -> None:
         assert self.ep_info_buffer is not None
         elapsed = max((time.time_ns() - self.start_time) / 1e9, 1e-9)
         record = self.logger.record

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from agents.contexts import Contexts, share_prefixes
@@ -28,43 +28,46 @@ SPARE_COLUMNS = 64
 
 
 class _Layer(CacheLayerMixin):
-    """Keys and values of one attention layer: storage made in advance, of which the first n rows, t columns are in use."""
+    """Keys and values of one attention layer: storage made in advance, whose first n rows and t columns are in use.
 
-    def __init__(self) -> None:
+    :param keys: storage [rows, heads, columns, head_dim]. :param values: likewise.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         super().__init__()
+        self.keys = keys
+        self.values = values
+        self.is_initialized = True
         self.rows = 0
         self.columns = 0
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        raise AssertionError("storage is made by the first prefill")
-
-    def write(self, rows: torch.Tensor, columns: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store keys and values [N, heads, head_dim] of N tokens at the given rows and columns."""
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys.transpose(1, 2)[rows, columns] = keys
-        self.values.transpose(1, 2)[rows, columns] = values
-
-    def reserve(self, like_keys: torch.Tensor, like_values: torch.Tensor, rows: int, columns: int, drop: int) -> None:
-        """Make room for ``rows`` × ``columns``, leaving behind the first ``drop`` columns."""
-        old_keys, old_values, kept = self.keys, self.values, max(0, self.columns - drop)
-        self.keys = like_keys.new_zeros(rows, like_keys.shape[1], columns, like_keys.shape[3])
-        self.values = like_values.new_zeros(rows, like_values.shape[1], columns, like_values.shape[3])
-        if old_keys is not None and old_values is not None and kept:
-            self.keys[: len(old_keys), :, :kept] = old_keys[:, :, drop : drop + kept]
-            self.values[: len(old_values), :, :kept] = old_values[:, :, drop : drop + kept]
-        self.columns = kept
+    def resized(self, columns: int, drop: int) -> _Layer:
+        """The same without the first ``drop`` columns, and with room for ``columns``."""
+        rows, heads, _, head_dim = self.keys.shape
+        value_dim = self.values.shape[-1]
+        layer = _Layer(
+            self.keys.new_zeros(rows, heads, columns, head_dim), self.values.new_zeros(rows, heads, columns, value_dim)
+        )
+        layer.columns = self.columns - drop
+        layer.keys[:, :, : layer.columns] = self.keys[:, :, drop : self.columns]
+        layer.values[:, :, : layer.columns] = self.values[:, :, drop : self.columns]
+        return layer
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self.keys is not None
-        assert self.values is not None
+        """Called by the model: append columns, hand out everything that is in use."""
         new = slice(self.columns, self.columns + key_states.shape[-2])
         self.keys[: self.rows, :, new] = key_states
         self.values[: self.rows, :, new] = value_states
         self.columns = new.stop
         return self.keys[: self.rows, :, : new.stop], self.values[: self.rows, :, : new.stop]
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do: the storage is there."""
 
     def get_seq_length(self) -> int:
         return self.columns
@@ -79,20 +82,30 @@ class _Layer(CacheLayerMixin):
 class _Block:
     """The cached rows of one stream of calls.
 
-    :param n_rows: how many rows there is room for.
-    :param width: L, the longest context.
+    :param n_rows: how many rows there is room for. :param width: L, the longest context.
+    :param like: keys and values of each layer, for shapes, dtype and device. :param hidden: hidden states, likewise.
     """
 
-    def __init__(self, n_rows: int, width: int) -> None:
+    def __init__(
+        self, n_rows: int, width: int, like: list[tuple[torch.Tensor, torch.Tensor]], hidden: torch.Tensor
+    ) -> None:
         self.n_rows = n_rows
+        self.width = width
         self.live = 0
         self.tokens = np.zeros((n_rows, width), dtype=np.int64)
         self.length = np.zeros(n_rows, dtype=np.int64)
         self.first_column = np.zeros(n_rows, dtype=np.int64)
         self.slots = np.zeros(0, dtype=np.int64)  # where the rows of the latest call are
-        self.layers: list[_Layer] = []
-        self.hidden: torch.Tensor | None = None  # [n_rows, H], at each row's last token
-        self.visible: torch.Tensor | None = None  # bool [n_rows, columns]
+        self.layers = [
+            _Layer(*(x.new_zeros(n_rows, x.shape[1], SPARE_COLUMNS, x.shape[3]) for x in pair)) for pair in like
+        ]
+        self.hidden = hidden.new_zeros(n_rows, hidden.shape[-1])  # at each row's last token
+        self.visible = torch.zeros(n_rows, SPARE_COLUMNS, dtype=torch.bool, device=hidden.device)
+
+    @property
+    def columns(self) -> int:
+        """Columns in use."""
+        return self.layers[0].columns
 
     def match(self, contexts: Contexts) -> np.ndarray:
         """For each context the slot that holds it, or holds it but for its last token; −1 where there is none."""
@@ -126,12 +139,8 @@ class _Block:
         sources = np.setdiff1d(np.arange(kept, self.live), holes)
         targets = holes[holes < kept]
         if len(sources):
-            assert self.hidden is not None
-            assert self.visible is not None
-            source, target = (torch.from_numpy(x).to(self.hidden.device) for x in (sources, targets))
+            source, target = self.to_torch(sources), self.to_torch(targets)
             for layer in self.layers:
-                assert layer.keys is not None
-                assert layer.values is not None
                 layer.keys[target, :, : layer.columns] = layer.keys[source, :, : layer.columns]
                 layer.values[target, :, : layer.columns] = layer.values[source, :, : layer.columns]
             self.hidden[target] = self.hidden[source]
@@ -142,32 +151,25 @@ class _Block:
         self.live = kept
         return moved
 
-    def reserve(self, like: list[tuple[torch.Tensor, torch.Tensor]], columns: int, drop: int = 0) -> None:
-        """Make room for so many columns, counted after leaving behind the first ``drop`` ones.
+    def reserve(self, more: int, at_least: int = 0) -> None:
+        """Make room for so many more columns, and for so many in all.
 
-        :param like: keys and values of each layer, for shapes, dtype and device.
+        When there is none, columns on the left that no live row sees any more are dropped.
         """
+        if max(self.columns + more, at_least) <= self.visible.shape[1]:
+            return
+        drop = int(self.first_column[: self.live].min()) if self.live else self.columns
         # At least as many spare columns as used ones: moving what is kept then costs O(1) columns a call.
-        capacity = columns + max(SPARE_COLUMNS, columns)
-        if not self.layers:
-            self.layers = [_Layer() for _ in like]
-        for layer, (keys, values) in zip(self.layers, like, strict=True):
-            layer.reserve(keys, values, self.n_rows, capacity, drop)
-        visible = torch.zeros(self.n_rows, capacity, dtype=torch.bool, device=like[0][0].device)
-        if self.visible is not None:
-            kept = self.layers[0].columns
-            visible[:, :kept] = self.visible[:, drop : drop + kept]
+        needed = max(self.columns - drop + more, at_least)
+        capacity = needed + max(SPARE_COLUMNS, needed)
+        self.layers = [layer.resized(capacity, drop) for layer in self.layers]
+        visible = self.visible.new_zeros(self.n_rows, capacity)
+        visible[:, : self.columns] = self.visible[:, drop : drop + self.columns]
         self.visible = visible
         self.first_column -= drop
 
-    @property
-    def columns(self) -> int:
-        """Columns in use."""
-        return self.layers[0].columns if self.layers else 0
-
-    @property
-    def capacity(self) -> int:
-        return self.visible.shape[1] if self.visible is not None else 0
+    def to_torch(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.hidden.device)
 
 
 class PrefixCache:
@@ -198,32 +200,33 @@ class PrefixCache:
         """
         if not self.enabled:
             return self._plain(contexts)
-        fingerprint = [(p.data_ptr(), p._version) for p in self._weights]
-        if fingerprint != self._fingerprint:
+        if self._fingerprint != (now := [(p.data_ptr(), p._version) for p in self._weights]):
             self.clear()
-            self._fingerprint = [(p.data_ptr(), p._version) for p in self._weights]
-        block, slots = self._find(contexts)
-        moved = block.keep(slots[slots >= 0])
-        slots = np.where(slots >= 0, moved[slots], -1)
-        known = slots >= 0
-        grows = np.zeros(len(slots), dtype=bool)
-        grows[known] = contexts.length[known] > block.length[slots[known]]
-        if grows.any():
-            self._decode(block, contexts, slots, grows)
-        if not known.all():
-            slots = self._prefill(block, contexts, slots)
-        block.slots = slots
-        assert block.hidden is not None
-        if len(slots) == block.live and (slots == np.arange(block.live)).all():
-            return block.hidden[: block.live].clone()
-        return block.hidden[torch.from_numpy(slots).to(block.hidden.device)]
+            self._fingerprint = now
+        try:
+            return self._memoised(contexts)
+        except BaseException:  # an interrupted update leaves rows half-written: better to forget them
+            self.clear()
+            raise
 
-    def _find(self, contexts: Contexts) -> tuple[_Block, np.ndarray]:
-        """The block that knows most of these contexts, or a new one."""
+    def _memoised(self, contexts: Contexts) -> torch.Tensor:
+        block, slots = self._find(contexts)
+        if block is not None:
+            moved = block.keep(slots[slots >= 0])
+            slots = np.where(slots >= 0, moved[slots], -1)
+            self._decode(block, contexts, slots)
+        if block is None or (slots < 0).any():
+            block, slots = self._prefill(block, contexts, slots)
+        block.slots = slots
+        self._blocks = [block, *(other for other in self._blocks if other is not block)][: self._max_blocks]
+        return block.hidden[block.to_torch(slots)]
+
+    def _find(self, contexts: Contexts) -> tuple[_Block | None, np.ndarray]:
+        """The block that knows most of these contexts, if there is one, and where in it they are (−1: nowhere)."""
         n, width = contexts.input_ids.shape
         best, best_slots, best_known = None, np.full(n, -1, dtype=np.int64), 0
         for block in self._blocks:
-            if block.n_rows < n or block.tokens.shape[1] != width:
+            if block.n_rows < n or block.width != width:
                 continue
             slots = block.match(contexts)
             known = int((slots >= 0).sum())
@@ -231,96 +234,74 @@ class PrefixCache:
                 best, best_slots, best_known = block, slots, known
             if known == n:
                 break
-        if best is None:
-            best = _Block(n, width)
-            self._blocks = self._blocks[: self._max_blocks - 1]
-        else:
-            self._blocks.remove(best)
-        self._blocks.insert(0, best)
         return best, best_slots
 
-    def _decode(self, block: _Block, contexts: Contexts, slots: np.ndarray, grows: np.ndarray) -> None:
-        """One new token for each growing row; the others are carried along and their answer is thrown away."""
-        assert block.hidden is not None
+    def _decode(self, block: _Block, contexts: Contexts, slots: np.ndarray) -> None:
+        """One new token for each row that has grown; the others are carried along, and their answer is thrown away."""
+        grows = (slots >= 0) & (contexts.length > block.length[slots])
         n, growing = block.live, slots[grows]
-        if block.columns == block.capacity:
-            # Columns on the left that no live row sees any more are dropped.
-            dead = int(block.first_column[:n].min())
-            like = [(layer.keys, layer.values) for layer in block.layers]
-            block.reserve(like, block.columns - dead + 1, dead)  # type: ignore[arg-type]
-        assert block.visible is not None
+        if len(growing) == 0:
+            return
+        block.reserve(1)
         column = block.columns
         tokens = np.zeros(n, dtype=np.int64)
         tokens[growing] = contexts.input_ids[grows, contexts.length[grows] - 1]
-        block.tokens[growing, block.length[growing]] = tokens[growing]
         positions = block.length[:n].copy()
+        block.tokens[growing, positions[growing]] = tokens[growing]
         block.length[growing] += 1
-        device = block.hidden.device
-        everything = len(growing) == n
-        index = slice(0, n) if everything else torch.from_numpy(growing).to(device)
+        index = slice(0, n) if len(growing) == n else block.to_torch(growing)
         block.visible[index, column] = True
         for layer in block.layers:
             layer.rows = n
-        nothing_hidden = everything and not block.first_column[:n].any() and (block.length[:n] == column + 1).all()
-        inputs = torch.from_numpy(np.stack([tokens, positions])).to(device)
-        # A row that isn't growing must still see something: a softmax over nothing is NaN.
-        mask = None if nothing_hidden else block.visible[:n, : column + 1]
+        inputs = block.to_torch(np.stack([tokens, positions]))
+        # Without a mask, where every row sees every column, attention is faster.
+        all_visible = bool((block.length[:n] == column + 1).all())
         hidden = self._backbone(
             input_ids=inputs[0, :, None],
             position_ids=inputs[1, :, None],
-            attention_mask=None if mask is None else mask.long(),
-            past_key_values=Cache(layers=block.layers),
+            attention_mask=None if all_visible else block.visible[:n, : column + 1].long(),
+            past_key_values=Cache(layers=[*block.layers]),
             use_cache=True,
         ).last_hidden_state[:, 0]
         block.hidden[index] = hidden[index]
 
-    def _prefill(self, block: _Block, contexts: Contexts, slots: np.ndarray) -> np.ndarray:
+    def _prefill(self, block: _Block | None, contexts: Contexts, slots: np.ndarray) -> tuple[_Block, np.ndarray]:
         """Whole contexts for the rows that are new, into the columns that end at the newest one."""
         new = np.flatnonzero(slots < 0)
         length = contexts.length[new]
-        tokens = contexts.input_ids[new, : length.max()]
-        padded = np.where(np.arange(length.max()) < length[:, None], tokens, tokens[:, :1])
-        sequences = torch.from_numpy(padded).to(self._weights[0].device)
+        longest = int(length.max())
+        tokens = contexts.input_ids[new, :longest]
+        padded = np.where(np.arange(longest) < length[:, None], tokens, tokens[:, :1])
         fresh = DynamicCache()
-        hidden = self._backbone(input_ids=sequences, past_key_values=fresh, use_cache=True).last_hidden_state
-        like = [(layer.keys, layer.values) for layer in fresh.layers]
-        if block.live == 0:
-            for layer in block.layers:
-                layer.columns = 0
+        hidden = self._backbone(
+            input_ids=torch.from_numpy(padded).to(self._weights[0].device), past_key_values=fresh, use_cache=True
+        ).last_hidden_state
+        like = [(cast(_Layer, layer).keys, cast(_Layer, layer).values) for layer in fresh.layers]
+        if block is None:
+            block = _Block(len(slots), contexts.input_ids.shape[1], like, hidden)
         # The newest column stays the newest, unless a new context is longer than all columns so far.
-        end = max(block.columns, int(length.max()))
-        if end > block.capacity:
-            block.reserve(like, end)
+        block.reserve(0, longest)
+        end = max(block.columns, longest)
         target = block.live + np.arange(len(new))
         row = np.repeat(np.arange(len(new)), length)
         position = np.concatenate([np.arange(n) for n in length])
-        column = end - length[row] + position
-        at_row, at_column = (torch.from_numpy(x).to(sequences.device) for x in (row, position))
-        to_row, to_column = (torch.from_numpy(x).to(sequences.device) for x in (target[row], column))
+        from_row, from_column = block.to_torch(row), block.to_torch(position)
+        to_row, to_column = block.to_torch(target[row]), block.to_torch(end - length[row] + position)
         for layer, (keys, values) in zip(block.layers, like, strict=True):
-            layer.write(
-                to_row,
-                to_column,
-                keys.transpose(1, 2)[at_row, at_column],
-                values.transpose(1, 2)[at_row, at_column],
-            )
+            layer.keys.transpose(1, 2)[to_row, to_column] = keys.transpose(1, 2)[from_row, from_column]
+            layer.values.transpose(1, 2)[to_row, to_column] = values.transpose(1, 2)[from_row, from_column]
             layer.columns = end
-        assert block.visible is not None
-        if block.hidden is None:
-            block.hidden = hidden.new_zeros(block.n_rows, hidden.shape[-1])
-        block.visible[torch.from_numpy(target).to(sequences.device)] = False
+        filled = slice(block.live, block.live + len(new))
+        block.visible[filled] = False
         block.visible[to_row, to_column] = True
-        ends = torch.from_numpy(length - 1).to(sequences.device)
-        block.hidden[torch.from_numpy(target).to(sequences.device)] = hidden[
-            torch.arange(len(new), device=ends.device), ends
-        ]
+        block.hidden[filled] = hidden[torch.arange(len(new), device=hidden.device), block.to_torch(length - 1)]
         block.tokens[target] = contexts.input_ids[new]
         block.length[target] = length
         block.first_column[target] = end - length
         block.live += len(new)
         slots = slots.copy()
         slots[new] = target
-        return slots
+        return block, slots
 
     def _plain(self, contexts: Contexts) -> torch.Tensor:
         input_ids, at = share_prefixes(contexts, self._weights[0].device)
@@ -329,7 +310,7 @@ class PrefixCache:
 
     def _is_supported(self) -> bool:
         """Plain attention in every layer, positions that can be told, and the proof on a small example."""
-        config = self._backbone.config.get_text_config()
+        config = cast(PreTrainedModel, self._backbone).config.get_text_config()
         parameters = inspect.signature(self._backbone.forward).parameters
         reason = ""
         if not {"past_key_values", "attention_mask"} <= set(parameters):
@@ -358,7 +339,6 @@ class PrefixCache:
     def _probe(self) -> float:
         """Largest relative difference between memoised and plain hidden states over a few steps with a restart."""
         self.enabled = True
-        self._fingerprint = [(p.data_ptr(), p._version) for p in self._weights]
         tokens = (np.arange(3 * 8).reshape(3, 8) * 5 + 1) % 11
         worst = 0.0
         for lengths in ([2, 3, 1], [3, 4, 2], [4, 2, 3], [5, 3, 4]):

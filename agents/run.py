@@ -271,7 +271,7 @@ def plot_learning_curve(directory: Path) -> None:
     figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     lines = axes.plot(tokens, table["objective/scores"], color="tab:blue", label="score (trained on)")
-    if "objective/gold_score" in table.dtype.names:
+    if "objective/gold_score" in (table.dtype.names or ()):
         lines += axes.plot(
             tokens, table["objective/gold_score"], color="tab:orange", label="gold score (only measured)"
         )

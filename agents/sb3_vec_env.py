@@ -31,7 +31,7 @@ class TextVecEnv(VecEnv):
         self._lengths = np.zeros(self.num_envs, dtype=np.int64)
         self._start = time.time()
 
-    def reset(self) -> dict[str, np.ndarray]:  # type: ignore[override]
+    def reset(self) -> dict[str, np.ndarray]:
         # SB3 keeps one seed and one options dict a row; ours reads one seed a row and options by key.
         seeds = [seed for seed in self._seeds if seed is not None]
         options = {
@@ -52,7 +52,7 @@ class TextVecEnv(VecEnv):
     def step_async(self, actions: np.ndarray) -> None:
         self._actions = np.asarray(actions).reshape(self.num_envs)
 
-    def step_wait(self) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, list[dict[str, Any]]]:  # type: ignore[override]
+    def step_wait(self) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, list[dict[str, Any]]]:
         # A learner of ours may have driven the same environment in between.
         self.vector_env.autoreset_mode = AutoresetMode.SAME_STEP
         observation, rewards, terminations, truncations, infos = self.vector_env.step(self._actions)
