@@ -10,6 +10,7 @@ Notation: B contexts, T columns, N scored positions, H hidden units, V tokens of
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -209,7 +210,7 @@ class CausalLM(nn.Module):
 
     @torch.no_grad()
     def _check_head(self) -> None:
-        """The head is applied apart from the model, only where it is needed; make sure that this is the same function."""
+        """The head is applied apart from the model, only where it is needed: prove that this is the same."""
         probe = torch.arange(4, device=self.device)[None] % self.n_tokens
         expected = self.model(input_ids=probe, use_cache=False).logits
         actual = self._head(self.hidden_states(probe))
@@ -280,7 +281,10 @@ def add_lora(model: PreTrainedModel, lora: dict[str, Any]) -> PreTrainedModel:
     """
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **lora}))  # type: ignore[return-value]
+    with warnings.catch_warnings():
+        # GPT-2's layers are stored transposed. PEFT sees that by itself, and corrects it, but warns.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+        return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **lora}))  # type: ignore[return-value]
 
 
 def load_tokenizer(model: Any) -> PreTrainedTokenizerBase | None:

@@ -223,7 +223,8 @@ class EpisodeBuffer(RolloutBuffer):
     def compute_returns_and_advantage(self, last_values: torch.Tensor, dones: np.ndarray) -> None:
         """GAE over every segment, after the reward has been shaped.
 
-        :param last_values: [n_envs], values after the last step. :param dones: [n_envs], the last step ended an episode.
+        :param last_values: [n_envs], values after the last step.
+        :param dones: [n_envs], whether the last step ended an episode.
         """
         bootstrap = np.zeros(self._n_segments, dtype=np.float32)
         cut = (self._open >= 0) & ~np.asarray(dones, dtype=bool)

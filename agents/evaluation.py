@@ -25,7 +25,8 @@ def load_policy(
     """A policy for evaluation and sampling.
 
     :param model: as for ``CausalLMPolicy``; a directory of ``save_pretrained`` is one.
-    :param env: gives the spaces, EOS and the minimum length. :param device: where it runs. :param dtype: of the weights.
+    :param env: gives the spaces, EOS and the minimum length.
+    :param device: where it runs. :param dtype: of the weights.
     :param temperature: 1 evaluates the model itself.
     :return: the policy.
     """

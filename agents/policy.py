@@ -46,7 +46,8 @@ class CausalLMPolicy(ActorCriticPolicy):
     :param prefix_cache: remember keys and values of contexts already seen. The results are the same without.
     :param tokenizer: saved beside the model; by default the one found there.
     :param use_sde: must be False; part of SB3's signature.
-    :param optimizer_class: the optimiser; :param optimizer_kwargs: its arguments (Adam: eps 1e-5 unless said otherwise).
+    :param optimizer_class: the optimiser.
+    :param optimizer_kwargs: its arguments (Adam: eps 1e-5 unless said otherwise).
     :raises ValueError: if the spaces are not the text environment's, or the model has fewer logits than V.
     """
 

@@ -94,7 +94,9 @@ class FixedKL:
 
 
 class AdaptiveKL:
-    """β follows a target KL by proportional control of its logarithm (Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, §2.2).
+    """β follows a target KL by proportional control of its logarithm.
+
+    Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, section 2.2.
 
     :param coef: β at the start. :param target: KL per episode to hold (nats). :param horizon: episodes; β moves by at
         most 20 % in a fifth of it.

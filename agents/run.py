@@ -40,7 +40,7 @@ class EnvConfig:
     prompts: str = "builtin"
     """'builtin', 'builtin:eval', a file (.jsonl, .json, .csv, .txt) or 'module:function'."""
     reward: str = "builtin"
-    """'builtin', 'sentiment', a classifier's directory or hub name, 'module:function', or a sum: 'builtin+0.5*sentiment'."""
+    """'builtin', 'sentiment', a classifier's directory or hub name, 'module:function', a sum ('builtin+0.5*sentiment')."""
     gold: str | None = "sentiment"
     """A second score, measured and logged as gold_score, never trained on."""
     max_prompt_tokens: int = 16

@@ -23,6 +23,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -124,9 +125,7 @@ def read_jsonl(path: Path) -> list[Record]:
     :param path: the file, gzipped if its name ends in ``.gz``
     :return: one dictionary a line
     """
-    with (
-        gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as f
-    ):
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as f:
         return [json.loads(line) for line in f]
 
 
@@ -159,19 +158,19 @@ def note(out: Path, stage: str, figures: Record) -> None:
 # -------------------------------------------------------------------------------------------------- cleaning
 
 CHARACTERS = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "..."})
-MARKDOWN = re.compile(
-    r"(\*\*|__)(\S(?:.*?\S)?)\1|(?<!\w)[*_](\S(?:[^*_]*?\S)?)[*_](?!\w)|^\s*(?:#+|[-*•]|\d+\.)\s+"
-)
+MARKDOWN = re.compile(r"(\*\*|__)(\S(?:.*?\S)?)\1|(?<!\w)[*_](\S(?:[^*_]*?\S)?)[*_](?!\w)|^\s*(?:#+|[-*•]|\d+\.)\s+")
 LEFTOVER = re.compile(r"[*_`#|<>\[\]{}~^\\]|https?:|[^\x20-\x7e\xa1-\xff]")
 # The writer spoke of itself, of its task or to whoever gave it.
 ASSISTANT_TALK = re.compile(
     r"language model|\bas an? (?:AI|artificial)\b|\bAI (?:assistant|model|language)"
     r"|\bI(?:'m| am) an? (?:AI|assistant)\b|\b(?:virtual|digital|writing) assistant|chatbot"
     r"|happy to (?:help|assist|write)|here to help|can i help|help you with"
-    r"|i'm sorry,? but|i am sorry,? but|\bi(?:'m| am) unable to|i can(?:not|'t) (?:provide|fulfil|write|assist)"
+    r"|i'm sorry,? but|i am sorry,? but|\bi(?:'m| am) unable to"
+    r"|i can(?:not|'t) (?:provide|fulfil|write|assist)"
     r"|i don't have (?:personal|access|any personal|the exact|enough information)"
     r"|(?:want|like) me to (?:write|review|help)|answer your|feel free to|let me know if|rewritten|rewrite"
-    r"|\byour (?:request|review|question|prompt|essay|text|draft)\b|here(?:'s| is) (?:a|an|my|the|your|some)\b"
+    r"|\byour (?:request|review|question|prompt|essay|text|draft)\b"
+    r"|here(?:'s| is) (?:a|an|my|the|your|some)\b"
     r"|(?:movie|film|short|brief|this|my|the|first-person|critical) review\b"
     r"|bored and annoyed|first-person|word (?:count|limit)|\bnote:|\bdialogue:|\breview:",
     re.IGNORECASE,
@@ -225,9 +224,7 @@ def clean(config: Clean) -> None:
     :param config: where from and where to
     """
     raw = read_jsonl(config.raw)
-    reviews: dict[
-        str, Record
-    ] = {}  # keyed by the text in lower case, which drops duplicates and keeps the order
+    reviews: dict[str, Record] = {}  # keyed by the text in lower case, which drops duplicates and keeps the order
     for record in raw:
         text = clean_text(record["text"], record["opening"])
         if text is not None:
@@ -288,9 +285,7 @@ def build_tokenizer(config: Build) -> Record:
 # -------------------------------------------------------------------------------------------- language model
 
 
-def batches_of_tokens(
-    lengths: list[int], batch_tokens: int, rng: np.random.Generator | None
-) -> Iterator[list[int]]:
+def batches_of_tokens(lengths: list[int], batch_tokens: int, rng: np.random.Generator | None) -> Iterator[list[int]]:
     """Group sequences of similar length, so that hardly anything is padding.
 
     :param lengths: the length of each sequence
@@ -331,12 +326,8 @@ def next_token_losses(model: Any, sequences: list[list[int]]) -> Tensor:
     # Right padding is invisible to the real tokens of a causal model: no attention mask is needed.
     ids = pad_right(sequences, value=-100)  # (B, T)
     real = ids[:, 1:] != -100
-    hidden = model.model(input_ids=ids[:, :-1].clamp(min=0), use_cache=False).last_hidden_state[
-        real
-    ]  # (N, H)
-    return torch.nn.functional.cross_entropy(
-        model.lm_head(hidden).float(), ids[:, 1:][real], reduction="none"
-    )
+    hidden = model.model(input_ids=ids[:, :-1].clamp(min=0), use_cache=False).last_hidden_state[real]  # (N, H)
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden).float(), ids[:, 1:][real], reduction="none")
 
 
 @torch.no_grad()
@@ -349,11 +340,7 @@ def nats_per_token(model: Any, sequences: list[list[int]]) -> float:
     """
     model.eval()
     batches = batches_of_tokens([len(sequence) for sequence in sequences], 8192, rng=None)
-    return (
-        torch.cat([next_token_losses(model, [sequences[i] for i in batch]) for batch in batches])
-        .mean()
-        .item()
-    )
+    return torch.cat([next_token_losses(model, [sequences[i] for i in batch]) for batch in batches]).mean().item()
 
 
 def tokenize(tokenizer: Any, reviews: list[Record]) -> list[list[int]]:
@@ -405,9 +392,7 @@ def build_language_model(config: Build) -> Record:
     )
     rng = np.random.default_rng(config.seed)
     lengths = [len(sequence) for sequence in train]
-    batches = [
-        batch for _ in range(config.epochs) for batch in batches_of_tokens(lengths, config.batch_tokens, rng)
-    ]
+    batches = [batch for _ in range(config.epochs) for batch in batches_of_tokens(lengths, config.batch_tokens, rng)]
     matrices = [p for p in model.parameters() if p.ndim == 2]
     gains = [p for p in model.parameters() if p.ndim != 2]
     optimizer = torch.optim.AdamW(
@@ -464,7 +449,19 @@ def build_language_model(config: Build) -> Record:
 
 # --------------------------------------------------------------------------------------------------- prompts
 
-TURNING_WORDS = set("but despite least without like no not too never lack only".split())
+# Words that vaderSentiment treats apart from its lists, and a few that promise a contrast.
+TURNING_WORDS = {"but", "despite", "least", "without", "like", "no", "not", "too", "never", "lack", "only"}
+
+
+@cache
+def analyzer() -> Any:
+    """The lexicon's analyzer, loaded once.
+
+    :return: a SentimentIntensityAnalyzer
+    """
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    return SentimentIntensityAnalyzer()
 
 
 def is_neutral(prompt: str) -> bool:
@@ -475,9 +472,15 @@ def is_neutral(prompt: str) -> bool:
     """
     from vaderSentiment.vaderSentiment import BOOSTER_DICT, NEGATE
 
-    words = re.findall(r"[a-z']+", prompt.lower())
-    turning = any(w in NEGATE or w in BOOSTER_DICT or w in TURNING_WORDS or w.endswith("n't") for w in words)
-    return not turning and lexicon_scores([prompt])[0] == 0
+    # Word by word: a text may also score 0 because a good word and a bad one cancel out.
+    return not any(
+        word in analyzer().lexicon
+        or word in NEGATE
+        or word in BOOSTER_DICT
+        or word in TURNING_WORDS
+        or word.endswith("n't")
+        for word in re.findall(r"[a-z']+", prompt.lower())
+    )
 
 
 def build_prompts(config: Build) -> Record:
@@ -509,9 +512,7 @@ def build_prompts(config: Build) -> Record:
     chosen = [prompt for prompt in chosen if len(tokenizer(prompt)["input_ids"]) <= 12]
     n_all = config.n_prompts + config.n_eval_prompts
     if len(chosen) < n_all:
-        raise ValueError(
-            f"the corpus yields {len(chosen)} prompts, but {n_all} were asked for: use more reviews"
-        )
+        raise ValueError(f"the corpus yields {len(chosen)} prompts, but {n_all} were asked for: use more reviews")
     shuffled = np.random.default_rng(config.seed).permutation(chosen[:n_all]).tolist()
     splits = ["train"] * config.n_prompts + ["eval"] * config.n_eval_prompts
     records = [{"prompt": prompt, "split": split} for prompt, split in zip(shuffled, splits, strict=True)]
@@ -539,10 +540,7 @@ def lexicon_scores(texts: list[str]) -> np.ndarray:
     :param texts: finished texts, prompt included
     :return: float64, between -1 and 1
     """
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-    analyzer = SentimentIntensityAnalyzer()
-    return np.array([analyzer.polarity_scores(text)["compound"] for text in texts])
+    return np.array([analyzer().polarity_scores(text)["compound"] for text in texts])
 
 
 def lexicon_valences(tokenizer: Any) -> Tensor:
@@ -551,9 +549,7 @@ def lexicon_valences(tokenizer: Any) -> Tensor:
     :param tokenizer: the tokenizer
     :return: float32, (V,), about -4 to 4, 0 for tokens that are no word of the lexicon
     """
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-    lexicon = SentimentIntensityAnalyzer().lexicon
+    lexicon = analyzer().lexicon
     words = [tokenizer.decode([i]) for i in range(len(tokenizer))]
     return torch.tensor([lexicon.get(word[1:], 0.0) if word.startswith(" ") else 0.0 for word in words])
 
@@ -596,14 +592,10 @@ def sample(
     valences = lexicon_valences(tokenizer)
     completions: list[str] = []
     for start in range(0, len(prompts), 256):
-        batch = tokenizer(
-            prompts[start : start + 256], padding=True, padding_side="left", return_tensors="pt"
-        )
+        batch = tokenizer(prompts[start : start + 256], padding=True, padding_side="left", return_tensors="pt")
         processors = transformers.LogitsProcessorList()
         if strengths is not None:
-            processors.append(
-                Steer(torch.tensor(strengths[start : start + 256], dtype=torch.float32), valences)
-            )
+            processors.append(Steer(torch.tensor(strengths[start : start + 256], dtype=torch.float32), valences))
         ids = model.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
@@ -656,9 +648,7 @@ def build_preferences(config: Build) -> Record:
     :return: figures for the report
     """
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.out / "language_model")
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        config.out / "language_model", dtype=torch.float32
-    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(config.out / "language_model", dtype=torch.float32)
     rng = np.random.default_rng(config.seed)
     figures: Record = {"steered_share": config.steered_share}
     records: list[Record] = []
@@ -679,8 +669,7 @@ def build_preferences(config: Build) -> Record:
         )
         first, second = texts[::2], texts[1::2]
         scores_a, scores_b = (
-            lexicon_scores([p + text for p, text in zip(prompts, half, strict=True)])
-            for half in (first, second)
+            lexicon_scores([p + text for p, text in zip(prompts, half, strict=True)]) for half in (first, second)
         )
         differences = scores_a - scores_b
         if split == "train":
@@ -747,6 +736,22 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[inverse])
 
 
+def pair_tokens(tokenizer: Any, pairs: list[Record]) -> dict[str, list[list[int]]]:
+    """Tokenize pairs for TRL's RewardTrainer.
+
+    Given text, the trainer would append eos. The environment scores prompt + completion as it stands, whether it
+    ended by itself or by the budget, so the trainer is given exactly those tokens.
+
+    :param tokenizer: the tokenizer
+    :param pairs: records with prompt, chosen, rejected
+    :return: the columns chosen_ids and rejected_ids
+    """
+    return {
+        f"{key}_ids": tokenizer([pair["prompt"] + pair[key] for pair in pairs])["input_ids"]
+        for key in ("chosen", "rejected")
+    }
+
+
 def build_reward_model(config: Build) -> Record:
     """Train the reward model on the pairs with TRL's RewardTrainer, then normalise it.
 
@@ -765,17 +770,11 @@ def build_reward_model(config: Build) -> Record:
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         config.out / "language_model", num_labels=1, dtype=torch.float32
     )
-    # Given text, RewardTrainer would append eos. The environment scores prompt + completion as it stands, whether
-    # it ended by itself or by the budget, so the trainer is given exactly those tokens.
-    columns = {
-        f"{key}_ids": tokenizer([pair["prompt"] + pair[key] for pair in train])["input_ids"]
-        for key in ("chosen", "rejected")
-    }
     with tempfile.TemporaryDirectory() as scratch:
         trainer = RewardTrainer(
             model=model,
             processing_class=tokenizer,
-            train_dataset=Dataset.from_dict(columns),
+            train_dataset=Dataset.from_dict(pair_tokens(tokenizer, train)),
             args=RewardConfig(
                 output_dir=scratch,
                 num_train_epochs=config.reward_epochs,
@@ -788,7 +787,7 @@ def build_reward_model(config: Build) -> Record:
                 seed=config.seed,
                 use_cpu=True,
                 bf16=False,
-                gradient_checkpointing=False,  # TRL's default; it saves memory that is not short here
+                gradient_checkpointing=False,  # on by default in TRL, to save memory that is not short here
                 dataloader_pin_memory=False,
                 report_to="none",
                 save_strategy="no",
@@ -800,9 +799,7 @@ def build_reward_model(config: Build) -> Record:
     tokenizer.save_pretrained(path)
 
     model = transformers.AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
-    policy = transformers.AutoModelForCausalLM.from_pretrained(
-        config.out / "language_model", dtype=torch.float32
-    )
+    policy = transformers.AutoModelForCausalLM.from_pretrained(config.out / "language_model", dtype=torch.float32)
 
     def untrained_policy_texts(split: str) -> list[str]:
         prompts = load_prompts(config.out, split)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from text_env.episodes import Episodes, EpisodesFace, Observation
 from text_env.prompts import OverlongPrompts
-from text_env.rendering import RENDER_MODES, check_render_mode, render
+from text_env.rendering import METADATA, check_render_mode, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,13 +30,13 @@ class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
     ``"stop"`` or ``"length"``), the ``metrics``, and ``reward/<name>`` for each part of a weighted sum. The info of a
     reset holds ``prompt``.
 
-    :param tokenizer: ``"builtin"``, a directory, a hub name, or a live Hugging Face tokenizer with an eos token. Here and
-        below, names are the better form: Gymnasium deep-copies live objects when a wrapper's ``spec`` is read.
+    :param tokenizer: ``"builtin"``, a directory, a hub name, or a live Hugging Face tokenizer with an eos token. Here
+        and below, names are the better form: Gymnasium deep-copies live objects when a wrapper's ``spec`` is read.
     :param prompts: ``"builtin"``, ``"builtin:eval"``, a file (.jsonl, .json, .csv, .txt), ``"module:function"``, a list
         of strings, a list of mappings with the key ``"prompt"``, or a ``datasets.Dataset``. Columns go to the reward.
-    :param reward: ``"builtin"``, ``"sentiment"``, directory or hub name of a sequence classifier, ``"module:function"``,
-        a callable ``(prompts, completions, completion_ids, **columns) -> list[float]``, or a weighted sum of these, as
-        ``{"builtin": 1.0, "sentiment": 0.5}`` or ``"builtin+0.5*sentiment"``.
+    :param reward: ``"builtin"``, ``"sentiment"``, directory or hub name of a sequence classifier,
+        ``"module:function"``, a callable ``(prompts, completions, completion_ids, **columns) -> list[float]``, or a
+        weighted sum of these, as ``{"builtin": 1.0, "sentiment": 0.5}`` or ``"builtin+0.5*sentiment"``.
     :param max_prompt_tokens: the longest prompt, in tokens.
     :param max_new_tokens: the response budget, in tokens, EOS included.
     :param min_new_tokens: an EOS with fewer response tokens than this before it is an ordinary token.
@@ -50,7 +50,7 @@ class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
     :raises ValueError: if an argument is out of range or names something that is not there; it says what is.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": list(RENDER_MODES), "render_fps": 10}
+    metadata: dict[str, Any] = METADATA
 
     def __init__(
         self,
@@ -90,8 +90,8 @@ class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
         """Start an episode.
 
         :param seed: begin the sequence of prompts (and the group of them) anew.
-        :param options: ``"prompt"`` (text or token ids) instead of a drawn one; ``"response"`` (text or token ids): start
-            in the middle of it. It counts against the budget and belongs to the completion.
+        :param options: ``"prompt"`` (text or token ids) instead of a drawn one; ``"response"`` (text or token ids):
+            start in the middle of it. It counts against the budget and belongs to the completion.
         :return: observation, and info with ``prompt``.
         :raises ValueError: if a prompt or a response cannot be used. The running episode goes on then.
         """
@@ -110,9 +110,7 @@ class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
         :raises gymnasium.error.ResetNeeded: if the episode has ended.
         :raises text_env.rewards.RewardError: if the reward fails. The step has not happened then and can be repeated.
         """
-        rewards, terminated, infos = self.episodes.append(
-            np.zeros(1, np.int64), self.episodes.tokens([action])
-        )
+        rewards, terminated, infos = self.episodes.append(np.zeros(1, np.int64), self.episodes.tokens([action]))
         return (
             self.episodes.observe(0),
             float(rewards[0]),
@@ -121,8 +119,8 @@ class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
             infos[0] if infos else {},
         )
 
-    def render(self) -> str | NDArray[np.uint8] | None:  # type: ignore[override]
+    def render(self) -> str | NDArray[np.uint8] | None:
         """
-        :return: prompt and response so far: as text (``"ansi"``), as an image (``"rgb_array"``), or printed (``"human"``).
+        :return: prompt and response so far as text (``"ansi"``) or image (``"rgb_array"``); ``"human"`` prints them.
         """
         return render(self.render_mode, *self.episodes.text(0))

@@ -35,7 +35,7 @@ RESERVED_INFO = frozenset({"score", "prompt", "completion", "finish_reason", "fi
 
 
 class Opening(NamedTuple):
-    """How one episode is to start: a given prompt (None: draw one) and the tokens of its response that exist already."""
+    """How one episode is to start: a given prompt (None: draw one) and the response tokens that exist already."""
 
     prompt: Prompt | None = None
     response: Sequence[int] = ()
@@ -50,7 +50,7 @@ class Episodes:
     :param reward: what :func:`text_env.rewards.make_reward` takes. Paid on the last token.
     :param max_prompt_tokens: the longest prompt.
     :param max_new_tokens: the response budget in tokens, EOS included.
-    :param min_new_tokens: an EOS with fewer response tokens than this before it is an ordinary token, which ends nothing
+    :param min_new_tokens: an EOS with fewer response tokens than this before it is an ordinary token that ends nothing
         (a policy that knows of it gives EOS probability 0 there). Stop strings and the budget end a text regardless.
     :param stop: strings that end a text as soon as its completion contains one; the completion keeps it.
     :param group_size: so many episodes that start one after another share a prompt.
@@ -105,12 +105,8 @@ class Episodes:
         self.prompts = Prompts(prompts, self.tokenizer, max_prompt_tokens, overlong_prompts)
         self.reward = make_reward(reward)
         self.metrics = {name: make_reward(metric) for name, metric in (metrics or {}).items()}
-        if clash := sorted(
-            name for name in self.metrics if name in RESERVED_INFO or name.startswith(("_", "reward/"))
-        ):
-            raise ValueError(
-                f"Expected metrics to have names that the final info does not use yet, got {clash}."
-            )
+        if clash := sorted(name for name in self.metrics if name in RESERVED_INFO or name.startswith(("_", "reward/"))):
+            raise ValueError(f"Expected metrics to have names that the final info does not use yet, got {clash}.")
 
         columns = max_prompt_tokens + max_new_tokens
         # Where a text ends is known from these counts alone, never from content: pad may be the same token as eos.
@@ -125,10 +121,10 @@ class Episodes:
 
     # What can be seen of the episodes
 
-    def observation_space(self) -> spaces.Dict:
+    def observation_space(self) -> spaces.Space[Observation]:
         """Of one row: prompt, then response, then padding, left-aligned."""
         columns = self._input_ids.shape[1]
-        return spaces.Dict(
+        return spaces.Dict(  # type: ignore[return-value]
             {
                 "input_ids": spaces.Box(0, self.vocabulary - 1, (columns,), np.int64),
                 "attention_mask": spaces.Box(0, 1, (columns,), np.int8),
@@ -144,8 +140,8 @@ class Episodes:
     def observe(self, row: int | slice = slice(None)) -> Observation:
         """
         :param row: one row, or all of them.
-        :return: a fresh copy: ``input_ids`` int64 [n, L], ``attention_mask`` int8 [n, L], ``prompt_length`` int64 [n, 1],
-            without the leading n for one row.
+        :return: a fresh copy: ``input_ids`` int64 [n, L], ``attention_mask`` int8 [n, L], ``prompt_length`` int64
+            [n, 1], without the leading n for one row.
         """
         return {
             "input_ids": self._input_ids[row].copy(),
@@ -164,8 +160,8 @@ class Episodes:
     def openings(self, count: int, options: Mapping[str, Sequence[Any] | None]) -> list[Opening]:
         """Check what a user asks of ``count`` episodes to be started. Draws nothing and changes nothing.
 
-        :param options: ``"prompt"`` and ``"response"``, either may be missing or None: one entry per episode, each text,
-            token ids or None (a drawn prompt, an empty response).
+        :param options: ``"prompt"`` and ``"response"``, either may be missing or None: one entry per episode, each
+            text, token ids or None (a drawn prompt, an empty response).
         :raises ValueError: for another option or another number of entries, if a prompt is empty or overlong, or if a
             response is finished already.
         """
@@ -215,16 +211,14 @@ class Episodes:
 
         :param rows: indices of k rows.
         :param generators: k generators; a prompt is drawn from the generator of the row that opens a group.
-        :param openings: k of them, as :meth:`openings` made them. Episodes with a given prompt stand outside the groups.
+        :param openings: k of them, made by :meth:`openings`. Episodes with a given prompt stand outside the groups.
         :param new_group: begin with a new group, as a reset with a seed does.
         :return: k reset infos.
         """
         if new_group:
             self._group_left = 0
         infos = []
-        for row, generator, opening in zip(
-            rows, generators, openings or [Opening()] * len(rows), strict=True
-        ):
+        for row, generator, opening in zip(rows, generators, openings or [Opening()] * len(rows), strict=True):
             prompt = opening.prompt or self._next_prompt(generator)
             ids = [*prompt.token_ids, *opening.response]
             self._prompt[row] = prompt
@@ -270,13 +264,13 @@ class Episodes:
         if len(rows) and (tokens.min() < 0 or tokens.max() >= self.vocabulary):
             wrong = (tokens < 0) | (tokens >= self.vocabulary)
             raise ValueError(
-                f"Expected every action to be a token in [0, {self.vocabulary}), got {tokens[wrong].tolist()} for rows "
-                f"{rows[wrong].tolist()}."
+                f"Expected every action to be a token in [0, {self.vocabulary}), got {tokens[wrong].tolist()} for "
+                f"rows {rows[wrong].tolist()}."
             )
         if (over := self.finished[rows]).any():
             raise gym.error.ResetNeeded(
-                f"A step after the end: the episodes of rows {rows[over].tolist()} are over or were never started. Start "
-                f"new ones with reset(), in a vector environment with reset(options={{'reset_mask': ...}})."
+                f"A step after the end: the episodes of rows {rows[over].tolist()} are over or were never started. "
+                f"Start new ones with reset(), in a vector environment with reset(options={{'reset_mask': ...}})."
             )
         columns = self._length[rows]  # where the tokens go
         before = columns - self._prompt_length[rows]  # response tokens until now
@@ -288,7 +282,8 @@ class Episodes:
             stopped = np.array(self._stops(contexts, [self._prompt[row] for row in rows]), np.bool_)
             terminated |= stopped
 
-        rewards, infos = np.zeros(len(rows)), []
+        rewards = np.zeros(len(rows))
+        infos: list[dict[str, Any]] = []
         if terminated.any():
             reasons = np.where(eos, "eos", np.where(stopped, "stop", "length"))[terminated].tolist()
             rewards[terminated], infos = self.finish(rows[terminated], tokens[terminated], reasons)
@@ -302,9 +297,11 @@ class Episodes:
     def finish(
         self, rows: NDArray[np.int64], tokens: NDArray[np.integer[Any]], reasons: Sequence[str]
     ) -> tuple[NDArray[np.float64], list[dict[str, Any]]]:
-        """Score the texts that end with these tokens, which are not appended yet. One call per reward for all of them.
+        """Score the texts that end with these tokens, which are not appended yet; one call per reward for them all.
 
-        :param rows: int64 [k]. :param tokens: integers [k]. :param reasons: ``"eos"``, ``"stop"`` or ``"length"``, k of them.
+        :param rows: int64 [k].
+        :param tokens: integers [k].
+        :param reasons: k times ``"eos"``, ``"stop"`` or ``"length"``.
         :return: scores float64 [k], and k final infos.
         :raises text_env.rewards.RewardError: if a reward fails.
         """
@@ -313,9 +310,7 @@ class Episodes:
         texts = FinishedTexts(
             prompts=[prompt.text for prompt in prompts],
             completions=self._completions(contexts, prompts),
-            completion_ids=[
-                ids[len(prompt.token_ids) :] for ids, prompt in zip(contexts, prompts, strict=True)
-            ],
+            completion_ids=[ids[len(prompt.token_ids) :] for ids, prompt in zip(contexts, prompts, strict=True)],
             columns={name: [prompt.columns[name] for prompt in prompts] for name in self.prompts.columns},
         )
         numbers = score_parts(self.reward, texts)

@@ -110,7 +110,7 @@ def _load_by_name(spec: str | Path) -> Any:
             )
         try:
             with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-                return READERS[suffix](file)  # type: ignore[arg-type]
+                return READERS[suffix](file)
         except ValueError as error:  # malformed JSON, or not UTF-8
             raise ValueError(f"Expected {name!r} to be a well-formed {suffix} file: {error}") from error
     if is_object_name(name):
@@ -140,9 +140,7 @@ class Prompts(Sequence[Prompt]):
         overlong: OverlongPrompts = "error",
     ) -> None:
         if overlong not in get_args(OverlongPrompts):
-            raise ValueError(
-                f"Expected overlong_prompts to be one of {get_args(OverlongPrompts)}, got {overlong!r}."
-            )
+            raise ValueError(f"Expected overlong_prompts to be one of {get_args(OverlongPrompts)}, got {overlong!r}.")
         self.tokenizer = tokenizer
         self.max_prompt_tokens = max_prompt_tokens
         self.overlong = overlong
@@ -150,9 +148,7 @@ class Prompts(Sequence[Prompt]):
         # Rewards get the same columns whatever the batch holds, so a row that lacks one has None there.
         self.columns = tuple(dict.fromkeys(key for row in rows for key in row if key != "prompt"))
         texts = [row["prompt"] for row in rows]
-        fitted = [
-            self._fit(text, ids) for text, ids in zip(texts, tokenizer(texts)["input_ids"], strict=True)
-        ]
+        fitted = [self._fit(text, ids) for text, ids in zip(texts, tokenizer(texts)["input_ids"], strict=True)]
         decoded = decode(tokenizer, [ids for _, ids in fitted])
         self._prompts = [
             Prompt(text, ids, spelt, {column: row.get(column) for column in self.columns})

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 RenderMode = Literal["human", "ansi", "rgb_array"]
 
 RENDER_MODES: tuple[str, ...] = get_args(RenderMode)
+METADATA: dict[str, Any] = {"render_modes": list(RENDER_MODES), "render_fps": 10}  # of both environments
 
 # Every frame has the same size, since videos need that. 80 characters of Pillow's own font fit into a line.
 FRAME_HEIGHT, FRAME_WIDTH = 256, 512
@@ -50,9 +51,7 @@ def _print(prompt: str, response: str) -> None:
 def _draw(text: str) -> NDArray[np.uint8]:
     from PIL import Image, ImageDraw, ImageFont
 
-    lines = [
-        line for paragraph in text.splitlines() for line in textwrap.wrap(paragraph, _CHARACTERS) or [""]
-    ]
+    lines = [line for paragraph in text.splitlines() for line in textwrap.wrap(paragraph, _CHARACTERS) or [""]]
     image = Image.new("RGB", (FRAME_WIDTH, FRAME_HEIGHT), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default_imagefont()
     shown: list[Any] = lines[-(FRAME_HEIGHT // _LINE_HEIGHT) :]  # the newest lines, when there are too many

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Reward(Protocol):
-    """The call that every reward understands; a function that names only some of these needs ``**kwargs`` for the rest."""
+    """The call that every reward understands; a function that names only some of it needs ``**kwargs`` for the rest."""
 
     def __call__(self, **batch: Any) -> Iterable[float]:
         """
@@ -169,9 +169,7 @@ class Normalized:
 
     def __init__(self, reward: Any, mean: float, std: float) -> None:
         if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
-            raise ValueError(
-                f"Expected a finite mean and a standard deviation above 0, got mean={mean}, std={std}."
-            )
+            raise ValueError(f"Expected a finite mean and a standard deviation above 0, got mean={mean}, std={std}.")
         self.reward = make_reward(reward)
         self.mean, self.std = mean, std
         self.name = f"normalized({reward_name(self.reward)})"
@@ -243,17 +241,15 @@ class SequenceClassifierReward:
             raise ValueError(f"Expected batch_size of at least 1, got {batch_size}.")
         if isinstance(model, str | Path):
             self.name = Path(model).name
-            target = torch.device(
-                ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-            )
+            target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
             if dtype == "auto" and target.type == "cpu":
                 dtype = "float32"
             try:
                 loaded = AutoModelForSequenceClassification.from_pretrained(str(model), dtype=dtype)
             except (OSError, ValueError) as error:
                 raise ValueError(
-                    f"Expected a directory or hub name of a Hugging Face sequence classifier, got {str(model)!r}, which "
-                    f"could not be loaded: {error}"
+                    f"Expected a directory or hub name of a Hugging Face sequence classifier, got {str(model)!r}, "
+                    f"which could not be loaded: {error}"
                 ) from error
             self.model: PreTrainedModel = loaded.to(target)
             tokenizer = str(model) if tokenizer is None else tokenizer
@@ -282,16 +278,17 @@ class SequenceClassifierReward:
             config.pad_token_id = self.tokenizer.pad_token_id
 
     def _label_index(self, label: str | int | None) -> int | None:
-        labels = self.model.config.id2label
+        labels = self.model.config.id2label or {}
         if len(labels) == 1:
             return None
         if label is None and len(labels) == 2:
             return 1
-        index = self.model.config.label2id.get(label, label)
+        ids: dict[Any, Any] = self.model.config.label2id or {}
+        index = ids.get(label, label)
         if not isinstance(index, int) or index not in labels:
             raise ValueError(
-                f"Reward {self.name!r} has {len(labels)} labels: expected label= to be one of {list(labels.values())} or "
-                f"its index, got {label!r}."
+                f"Reward {self.name!r} has {len(labels)} labels: expected label= to be one of {list(labels.values())} "
+                f"or its index, got {label!r}."
             )
         return index
 
@@ -321,9 +318,7 @@ class SequenceClassifierReward:
     @staticmethod
     def _log_odds(logits: Any, label: int) -> Any:
         others = [index for index in range(logits.shape[1]) if index != label]
-        return logits[:, label] - logits[:, others].logsumexp(
-            dim=1
-        )  # two labels: the difference of their logits
+        return logits[:, label] - logits[:, others].logsumexp(dim=1)  # two labels: the difference of their logits
 
 
 # Classifiers made by name are shared while somebody holds them: 64 scalar environments need one reward model, not 64.
@@ -351,8 +346,9 @@ def make_reward(spec: Any) -> Any:
     """Resolve a reward.
 
     :param spec: a callable (used as it is); ``"builtin"`` or ``"sentiment"``; a directory or a hub name
-        (``"organisation/model"``) of a Hugging Face sequence classifier; ``"module:function"``; a mapping of such names to
-        weights; or that mapping as a string, ``"builtin+0.5*sentiment"``. Names win over directories of the same name.
+        (``"organisation/model"``) of a Hugging Face sequence classifier; ``"module:function"``; a mapping of such names
+        to weights; or that mapping as a string, ``"builtin+0.5*sentiment"``. Names win over directories
+        of the same name.
     :return: a callable as :class:`Reward` describes it.
     :raises ValueError: for an unknown name (the known ones are listed).
     :raises TypeError: if it is not callable, or is a coroutine function.
@@ -362,21 +358,15 @@ def make_reward(spec: Any) -> Any:
         for part, weight in spec.items():
             reward = make_reward(part)
             if (name := reward_name(reward)) in parts:
-                raise ValueError(
-                    f"Expected the rewards of a weighted sum to have different names, got {name!r} twice."
-                )
+                raise ValueError(f"Expected the rewards of a weighted sum to have different names, got {name!r} twice.")
             parts[name] = (reward, weight)
         return WeightedSum(parts)
     if isinstance(spec, str | Path):
         return _make_by_name(str(spec))
     if not callable(spec):
-        raise TypeError(
-            f"Expected a reward to be a callable, a name or a mapping of names to weights, got {spec!r}."
-        )
+        raise TypeError(f"Expected a reward to be a callable, a name or a mapping of names to weights, got {spec!r}.")
     if inspect.iscoroutinefunction(spec) or inspect.iscoroutinefunction(getattr(spec, "__call__", None)):  # noqa: B004
-        raise TypeError(
-            f"Expected reward {reward_name(spec)!r} to be an ordinary function, got a coroutine function."
-        )
+        raise TypeError(f"Expected reward {reward_name(spec)!r} to be an ordinary function, got a coroutine function.")
     return spec
 
 
@@ -393,8 +383,8 @@ def _make_by_name(name: str) -> Any:
         return _classifier(name)
     raise ValueError(
         f"Unknown reward {name!r}. Known names: {', '.join(KNOWN_REWARDS)}. Otherwise give a directory or hub name "
-        f"('organisation/model') of a Hugging Face sequence classifier, 'module:function', a callable, or a weighted sum "
-        f"such as 'builtin+0.5*sentiment'."
+        f"('organisation/model') of a Hugging Face sequence classifier, 'module:function', a callable, or a weighted "
+        f"sum such as 'builtin+0.5*sentiment'."
     )
 
 
@@ -405,9 +395,7 @@ def _parse_sum(text: str) -> dict[str, float]:
         try:
             number = float(weight) if star else 1.0
         except ValueError as error:
-            raise ValueError(
-                f"Expected each term of {text!r} to be 'name' or 'weight*name', got {term!r}."
-            ) from error
+            raise ValueError(f"Expected each term of {text!r} to be 'name' or 'weight*name', got {term!r}.") from error
         name = name.strip()
         if not name or name in weights:
             raise ValueError(f"Expected each term of {text!r} to name another reward, got {term!r}.")

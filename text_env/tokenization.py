@@ -25,9 +25,7 @@ def load_tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase) -> PreTraine
         from text_env.builtin import LANGUAGE_MODEL
 
         try:
-            loaded = AutoTokenizer.from_pretrained(
-                str(LANGUAGE_MODEL if tokenizer == "builtin" else tokenizer)
-            )
+            loaded = AutoTokenizer.from_pretrained(str(LANGUAGE_MODEL if tokenizer == "builtin" else tokenizer))
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"Expected tokenizer to be 'builtin', a directory with tokenizer files, a hub name or a Hugging Face "
@@ -47,6 +45,8 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[Sequence[int]
     :return: the texts, without special tokens and otherwise exactly as the tokens spell them: "cleaning up" spaces
         would move the border between prompt and completion.
     """
+    if not token_ids:
+        return []  # `batch_decode` would take an empty batch for one empty text
     return tokenizer.batch_decode(
         [list(ids) for ids in token_ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
@@ -72,7 +72,5 @@ def decode_completions(
     completions = []
     for text, ids, length, prompt in zip(texts, contexts, prompt_lengths, prompt_texts, strict=True):
         # Not a prefix: the border splits a character or a merged special token. The response alone is the best answer.
-        completions.append(
-            text[len(prompt) :] if text.startswith(prompt) else decode(tokenizer, [ids[length:]])[0]
-        )
+        completions.append(text[len(prompt) :] if text.startswith(prompt) else decode(tokenizer, [ids[length:]])[0])
     return completions

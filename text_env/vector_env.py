@@ -1,10 +1,10 @@
-"""n episodes as a native ``gymnasium.vector.VectorEnv``: array work, and one reward call for all that finish in a step."""
+"""n episodes as a native ``gymnasium.vector.VectorEnv``: array work, and one reward call for all that end in a step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from gymnasium.utils import seeding
@@ -14,27 +14,27 @@ from numpy.typing import NDArray
 
 from text_env.episodes import NO_ACTION, Episodes, EpisodesFace, Observation
 from text_env.prompts import OverlongPrompts
-from text_env.rendering import RENDER_MODES, check_render_mode, render
+from text_env.rendering import METADATA, check_render_mode, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDArray[Any]]):
-    """Write ``num_envs`` texts side by side. With ``group_size=1`` the same as that many :class:`~text_env.env.TextEnv`.
+    """Write ``num_envs`` texts side by side: with ``group_size=1`` the same as that many scalar environments.
 
-    Observations, rewards, ends and infos are those of :class:`~text_env.env.TextEnv`, batched as Gymnasium batches them:
+    Observations, rewards, ends and infos are those of :class:`text_env.env.TextEnv`, batched as Gymnasium batches them:
     arrays of shape ``(num_envs, …)``, infos with ``_key`` masks, and under SAME_STEP ``final_obs`` and ``final_info``.
 
     :param num_envs: number of rows.
-    :param autoreset_mode: ``AutoresetMode`` or its value (``"SameStep"``, ``"NextStep"``, ``"Disabled"``). Can be set later.
-        Under ``Disabled``, finished rows wait for ``reset(options={"reset_mask": …})``.
+    :param autoreset_mode: ``AutoresetMode`` or its value (``"SameStep"``, ``"NextStep"``, ``"Disabled"``). Can be set
+        later. Under ``Disabled``, finished rows wait for ``reset(options={"reset_mask": …})``.
 
-    The other parameters are those of :class:`~text_env.env.TextEnv`. ``group_size`` counts episodes in the order in which
-    they start: by row within one call.
+    The other parameters are those of :class:`text_env.env.TextEnv`. ``group_size`` counts episodes in the order in
+    which they start: by row within one call.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": list(RENDER_MODES), "render_fps": 10}
+    metadata: dict[str, Any] = METADATA
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDAr
         check_render_mode(render_mode)
         self.render_mode = render_mode
         self.num_envs = num_envs
-        self.metadata = dict(self.metadata)  # type: ignore[misc]  # the mode is this instance's, not the class's
+        self.metadata = dict(self.metadata)  # the mode is this instance's, not the class's
         self.autoreset_mode = autoreset_mode
         self.episodes = Episodes(
             num_envs,
@@ -74,9 +74,7 @@ class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDAr
         self.single_action_space = self.episodes.action_space()
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self._generators: list[tuple[np.random.Generator, int]] = [
-            seeding.np_random() for _ in range(num_envs)
-        ]
+        self._generators: list[tuple[np.random.Generator, int]] = [seeding.np_random() for _ in range(num_envs)]
 
     @property
     def autoreset_mode(self) -> AutoresetMode:
@@ -88,7 +86,7 @@ class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDAr
     def autoreset_mode(self, mode: AutoresetMode | str) -> None:
         self.metadata["autoreset_mode"] = AutoresetMode(mode)
 
-    @property
+    @property  # type: ignore[misc]
     def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]
         """Each row's own generator."""
         return tuple(generator for generator, _ in self._generators)
@@ -98,15 +96,16 @@ class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDAr
         """Each row's seed."""
         return tuple(seed for _, seed in self._generators)
 
-    def reset(  # type: ignore[override]
+    def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
         """Start episodes in all rows, or in some.
 
-        :param seed: row i is seeded with ``seed + i``, or with entry i of a list (None: its generator goes on). Groups of
-            prompts begin anew with a seed.
-        :param options: ``"reset_mask"``, bool [n]: the rows to reset, the others go on. ``"prompt"`` and ``"response"``: a
-            list with one entry per row that is reset, each text, token ids or None (a drawn prompt, an empty response).
+        :param seed: row i is seeded with ``seed + i``, or with entry i of a list (None: its generator goes on). Groups
+            of prompts begin anew with a seed.
+        :param options: ``"reset_mask"``, bool [n]: the rows to reset, the others go on. ``"prompt"`` and
+            ``"response"``: a list with one entry per row that is reset, each text, token ids or None (a drawn
+            prompt, an empty response).
         :return: observations of all rows, and info with ``prompt`` for those that were reset.
         :raises ValueError: if an option or a seed cannot be used. Nothing has changed then.
         """
@@ -114,10 +113,10 @@ class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDAr
         rows = self._masked_rows(options.pop("reset_mask", None))
         openings = self.episodes.openings(len(rows), options)
         seeds = self._seeds(seed)
-        for row in rows:
-            if (row_seed := seeds[row]) is not None:
-                self._generators[row] = seeding.np_random(row_seed)
-        infos = self._start({}, rows, openings, new_group=any(seeds[row] is not None for row in rows))
+        fresh = {row: seeding.np_random(seeds[row]) for row in rows.tolist() if seeds[row] is not None}
+        for row, generator in fresh.items():
+            self._generators[row] = generator
+        infos = self._start({}, rows, openings, new_group=bool(fresh))
         return self.episodes.observe(), infos
 
     def step(
@@ -146,17 +145,17 @@ class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDAr
 
         infos: dict[str, Any] = {}
         if self.autoreset_mode == AutoresetMode.SAME_STEP:
-            for row, info in zip(ended, final_infos, strict=True):
-                final = {"final_obs": self.episodes.observe(int(row)), "final_info": info}
+            for row, info in zip(ended.tolist(), final_infos, strict=True):
+                final = {"final_obs": self.episodes.observe(row), "final_info": info}
                 infos = self._add_info(infos, final, row)
             over = ended
         else:
-            for row, info in zip(ended, final_infos, strict=True):
+            for row, info in zip(ended.tolist(), final_infos, strict=True):
                 infos = self._add_info(infos, info, row)
         infos = self._start(infos, over)
         return self.episodes.observe(), rewards, terminated, np.zeros(self.num_envs, np.bool_), infos
 
-    def render(self) -> tuple[str | NDArray[np.uint8] | None, ...]:
+    def render(self) -> tuple[Any, ...]:
         """
         :return: for each row what :meth:`text_env.env.TextEnv.render` returns.
         """
@@ -166,7 +165,7 @@ class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDAr
         self, infos: dict[str, Any], rows: NDArray[np.int64], openings: Any = None, new_group: bool = False
     ) -> dict[str, Any]:
         generators = [self._generators[row][0] for row in rows]
-        for row, info in zip(rows, self.episodes.start(rows, generators, openings, new_group), strict=True):
+        for row, info in zip(rows.tolist(), self.episodes.start(rows, generators, openings, new_group), strict=True):
             infos = self._add_info(infos, info, row)
         return infos
 
@@ -180,8 +179,8 @@ class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDAr
             or not mask.any()
         ):
             raise ValueError(
-                f"Expected options['reset_mask'] to be a bool array of shape ({self.num_envs},) with at least one True, "
-                f"got {mask!r}."
+                f"Expected options['reset_mask'] to be a bool array of shape ({self.num_envs},) with at least one "
+                f"True, got {mask!r}."
             )
         return np.flatnonzero(mask)
 

@@ -1,20 +1,34 @@
-"""The small language model, reward model and prompts that ship with the package: where they are."""
+"""Where the language model, reward model, preference pairs and prompts lie that ship with the package.
+
+Paths only: nothing is loaded here. What they are and how they were made stands in ``README.md`` beside this file.
+"""
 
 import json
 from pathlib import Path
 
-_HERE = Path(__file__).parent
-LANGUAGE_MODEL = _HERE / "language_model"
-REWARD_MODEL = _HERE / "reward_model"
-PREFERENCES = _HERE / "preferences.jsonl.gz"
+_HERE = Path(__file__).resolve().parent
+
+LANGUAGE_MODEL: Path = _HERE / "language_model"
+"""A Hugging Face directory: a Llama-shaped causal language model with its tokenizer."""
+REWARD_MODEL: Path = _HERE / "reward_model"
+"""A Hugging Face directory: a sequence classifier with one output. ``reward_mean`` and ``reward_std`` in its
+``config.json`` are those of the untrained language model's texts; score = (logit - mean) / std."""
+PREFERENCES: Path = _HERE / "preferences.jsonl.gz"
+"""The pairs that the reward model was trained on: gzipped JSON lines with prompt, chosen, rejected, split."""
+
+_PROMPTS = _HERE / "prompts.jsonl"
 
 
 def prompts(split: str = "train") -> list[str]:
     """
-    :param split: ``"train"`` or ``"eval"``. :return: opening words.
+    Read the built-in prompts: the first words of film reviews, neutral in sentiment.
+
+    :param split: ``"train"``, or ``"eval"`` for the held-out ones
+    :return: the prompts, each without a space at its end
+    :raises ValueError: if there is no such split
     """
-    rows = [json.loads(line) for line in (_HERE / "prompts.jsonl").read_text().splitlines()]
-    known = sorted({row["split"] for row in rows})
+    records = [json.loads(line) for line in _PROMPTS.read_text(encoding="utf-8").splitlines()]
+    known = list(dict.fromkeys(record["split"] for record in records))
     if split not in known:
-        raise ValueError(f"Expected split to be one of {known}, got {split!r}.")
-    return [row["prompt"] for row in rows if row["split"] == split]
+        raise ValueError(f"unknown split {split!r}: expected one of {', '.join(map(repr, known))}")
+    return [record["prompt"] for record in records if record["split"] == split]

@@ -1,0 +1,1 @@
+"""Measures the two packages beside their peers: ``python -m benchmarks.throughput``."""

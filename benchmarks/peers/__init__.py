@@ -1,0 +1,1 @@
+"""What we are compared with. These scripts run in ``.venv-peers`` and never import our packages."""

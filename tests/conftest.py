@@ -1,0 +1,24 @@
+"""What every test relies on: no network, one thread, and warnings from a clean slate."""
+
+from __future__ import annotations
+
+import os
+
+# Before transformers is imported anywhere: a test that reaches for the hub is a mistake.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from tiny import tiny_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+# With several threads the order of additions, and the last digits with it, would depend on the machine.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A tiny tokenizer with pad ≠ eos."""
+    return tiny_tokenizer()

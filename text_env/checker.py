@@ -1,0 +1,467 @@
+"""The conformance suite: whoever writes a variant of the environment can prove that it keeps the contract.
+
+``check_text_env(env)`` and ``check_text_vector_env(env)`` return nothing, or raise an ``AssertionError`` whose sentence
+says which part of the contract is broken. They play a few short episodes, so give the environment a small budget and a
+cheap, deterministic reward. Gymnasium's own ``check_env`` is worth calling beside them: it knows nothing of text, these
+know nothing of rendering.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.utils.env_checker import data_equivalence
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+
+from text_env.episodes import NO_ACTION, Observation
+from text_env.rewards import FinishedTexts, score
+from text_env.tokenization import decode
+
+# Scores may come from a model whose last digits depend on what else is in the batch.
+_TOLERANCE = 1e-4
+
+FINAL_KEYS = ("score", "prompt", "completion", "finish_reason")
+
+
+class _Step(NamedTuple):
+    obs: Observation
+    reward: float
+    terminated: bool
+    truncated: bool
+    info: dict[str, Any]
+
+
+def check_text_env(env: gym.Env[Any, Any]) -> None:
+    """
+    :param env: a :class:`text_env.env.TextEnv` or something that claims to behave like one; wrappers are allowed.
+    :raises AssertionError: says what is broken.
+    """
+    _check_spaces(env.unwrapped, env.observation_space, env.action_space)
+    for _ in range(2):  # the second time round, whatever the first left behind would show
+        _check_episode(env)
+    _check_ends(env)
+    _check_seeding(env)
+    _check_openings(env)
+    _check_refusals(env)
+
+
+def check_text_vector_env(
+    env: VectorEnv[Any, Any, Any], make_single: Callable[[], gym.Env[Any, Any]] | None = None
+) -> None:
+    """
+    :param env: a :class:`text_env.vector_env.TextVectorEnv` or something that claims to behave like one, with at least
+        two rows. Its ``autoreset_mode`` is switched about and put back.
+    :param make_single: makes the scalar form of it; then every row is also compared with one of those, step by step.
+    :raises AssertionError: says what is broken.
+    """
+    assert env.num_envs >= 2, f"The suite needs at least two rows, to see that they don't touch; got {env.num_envs}."
+    _check_spaces(env.unwrapped, env.single_observation_space, env.single_action_space)
+    assert env.observation_space == batch_space(env.single_observation_space, env.num_envs), (
+        "The observation space must be the batch of the single one."
+    )
+    before: AutoresetMode = env.unwrapped.autoreset_mode  # type: ignore[attr-defined]
+    try:
+        for mode in AutoresetMode:
+            env.unwrapped.autoreset_mode = mode  # type: ignore[attr-defined]
+            assert env.metadata.get("autoreset_mode") == mode, "metadata['autoreset_mode'] must follow autoreset_mode."
+            _check_autoreset(env, mode)
+        env.unwrapped.autoreset_mode = AutoresetMode.DISABLED  # type: ignore[attr-defined]
+        _check_rows_alone(env)
+        _check_masked_reset(env)
+        _check_batch_refusals(env)
+        if make_single is not None:
+            _check_against_singles(env, make_single)
+    finally:
+        env.unwrapped.autoreset_mode = before  # type: ignore[attr-defined]
+
+
+# One episode
+
+
+def _check_spaces(face: Any, observation: spaces.Space[Any], action: spaces.Space[Any]) -> None:
+    columns, vocabulary = face.max_prompt_tokens + face.max_new_tokens, len(face.tokenizer)
+    expected = spaces.Dict(
+        input_ids=spaces.Box(0, vocabulary - 1, (columns,), np.int64),
+        attention_mask=spaces.Box(0, 1, (columns,), np.int8),
+        prompt_length=spaces.Box(1, face.max_prompt_tokens, (1,), np.int64),
+    )
+    assert observation == expected, f"The observation space must be {expected}, but it is {observation}."
+    assert action == spaces.Discrete(vocabulary), (
+        f"The action space must be Discrete({vocabulary}), one action per token, but it is {action}."
+    )
+    assert face.eos_token_id == face.tokenizer.eos_token_id, "eos_token_id must be the tokenizer's."
+
+
+def _context(obs: Observation) -> list[int]:
+    ids: list[int] = obs["input_ids"][: int(obs["attention_mask"].sum())].tolist()
+    return ids
+
+
+def _response(obs: Observation) -> list[int]:
+    return _context(obs)[int(obs["prompt_length"][0]) :]
+
+
+def _check_observation(face: Any, obs: Any, space: spaces.Space[Any]) -> None:
+    assert obs in space, f"The observation {obs} is not in the observation space {space}."
+    for name, box in space.spaces.items():  # type: ignore[attr-defined]
+        assert obs[name].dtype == box.dtype, f"The dtype of {name!r} must be {box.dtype}, not {obs[name].dtype}."
+    mask = obs["attention_mask"]
+    length = int(mask.sum())
+    assert mask[:length].all(), "Texts are left-aligned: the attention mask must be ones, then zeros."
+    assert 1 <= obs["prompt_length"][0] <= length, "prompt_length must be within what the attention mask covers."
+    assert (obs["input_ids"][length:] == face.pad_token_id).all(), "Behind the text there must be pad_token_id only."
+
+
+def _ordinary_tokens(face: Any, count: int) -> list[int]:
+    """Tokens that end nothing by themselves, always the same ones."""
+    special = {face.eos_token_id, face.pad_token_id, *face.tokenizer.all_special_ids}
+    candidates = [token for token in range(len(face.tokenizer)) if token not in special]
+    return [int(token) for token in np.random.default_rng(0).choice(candidates, count)]
+
+
+def _play(env: gym.Env[Any, Any], tokens: list[int]) -> list[_Step]:
+    """Step through the tokens until they or the episode end."""
+    steps: list[_Step] = []
+    for token in tokens:
+        obs, reward, terminated, truncated, info = deepcopy(env.step(token))
+        steps.append(_Step(obs, float(reward), terminated, truncated, info))
+        if terminated or truncated:
+            break
+    return steps
+
+
+def _check_episode(env: gym.Env[Any, Any]) -> None:
+    """What a token does, and when the score is paid."""
+    face: Any = env.unwrapped
+    obs, info = env.reset()
+    _check_observation(face, obs, env.observation_space)
+    assert isinstance(info.get("prompt"), str), "The info of a reset must hold the prompt as a string."
+    assert len(_response(obs)) == 0, "A reset must start with the prompt alone."
+    seen: list[tuple[Observation, Observation]] = [(obs, deepcopy(obs))]
+    for token in _ordinary_tokens(face, face.max_new_tokens + 1):
+        previous = deepcopy(obs)
+        obs, reward, terminated, truncated, info = env.step(token)
+        _check_observation(face, obs, env.observation_space)
+        assert obs["prompt_length"] == previous["prompt_length"], "The prompt's length must not change in an episode."
+        assert _context(obs) == [*_context(previous), token], (
+            "A step must append its token to the context, and no more."
+        )
+        for earlier, copy in seen:
+            assert not any(np.shares_memory(obs[key], earlier[key]) for key in obs), (
+                "Observations must be fresh copies: two of them share memory."
+            )
+            assert data_equivalence(earlier, copy, exact=True), (
+                "A step changed an observation that was returned before."
+            )
+        seen.append((obs, deepcopy(obs)))
+        assert isinstance(reward, float), f"The reward must be a float, not {type(reward).__name__}."
+        assert truncated is False, "Nothing in the environment truncates: EOS, stop strings and the budget terminate."
+        if terminated:
+            break
+        assert reward == 0.0, f"The reward must be 0 before the last token, but it is {reward}."
+        assert not set(FINAL_KEYS) & set(info), "The final info must not appear before the last step."
+    assert terminated is True, (
+        f"The budget of {face.max_new_tokens} tokens is spent, but the episode did not terminate."
+    )
+    _check_final(face, obs, float(reward), info)
+    # The environment must not keep its state in what it has handed out.
+    first, info = env.reset(seed=11)
+    kept = deepcopy(first)
+    for array in first.values():
+        array[...] = 0
+    following = env.step(_ordinary_tokens(face, 1)[0])[0]
+    assert _context(following)[:-1] == _context(kept), "Writing into a returned observation changed the episode."
+
+
+def _check_final(face: Any, obs: Observation, reward: float, info: dict[str, Any]) -> None:
+    assert set(FINAL_KEYS) <= set(info), f"The final info must hold {FINAL_KEYS}, but it holds {sorted(info)}."
+    response = _response(obs)
+    assert reward == info["score"], f"The last reward must be the score {info['score']}, but it is {reward}."
+    written = decode(face.tokenizer, [response])[0]
+    assert info["completion"].strip() == written.strip(), (
+        f"The completion must be all of the response, its last token included: {written!r}, not {info['completion']!r}."
+    )
+    reason, eos, spent = info["finish_reason"], response[-1] == face.eos_token_id, len(response) == face.max_new_tokens
+    right = {"eos": eos, "length": spent and not eos, "stop": not eos}
+    assert right.get(reason, False), (
+        f"The finish reason is {reason!r} after {len(response)} of {face.max_new_tokens} tokens, EOS last: {eos}."
+    )
+    if not face.prompts.columns:
+        texts = FinishedTexts([info["prompt"]], [info["completion"]], [response])
+        expected = score(face.reward, texts)[0]
+        assert np.isclose(reward, expected, rtol=_TOLERANCE, atol=_TOLERANCE), (
+            f"The score must be what the reward says of the finished text, {expected}, but it is {reward}."
+        )
+
+
+def _check_ends(env: gym.Env[Any, Any]) -> None:
+    """EOS, and EOS before it counts."""
+    face: Any = env.unwrapped
+    env.reset(seed=5)
+    early = _play(env, [face.eos_token_id] * face.min_new_tokens)
+    assert not any(step.terminated for step in early[: face.max_new_tokens - 1]), (
+        f"An EOS within the first min_new_tokens={face.min_new_tokens} tokens must not end the episode."
+    )
+    if face.min_new_tokens < face.max_new_tokens:
+        last = _play(env, [face.eos_token_id])[-1]
+        assert last.terminated, "EOS must terminate."
+        assert last.info.get("finish_reason") == "eos", "The finish reason of an EOS must be 'eos'."
+        _check_final(face, last.obs, last.reward, last.info)
+
+
+def _check_seeding(env: gym.Env[Any, Any]) -> None:
+    tokens = _ordinary_tokens(env.unwrapped, 3)
+    runs = [(deepcopy(env.reset(seed=7)), _play(env, tokens)) for _ in range(2)]
+    assert data_equivalence(runs[0][0], runs[1][0], exact=True), "The same seed must give the same prompt."
+    assert data_equivalence(_plain(runs[0][1]), _plain(runs[1][1]), exact=True), (
+        "The same seed and the same actions must give the same episode."
+    )
+    prompts: Any = env.unwrapped.prompts  # type: ignore[attr-defined]
+    if len({prompt.text for prompt in prompts}) > 1:
+        drawn = {env.reset(seed=seed)[1]["prompt"] for seed in range(64)}
+        assert len(drawn) > 1, "64 seeds drew one and the same prompt of several."
+
+
+def _plain(steps: list[_Step]) -> list[dict[str, Any]]:
+    return [step._asdict() for step in steps]
+
+
+def _check_openings(env: gym.Env[Any, Any]) -> None:
+    """Starting in the middle of a response is the same as having written it."""
+    face: Any = env.unwrapped
+    prompt = list(face.prompts[0].token_ids)
+    tokens = _ordinary_tokens(face, face.max_new_tokens)
+    obs, _ = env.reset(options={"prompt": prompt})
+    assert _context(obs) == prompt, "reset(options={'prompt': ids}) must start with that prompt."
+    written = _play(env, tokens)
+    for given in range(1, len(written)):
+        obs, _ = env.reset(options={"prompt": prompt, "response": tokens[:given]})
+        assert data_equivalence(obs, written[given - 1].obs, exact=True), (
+            "reset(options={'response': ids}) must give the observation that writing the response gives."
+        )
+        rest = _play(env, tokens[given:])
+        assert len(rest) == len(written) - given, "A response given at reset must count against the budget."
+        assert rest[-1].info["completion"] == written[-1].info["completion"], (
+            "A response given at reset belongs to the completion that is scored."
+        )
+
+
+def _check_refusals(env: gym.Env[Any, Any]) -> None:
+    """What must raise, and what is left as it was when it does."""
+    face: Any = env.unwrapped
+    token, finished = _ordinary_tokens(face, 1)[0], [face.eos_token_id] * face.max_new_tokens
+    obs = deepcopy(env.reset(seed=3)[0])
+    for wrong in (-1, len(face.tokenizer)):
+        _check_raises(
+            ValueError, partial(env.step, wrong), f"The action {wrong}, which is no token, must raise ValueError."
+        )
+    _check_raises(
+        ValueError,
+        lambda: env.reset(options={"response": finished}),
+        "A response that is finished already must raise ValueError at reset.",
+    )
+    _check_raises(ValueError, lambda: env.reset(options={"prompt": []}), "An empty prompt must raise ValueError.")
+    if face.max_new_tokens > 1:
+        following = env.step(token)[0]
+        assert _context(following) == [*_context(obs), token], "A refused call must leave the episode as it was."
+    _play(env, finished)
+    _check_raises(gym.error.ResetNeeded, lambda: env.step(token), "A step after the end must raise ResetNeeded.")
+    env.reset()
+
+
+def _check_raises(error: type[Exception], call: Callable[[], Any], sentence: str) -> None:
+    try:
+        call()
+    except error:
+        return
+    except Exception as other:
+        raise AssertionError(f"{sentence} It raised {type(other).__name__}: {other}") from other
+    raise AssertionError(sentence)
+
+
+# Several rows
+
+
+def _row(obs: Observation, row: int) -> Observation:
+    return {key: array[row] for key, array in obs.items()}
+
+
+def _only(env: VectorEnv[Any, Any, Any], tokens: dict[int, int]) -> NDArray[np.int64]:
+    actions = np.full(env.num_envs, NO_ACTION, np.int64)
+    for row, token in tokens.items():
+        actions[row] = token
+    return actions
+
+
+def _row_info(infos: dict[str, Any], row: int) -> dict[str, Any]:
+    """The info of one row, taken out of Gymnasium's arrays and masks."""
+    return {
+        key: _row_info(value, row) if isinstance(value, dict) else value[row]
+        for key, value in infos.items()
+        if not key.startswith("_") and infos[f"_{key}"][row]
+    }
+
+
+def _finish_row(env: VectorEnv[Any, Any, Any], row: int) -> tuple[Any, Any, Any, Any, Any]:
+    """Write EOS in one row until its episode ends; the others stand still."""
+    face: Any = env.unwrapped
+    for _ in range(face.max_new_tokens):
+        result = env.step(_only(env, {row: face.eos_token_id}))
+        if result[2][row]:
+            return result
+    raise AssertionError(f"Row {row} did not terminate within its budget of {face.max_new_tokens} tokens.")
+
+
+def _check_autoreset(env: VectorEnv[Any, Any, Any], mode: AutoresetMode) -> None:
+    face: Any = env.unwrapped
+    start, _ = env.reset(seed=21)
+    start = deepcopy(start)
+    obs, rewards, terminated, truncated, infos = _finish_row(env, 1)
+    assert (rewards.dtype, terminated.dtype, truncated.dtype) == (np.float64, np.bool_, np.bool_), (
+        "Rewards must be float64, terminations and truncations bool."
+    )
+    assert not truncated.any(), "Nothing in the environment truncates."
+    assert terminated.tolist() == [row == 1 for row in range(env.num_envs)], "Only the row that was finished may end."
+    for row in set(range(env.num_envs)) - {1}:
+        assert data_equivalence(_row(obs, row), _row(start, row), exact=True), (
+            f"NO_ACTION must leave a row exactly as it is, but row {row} changed."
+        )
+        assert rewards[row] == 0.0, f"NO_ACTION must pay nothing, but row {row} was paid {rewards[row]}."
+    info = _row_info(infos, 1)
+    if mode == AutoresetMode.SAME_STEP:
+        assert {"final_obs", "final_info"} <= set(info), (
+            "Under SAME_STEP the infos must hold final_obs and final_info for the row that ended."
+        )
+        assert not np.any(infos["_final_obs"] != terminated), "_final_obs must mark the rows that ended, and no others."
+        _check_final(face, info["final_obs"], float(rewards[1]), info["final_info"])
+        assert not _response(_row(obs, 1)), (
+            "Under SAME_STEP the observation of a row that ended must be a new episode's."
+        )
+        return
+    _check_final(face, _row(obs, 1), float(rewards[1]), info)
+    token = _ordinary_tokens(face, 1)[0]
+    if mode == AutoresetMode.NEXT_STEP:
+        obs, rewards, terminated, _, infos = env.step(_only(env, {1: token}))
+        assert not _response(_row(obs, 1)), "Under NEXT_STEP the step after an end must start a new episode."
+        assert rewards[1] == 0.0, "The step that resets a row must pay nothing."
+        assert not terminated[1], "The step that resets a row must end nothing."
+        assert "prompt" in _row_info(infos, 1), "The step that resets a row must give the reset's info."
+    else:
+        _check_raises(
+            gym.error.ResetNeeded,
+            lambda: env.step(_only(env, {1: token})),
+            "With autoreset disabled, a step after the end must raise ResetNeeded.",
+        )
+
+
+def _check_masked_reset(env: VectorEnv[Any, Any, Any]) -> None:
+    face: Any = env.unwrapped
+    token = _ordinary_tokens(face, 1)[0]
+    env.reset(seed=31)
+    if face.max_new_tokens > 1:
+        env.step(_only(env, {0: token}))
+    _finish_row(env, 1)
+    before = deepcopy(env.step(_only(env, {}))[0])
+    mask = np.arange(env.num_envs) == 1
+    prompt = list(face.prompts[0].token_ids)
+    obs, infos = env.reset(options={"reset_mask": mask, "prompt": [prompt]})
+    assert obs in env.observation_space, "A masked reset must return the observations of all rows."
+    assert _context(_row(obs, 1)) == prompt, (
+        "A masked reset must start the marked row with the prompt that it is given."
+    )
+    for row in np.flatnonzero(~mask).tolist():
+        assert data_equivalence(_row(obs, row), _row(before, row), exact=True), (
+            f"A masked reset must leave the other rows as they are, but row {row} changed."
+        )
+    assert infos["_prompt"].tolist() == mask.tolist(), (
+        "The infos of a masked reset must be of the rows that were reset."
+    )
+
+
+def _check_rows_alone(env: VectorEnv[Any, Any, Any]) -> None:
+    """A row that is played together with the others plays as it does alone."""
+    face: Any = env.unwrapped
+    tokens = _ordinary_tokens(face, face.max_new_tokens)
+    # Rows end at different times, so that a score which lands in the wrong row is seen.
+    plans = [
+        [*tokens[: row % face.max_new_tokens], *[face.eos_token_id] * face.max_new_tokens]
+        for row in range(env.num_envs)
+    ]
+    env.reset(seed=41)
+    together: list[Any] = [None] * env.num_envs
+    for time in range(face.max_new_tokens):
+        live = {row: plans[row][time] for row in range(env.num_envs) if together[row] is None}
+        obs, rewards, terminated, _, infos = env.step(_only(env, live))
+        for row in np.flatnonzero(terminated).tolist():
+            together[row] = deepcopy((_row(obs, row), rewards[row], _row_info(infos, row)))
+    for row in range(env.num_envs):
+        assert together[row] is not None, f"Row {row} did not terminate within its budget."
+        env.reset(seed=41)
+        for time in range(face.max_new_tokens):
+            obs, rewards, terminated, _, infos = env.step(_only(env, {row: plans[row][time]}))
+            if terminated[row]:
+                break
+        alone = (_row(obs, row), rewards[row], _row_info(infos, row))
+        assert _equivalent(alone, together[row]), f"Row {row} plays differently alone than beside the others."
+
+
+def _check_batch_refusals(env: VectorEnv[Any, Any, Any]) -> None:
+    face: Any = env.unwrapped
+    before = deepcopy(env.reset(seed=51)[0])
+    token = _ordinary_tokens(face, 1)[0]
+    for wrong in (-2, len(face.tokenizer)):
+        actions = _only(env, {0: token, 1: wrong})
+        _check_raises(
+            ValueError, partial(env.step, actions), f"The action {wrong}, which is no token, must raise ValueError."
+        )
+    after = env.step(_only(env, {}))[0]
+    assert data_equivalence(after, before, exact=True), "A refused step must leave all rows as they were."
+
+
+def _check_against_singles(env: VectorEnv[Any, Any, Any], make_single: Callable[[], gym.Env[Any, Any]]) -> None:
+    """Row i, seeded with s + i, is the scalar environment seeded with s + i."""
+    face: Any = env.unwrapped
+    env.unwrapped.autoreset_mode = AutoresetMode.SAME_STEP  # type: ignore[attr-defined]
+    singles = [make_single() for _ in range(env.num_envs)]
+    obs, infos = env.reset(seed=61)
+    for row, single in enumerate(singles):
+        assert _equivalent((_row(obs, row), _row_info(infos, row)), single.reset(seed=61 + row)), (
+            f"Row {row} starts differently from the scalar environment with its seed."
+        )
+    generator = np.random.default_rng(0)
+    for _ in range(3 * face.max_new_tokens):
+        actions = generator.integers(len(face.tokenizer), size=env.num_envs)
+        actions[generator.random(env.num_envs) < 0.2] = face.eos_token_id
+        obs, rewards, terminated, _, infos = env.step(actions)
+        for row, single in enumerate(singles):
+            info = _row_info(infos, row)
+            got = (_row(obs, row), rewards[row], terminated[row], info)
+            single_obs, reward, ended, _, single_info = single.step(actions[row])
+            if ended:
+                final = {"final_obs": single_obs, "final_info": single_info}
+                single_obs, single_info = single.reset()
+                single_info = final | single_info
+            assert _equivalent(got, (single_obs, reward, ended, single_info)), (
+                f"Row {row} plays differently from the scalar environment with its seed."
+            )
+
+
+def _equivalent(one: Any, other: Any) -> bool:
+    """Equal, numbers within the tolerance, whatever container and scalar types they come in."""
+    if isinstance(one, dict):
+        return (
+            isinstance(other, dict) and one.keys() == other.keys() and all(_equivalent(one[k], other[k]) for k in one)
+        )
+    if isinstance(one, tuple | list):
+        return len(one) == len(other) and all(map(_equivalent, one, other))
+    if isinstance(one, str):
+        return one == str(other)
+    return bool(np.shape(one) == np.shape(other) and np.allclose(one, other, rtol=_TOLERANCE, atol=_TOLERANCE))
