@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.activations import NewGELUActivation
 
 from text_env.builtin import LANGUAGE_MODEL
 
@@ -113,6 +115,7 @@ class CausalLM(nn.Module):
                 f"{type(model).__name__} has {n_logits}. Use the model's own tokenizer in the environment, "
                 f"or model.resize_token_embeddings({n_tokens})."
             )
+        fuse_activations(model)
         self.model = model.eval()
         self.n_tokens = n_tokens
         self.temperature = temperature
@@ -160,9 +163,9 @@ class CausalLM(nn.Module):
             logits = logits / self.temperature
         if self.min_new_tokens > 0:
             assert self.eos_token_id is not None
-            too_early = step < self.min_new_tokens  # [N]
-            eos = torch.arange(self.n_tokens, device=logits.device) == self.eos_token_id  # [V]
-            logits = logits.masked_fill(too_early[:, None] & eos, -torch.inf)
+            # In place, one column: the logits are this call's own, and a full copy would cost as much as the softmax.
+            eos = logits[:, self.eos_token_id]
+            logits[:, self.eos_token_id] = eos.masked_fill(step < self.min_new_tokens, -torch.inf)
         return logits
 
     def log_prob_and_entropy(
@@ -170,16 +173,20 @@ class CausalLM(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability of each action and entropy of its distribution, in chunks of positions.
 
-        The backward pass computes each chunk's logits again, so [N, V] never exists at once.
+        The backward pass computes each chunk's logits again, so that [N, V] never exists at once; where everything fits
+        into one chunk, its logits are kept.
 
         :param hidden: [N, H]. :param step: int64 [N]. :param actions: int64 [N].
         :return: log-probabilities [N] and entropies [N] (nats), float32.
         """
 
         def chunk(hidden: torch.Tensor, step: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return log_prob_and_entropy(self.logits(hidden, step), actions)
+            log_prob, entropy = _LogProbAndEntropy.apply(self.logits(hidden, step), actions)
+            return log_prob, entropy
 
         size = max(1, CHUNK_ELEMENTS // self.n_tokens)
+        if len(actions) <= size:
+            return chunk(hidden, step, actions)
         parts = zip(hidden.split(size), step.split(size), actions.split(size), strict=True)
         if torch.is_grad_enabled():
             done = [checkpoint(chunk, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
@@ -231,30 +238,62 @@ def full_forward(backbone: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
     return hidden
 
 
-def log_prob_and_entropy(logits: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+class _LogProbAndEntropy(torch.autograd.Function):
+    """log π(a) and −Σ π log π of categorical distributions, keeping one [N, V] tensor for the backward pass.
+
+    With ℓ = log π and H the entropy: ∂ log π(a)/∂logit_j = [j = a] − π_j and ∂H/∂logit_j = −π_j (ℓ_j + H).
     """
-    :param logits: [N, V], minus infinity where forbidden. :param actions: int64 [N].
-    :return: log π(a) [N] and entropy −Σ π log π [N], with 0 log 0 = 0.
-    """
-    log_probs = torch.log_softmax(logits, dim=-1)
-    entropy = -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(dim=-1)
-    return log_probs.gather(-1, actions[:, None]).squeeze(-1), entropy
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        log_probs = torch.log_softmax(logits, dim=-1)
+        entropy = -_plogp(log_probs.exp(), log_probs).sum(dim=-1)
+        ctx.save_for_backward(log_probs, actions, entropy)
+        ctx.set_materialize_grads(False)
+        return log_probs.gather(-1, actions[:, None]).squeeze(-1), entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_log_prob: torch.Tensor | None, grad_entropy: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, None]:
+        log_probs, actions, entropy = ctx.saved_tensors
+        probs = log_probs.exp()
+        grad = torch.zeros_like(probs) if grad_log_prob is None else probs * -grad_log_prob[:, None]
+        if grad_log_prob is not None:
+            grad.scatter_add_(-1, actions[:, None], grad_log_prob[:, None])
+        if grad_entropy is not None:
+            grad -= (_plogp(probs, log_probs) + probs * entropy[:, None]) * grad_entropy[:, None]
+        return grad, None
 
 
-def sample(logits: torch.Tensor) -> torch.Tensor:
+def _plogp(probs: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+    """π log π with 0 log 0 = 0."""
+    return probs * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)
+
+
+def sample(probs: torch.Tensor) -> torch.Tensor:
     """Sample tokens by inverting the cumulative distribution: one uniform number per row instead of V.
 
     A token of probability 0 is never returned: the first cumulative sum *above* u·total is never at one.
 
-    :param logits: [N, V], minus infinity where forbidden.
+    :param probs: [N, V], 0 where forbidden; rows need not sum to exactly 1.
     :return: int64 [N].
     """
     # Sums in float64: over a large vocabulary, float32 would lose the rare tokens at the far end.
-    cumulative = torch.softmax(logits, dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
     total = cumulative[:, -1:]
-    target = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device) * total
+    target = torch.rand(len(probs), 1, dtype=torch.float64, device=probs.device) * total
     below_total = torch.nextafter(total, torch.zeros_like(total))
     return torch.searchsorted(cumulative, torch.minimum(target, below_total), right=True).squeeze(-1)
+
+
+def fuse_activations(model: nn.Module) -> None:
+    """Replace GPT-2's tanh approximation of GELU, eight operations, by PyTorch's one kernel for the same function."""
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(parent, name, nn.GELU(approximate="tanh"))
 
 
 @contextlib.contextmanager
@@ -282,8 +321,9 @@ def add_lora(model: PreTrainedModel, lora: dict[str, Any]) -> PreTrainedModel:
     from peft import LoraConfig, get_peft_model
 
     with warnings.catch_warnings():
-        # GPT-2's layers are stored transposed. PEFT sees that by itself, and corrects it, but warns.
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+        # PEFT sees by itself that GPT-2 stores layers transposed, but warns; and it uses an old name of transformers.
+        for message in ("fan_in_fan_out is set to False", "`is_gradient_checkpointing` is deprecated"):
+            warnings.filterwarnings("ignore", message=message)
         return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **lora}))  # type: ignore[return-value]
 
 

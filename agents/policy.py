@@ -74,7 +74,8 @@ class CausalLMPolicy(ActorCriticPolicy):
             raise ValueError("use_sde=True is for continuous actions; tokens are discrete. Use use_sde=False.")
         if optimizer_class is torch.optim.Adam:
             # PyTorch's default of 1e-8 is too aggressive in the first updates (SB3 and OpenAI's baselines use 1e-5).
-            optimizer_kwargs = {"eps": 1e-5, **(optimizer_kwargs or {})}
+            # Fused: one pass over the weights instead of a dozen.
+            optimizer_kwargs = {"eps": 1e-5, "fused": True, **(optimizer_kwargs or {})}
         # ActorCriticPolicy's own constructor would build an MLP, and orthogonally re-initialise linear layers.
         super(ActorCriticPolicy, self).__init__(
             observation_space,
@@ -132,8 +133,9 @@ class CausalLMPolicy(ActorCriticPolicy):
         contexts = contexts_of(obs)
         hidden = self._last_hidden(contexts)
         logits = self.lm.logits(hidden, self._steps(contexts))
-        actions = logits.argmax(dim=-1) if deterministic else sample(logits)
-        log_prob = logits.gather(-1, actions[:, None]).squeeze(-1) - torch.logsumexp(logits, dim=-1)
+        probs = torch.softmax(logits, dim=-1)
+        actions = probs.argmax(dim=-1) if deterministic else sample(probs)
+        log_prob = probs.gather(-1, actions[:, None]).squeeze(-1).log()
         return actions, self._last_values(contexts, hidden), log_prob
 
     def evaluate_actions(

@@ -192,6 +192,7 @@ class PrefixCache:
         self._blocks = []
         self._weights = list(self._backbone.parameters())
 
+    @torch.inference_mode(False)  # what is remembered may be written to by a later call that is not in that mode
     @torch.no_grad()
     def last_hidden(self, contexts: Contexts) -> torch.Tensor:
         """
@@ -246,7 +247,8 @@ class PrefixCache:
         column = block.columns
         tokens = np.zeros(n, dtype=np.int64)
         tokens[growing] = contexts.input_ids[grows, contexts.length[grows] - 1]
-        positions = block.length[:n].copy()
+        positions = block.length[:n] - 1  # rows that wait get their last token's: the model may have none beyond
+        positions[growing] += 1
         block.tokens[growing, positions[growing]] = tokens[growing]
         block.length[growing] += 1
         index = slice(0, n) if len(growing) == n else block.to_torch(growing)

@@ -11,10 +11,12 @@ import importlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import gymnasium as gym
 import numpy as np
+import torch
+import tyro
 import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from stable_baselines3.common.callbacks import BaseCallback
@@ -40,7 +42,7 @@ class EnvConfig:
     prompts: str = "builtin"
     """'builtin', 'builtin:eval', a file (.jsonl, .json, .csv, .txt) or 'module:function'."""
     reward: str = "builtin"
-    """'builtin', 'sentiment', a classifier's directory or hub name, 'module:function', a sum ('builtin+0.5*sentiment')."""
+    """'builtin', 'sentiment', a classifier's name, 'module:function', a sum ('builtin+0.5*sentiment')."""
     gold: str | None = "sentiment"
     """A second score, measured and logged as gold_score, never trained on."""
     max_prompt_tokens: int = 16
@@ -70,7 +72,7 @@ class TrainConfig:
     """'ppo', or 'module:Class' for an algorithm of your own."""
     model: str = "builtin"
     """'builtin', a directory or a hub name."""
-    env: EnvConfig = field(default_factory=EnvConfig)
+    env: Annotated[EnvConfig, tyro.conf.arg(name="")] = field(default_factory=EnvConfig)
     total_timesteps: int = 60_000
     """Tokens to generate."""
     run_dir: Path = Path("runs/ppo")
@@ -225,7 +227,10 @@ class SampleTexts(BaseCallback):
 
     def _write(self) -> None:
         policy = cast(OnPolicyAlgorithm, self.model).policy
-        infos = sample_texts(policy, self._env, self._prompts)
+        # The same random numbers every time, and none of the training's.
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            infos = sample_texts(policy, self._env, self._prompts)
         with self._path.open("a") as file:
             for info in infos:
                 row = {k: float(v) if isinstance(v, np.floating) else v for k, v in info.items()}

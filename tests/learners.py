@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from tiny import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from agents.on_policy import OnPolicyAlgorithm
 from agents.policy import CausalLMPolicy
@@ -65,6 +66,22 @@ def make_model(kind: str = "gpt2", ends: float = 0.0, sharp: float = 0.2, **kwar
             # The other logits have a spread of their own, hence somewhat less than `ends` in fact.
             head.bias[EOS] = np.log(n_logits * ends / (1 - ends))
     return model
+
+
+class Float64RMSNorm(LlamaRMSNorm):
+    """transformers rounds to float32 in this layer, whatever the dtype of the weights."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        return self.weight * hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+
+
+def in_float64(model: PreTrainedModel) -> PreTrainedModel:
+    """All of a model in float64, so that comparisons can be tight."""
+    for module in model.modules():
+        if isinstance(module, LlamaRMSNorm):
+            module.__class__ = Float64RMSNorm
+    return model.double()
 
 
 def make_policy(

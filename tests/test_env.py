@@ -31,7 +31,8 @@ def kwargs(tokenizer: Any) -> dict[str, Any]:
 
 
 def test_importing_text_env_imports_neither_torch_nor_stable_baselines3() -> None:
-    code = "import sys, text_env, text_env.checker; print({'torch', 'stable_baselines3', 'sb3_contrib'} & set(sys.modules))"
+    heavy = "{'torch', 'stable_baselines3', 'sb3_contrib'}"
+    code = f"import sys, text_env, text_env.checker; print({heavy} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
 
@@ -143,7 +144,9 @@ def test_every_integer_type_will_do_as_action(kwargs: dict[str, Any]) -> None:
         assert 7 in env.step(action)[0]["input_ids"]
 
 
-def test_a_step_before_the_first_reset_or_after_the_end_is_an_error_that_says_what_to_do(kwargs: dict[str, Any]) -> None:
+def test_a_step_before_the_first_reset_or_after_the_end_is_an_error_that_says_what_to_do(
+    kwargs: dict[str, Any],
+) -> None:
     env = TextEnv(**kwargs)
     with pytest.raises(gym.error.ResetNeeded, match="never started"):
         env.step(5)

@@ -148,7 +148,7 @@ class Prompts(Sequence[Prompt]):
         # Rewards get the same columns whatever the batch holds, so a row that lacks one has None there.
         self.columns = tuple(dict.fromkeys(key for row in rows for key in row if key != "prompt"))
         texts = [row["prompt"] for row in rows]
-        fitted = [self._fit(text, ids) for text, ids in zip(texts, tokenizer(texts)["input_ids"], strict=True)]
+        fitted = [self._fit_text(text, ids) for text, ids in zip(texts, tokenizer(texts)["input_ids"], strict=True)]
         decoded = decode(tokenizer, [ids for _, ids in fitted])
         self._prompts = [
             Prompt(text, ids, spelt, {column: row.get(column) for column in self.columns})
@@ -168,11 +168,15 @@ class Prompts(Sequence[Prompt]):
         :raises ValueError: if it is empty, overlong or outside the vocabulary.
         """
         if isinstance(prompt, str):
-            text, ids = self._fit(prompt, self.tokenizer(prompt)["input_ids"])
+            text, ids = self._fit_text(prompt, self.tokenizer(prompt)["input_ids"])
         else:
             ids = checked_ids(prompt, len(self.tokenizer), "prompt")
             text, ids = self._fit(decode(self.tokenizer, [ids])[0], ids)
         return Prompt(text, ids, decode(self.tokenizer, [ids])[0], dict.fromkeys(self.columns))
+
+    def _fit_text(self, text: str, ids: list[int]) -> tuple[str, list[int]]:
+        # An empty text is empty even if the tokenizer puts a BOS before it; whoever means the BOS can give its id.
+        return self._fit(text, ids if text else [])
 
     def _fit(self, text: str, ids: list[int]) -> tuple[str, list[int]]:
         if not ids:

@@ -32,8 +32,9 @@ def load_tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase) -> PreTraine
                 f"tokenizer; got {tokenizer!r}, which could not be loaded: {error}"
             ) from error
     if getattr(loaded, "eos_token_id", None) is None:
+        name = repr(tokenizer) if isinstance(tokenizer, str | Path) else type(tokenizer).__name__
         raise ValueError(
-            f"Expected a tokenizer with an eos token, since EOS is how a response ends; {tokenizer!r} has none. "
+            f"Expected a tokenizer with an eos token, since EOS is how a response ends; {name} has none. "
             f"Set one: tokenizer.eos_token = '<one of its tokens>'."
         )
     return loaded  # type: ignore[return-value]
