@@ -1,7 +1,8 @@
 """Timing things alternately, and saying how sure we are.
 
-Speeds of this kind of work drift by tens of percent with the temperature of the machine and with its neighbours, and so
-do the two sides of a ratio, together. So a ratio is taken of two runs that follow each other, and the median of several.
+Speeds of this kind of work drift by tens of percent with the temperature of the machine and with its neighbours, and
+the two sides of a ratio drift together. So a ratio is taken of two runs that follow each other, and the median of
+several is reported.
 """
 
 from __future__ import annotations

@@ -222,12 +222,14 @@ def _check_seeding(env: gym.Env[Any, Any]) -> None:
     tokens = _ordinary_tokens(env.unwrapped, 3)
     # Several seeds, since a single one may draw the same prompt by chance.
     starts = [[deepcopy(env.reset(seed=seed)) for seed in range(16)] for _ in range(2)]
-    assert data_equivalence(*starts, exact=True), "The same seed must give the same prompt."
+    assert data_equivalence(starts[0], starts[1], exact=True), "The same seed must give the same prompt."
     episodes = []
     for _ in range(2):
         env.reset(seed=7)
         episodes.append([step._asdict() for step in _play(env, tokens)])
-    assert data_equivalence(*episodes, exact=True), "The same seed and the same actions must give the same episode."
+    assert data_equivalence(episodes[0], episodes[1], exact=True), (
+        "The same seed and the same actions must give the same episode."
+    )
     prompts: Any = env.unwrapped.prompts  # type: ignore[attr-defined]
     if len({prompt.text for prompt in prompts}) > 1:
         drawn = {env.reset(seed=seed)[1]["prompt"] for seed in range(64)}

