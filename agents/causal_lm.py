@@ -106,8 +106,8 @@ class CausalLM(nn.Module):
         if min_new_tokens > 0 and eos_token_id is None:
             raise ValueError(f"min_new_tokens={min_new_tokens} needs eos_token_id: the token to forbid until then.")
         head = model.get_output_embeddings()
-        if head is None:
-            raise ValueError(f"{type(model).__name__} has no output embeddings: expected a causal language model.")
+        if head is None or model.config.is_encoder_decoder:
+            raise ValueError(f"Expected a causal language model (a decoder with a head), got {type(model).__name__}.")
         n_logits, self.hidden_size = head.weight.shape
         if n_logits < n_tokens:
             raise ValueError(

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import shutil
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ COUNTERS = ("num_timesteps", "_total_timesteps", "_n_updates", "_current_progres
 def save(model: OnPolicyAlgorithm, path: str | Path) -> None:
     """
     :param model: the algorithm, between two iterations (elsewhere the running rollout is lost).
-    :param path: directory; replaced as a whole, so that a kill leaves the old one or the new one.
+    :param path: directory; replaced as a whole, so that a kill at any moment leaves the old one or the new one.
     """
     directory = _directory(path)
     partial = directory.with_name(directory.name + ".partial")
@@ -48,10 +49,11 @@ def save(model: OnPolicyAlgorithm, path: str | Path) -> None:
     state = {
         "algorithm": f"{type(model).__module__}:{type(model).__qualname__}",
         "arguments": _plain_arguments(model),
-        "policy_kwargs": {k: v for k, v in model.policy_kwargs.items() if _is_plain(v)},
+        "policy_kwargs": {name: _written(value) for name, value in model.policy_kwargs.items()},
         "param_groups": [{k: v for k, v in g.items() if _is_plain(v)} for g in optimizer["param_groups"]],
         "counters": {name: getattr(model, name) for name in COUNTERS},
         "kl_coef_now": model.kl.coef,
+        "latest_episodes": list(model.ep_info_buffer or []),
         "generators": {
             "python": random.getstate(),
             "numpy": _numpy_state(),
@@ -59,8 +61,12 @@ def save(model: OnPolicyAlgorithm, path: str | Path) -> None:
         },
     }
     (partial / "state.json").write_text(json.dumps(state, indent=1))
-    shutil.rmtree(directory, ignore_errors=True)
+    # A directory cannot be replaced in one go; while neither is in its place, `load` takes the previous one.
+    if directory.exists():
+        shutil.rmtree(_previous(directory), ignore_errors=True)
+        os.replace(directory, _previous(directory))
     os.replace(partial, directory)
+    shutil.rmtree(_previous(directory), ignore_errors=True)
 
 
 def load(cls: type[OnPolicyAlgorithm], path: str | Path, env: Any, device: Any = "auto", **kwargs: Any) -> Any:
@@ -73,15 +79,21 @@ def load(cls: type[OnPolicyAlgorithm], path: str | Path, env: Any, device: Any =
         object of the saved run isn't given again.
     """
     directory = _directory(path)
+    if not directory.exists() and _previous(directory).exists():
+        directory = _previous(directory)
     if not (directory / "state.json").exists():
         raise FileNotFoundError(f"Expected a checkpoint directory with state.json, found none at {directory}.")
     if env is None:
         raise ValueError("Expected env: a checkpoint holds no environment. Pass load(path, env=...).")
     state = json.loads((directory / "state.json").read_text())
     arguments = {**state["arguments"], **kwargs}
-    if missing := [name for name, value in arguments.items() if value == _NOT_PLAIN]:
-        raise ValueError(f"{missing} can't be written down and must be given again: load(path, env, {missing[0]}=...).")
     arguments["policy_kwargs"] = {**state["policy_kwargs"], **(kwargs.get("policy_kwargs") or {})}
+    for given, example in ((arguments, "{}=..."), (arguments["policy_kwargs"], "policy_kwargs={{'{}': ...}}")):
+        if missing := [name for name, value in given.items() if isinstance(value, str) and value == _NOT_PLAIN]:
+            raise ValueError(
+                f"{missing} can't be written down and must be given again: load(path, env, "
+                f"{example.format(missing[0])})."
+            )
     model = cls("CausalLMPolicy", env, device=device, **arguments)
     load_model(model.policy, str(directory / "policy.safetensors"))
     model.policy.clear_cache()
@@ -95,6 +107,9 @@ def load(cls: type[OnPolicyAlgorithm], path: str | Path, env: Any, device: Any =
     for name, value in state["counters"].items():
         setattr(model, name, value)
     model.kl.coef = state["kl_coef_now"]
+    model.ep_info_buffer = deque(state["latest_episodes"], maxlen=model._stats_window_size)
+    # Otherwise `learn` would do it, and seed the environment's generators anew.
+    model._last_obs = model.env.reset()  # type: ignore[assignment,union-attr]
     generators = load_file(directory / "generators.safetensors")
     torch.set_rng_state(generators["torch"])
     if "cuda" in generators and torch.cuda.is_available():
@@ -116,27 +131,45 @@ def _directory(path: str | Path) -> Path:
     return path.with_suffix("") if path.suffix == ".zip" else path
 
 
+def _previous(directory: Path) -> Path:
+    return directory.with_name(directory.name + ".previous")
+
+
+def argument_names(cls: type[OnPolicyAlgorithm]) -> set[str]:
+    """
+    :param cls: an algorithm. :return: the arguments that its constructor takes, those of its base classes included.
+    """
+    signatures = [inspect.signature(c.__init__) for c in cls.__mro__ if "__init__" in vars(c)]  # type: ignore[misc]
+    # From the algorithm upwards, as long as further keyword arguments are handed on.
+    names: set[str] = set()
+    for signature in signatures:
+        kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
+        names |= {name for name, kind in kinds.items() if kind is not inspect.Parameter.VAR_KEYWORD}
+        if inspect.Parameter.VAR_KEYWORD not in kinds.values():
+            break
+    return names - {"self"}
+
+
 def _plain_arguments(model: OnPolicyAlgorithm) -> dict[str, Any]:
     """The constructor's arguments, which the algorithms keep as attributes of the same names."""
-    names = {name for cls in type(model).__mro__ if "__init__" in vars(cls) for name in _parameters(cls)}
-    skipped = {"self", "policy", "env", "kwargs", "policy_kwargs", "device", "reference"}
-    arguments = {}
-    for name in sorted(names - skipped):
-        if hasattr(model, name):
-            value = getattr(model, name)
-            arguments[name] = value if _is_plain(value) else _NOT_PLAIN
+    skipped = {"policy", "env", "policy_kwargs", "device", "reference", "stats_window_size"}
+    names = sorted(argument_names(type(model)) - skipped)
+    arguments = {name: _written(getattr(model, name)) for name in names if hasattr(model, name)}
+    arguments["stats_window_size"] = model._stats_window_size
+    if model.reference_was_given:
+        arguments["reference"] = _NOT_PLAIN
     return arguments
-
-
-def _parameters(cls: type) -> list[str]:
-    from agents.on_policy import OnPolicyAlgorithm
-
-    return list(inspect.signature(cls.__init__).parameters) if issubclass(cls, OnPolicyAlgorithm) else []
 
 
 def _numpy_state() -> list[Any]:
     name, keys, *rest = np.random.get_state(legacy=True)
     return [name, np.asarray(keys).tolist(), *rest]
+
+
+def _written(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return value if _is_plain(value) else _NOT_PLAIN
 
 
 def _is_plain(value: Any) -> bool:

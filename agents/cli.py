@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from stable_baselines3.common.utils import set_random_seed
 
@@ -20,7 +22,7 @@ from agents.evaluation import evaluate, load_policy, sample_texts
 from agents.run import EnvConfig, TrainConfig, load_config, train
 from text_env.rewards import RewardError
 
-console = Console()
+console = Console(emoji=False)  # texts of a model are printed as they are
 
 # What the demo has to show on held-out prompts; below it, training has not worked.
 MIN_SCORE_GAIN_STD, MIN_GOLD_GAIN, MAX_KL, MIN_DISTINCT_RATIO = 1.5, 0.4, 15.0, 0.5
@@ -73,7 +75,7 @@ class DemoConfig:
     run_dir: Path = Path("runs/demo")
     """An existing run there is replaced, if it is a demo's."""
     seed: int = 0
-    total_timesteps: int = 60_000
+    total_timesteps: int = 80_000
     """Tokens to generate."""
     episodes: int = 256
     """Texts to evaluate, of the policy before and after."""
@@ -106,7 +108,7 @@ def run_sample(config: SampleConfig) -> int:
     policy = load_policy(config.policy, env, config.device, config.dtype, config.temperature)
     for info in sample_texts(policy, env, prompts, config.greedy):
         console.print(
-            f"[bold]{info['prompt']}[/bold]{info['completion']}",
+            f"[bold]{escape(info['prompt'])}[/bold]{escape(info['completion'])}",
             f"[dim]({info['score']:+.2f})[/dim]",
             soft_wrap=True,
         )
@@ -120,10 +122,16 @@ def run_train(config: TrainConfig) -> int:
 
 
 def run_demo(config: DemoConfig) -> int:
+    changeable: dict[str, Any] = {
+        "run_dir": config.run_dir,
+        "seed": config.seed,
+        "total_timesteps": config.total_timesteps,
+    }
+    settings = TrainConfig(**changeable)
     if (config.run_dir / "config.yaml").exists():
-        for path in sorted(config.run_dir.rglob("*"), reverse=True):
-            path.unlink() if path.is_file() else path.rmdir()
-    settings = TrainConfig(run_dir=config.run_dir, seed=config.seed, total_timesteps=config.total_timesteps)
+        if dataclasses.replace(load_config(config.run_dir / "config.yaml"), **changeable) != settings:
+            raise FileExistsError(f"{config.run_dir} holds a run that is no demo's; choose another --run-dir.")
+        shutil.rmtree(config.run_dir)
     console.print("Training PPO on the built-in language model; the reward is the built-in reward model.")
     start = time.perf_counter()
     train(settings)
@@ -178,7 +186,7 @@ def _print_texts(path: Path) -> None:
         console.print(f"\n[bold]{title}[/bold]")
         for row in (row for row in rows if row["timesteps"] == when):
             console.print(
-                f" [dim]{row['score']:+.2f}[/dim] [bold]{row['prompt']}[/bold]{row['completion']}",
+                f" [dim]{row['score']:+.2f}[/dim] [bold]{escape(row['prompt'])}[/bold]{escape(row['completion'])}",
                 soft_wrap=True,
             )
     console.print()
@@ -216,7 +224,7 @@ def main(args: Sequence[str] | None = None) -> int:
             rest = rest[:at] + rest[at + 2 :]
         return function(tyro.cli(config_type, args=rest, default=default, prog=f"textrlhf {command}"))
     except (ValueError, OSError, RewardError) as error:
-        console.print(f"[red]{type(error).__name__}[/red]: {error}", highlight=False, soft_wrap=True)
+        console.print(f"[red]{type(error).__name__}[/red]: {escape(str(error))}", highlight=False, soft_wrap=True)
         return 1
 
 

@@ -86,7 +86,7 @@ class EpisodeBuffer(RolloutBuffer):
         gamma: float = 1.0,
         n_envs: int = 1,
         reference: Reference | str | None = None,
-        kl_coef: float = 0.05,
+        kl_coef: float = 0.04,
     ) -> None:
         if isinstance(reference, str):
             assert isinstance(action_space, spaces.Discrete)

@@ -69,7 +69,7 @@ class OnPolicyAlgorithm(BaseAlgorithm):
         n_epochs: int = 1,
         gamma: float = 1.0,
         max_grad_norm: float = 1.0,
-        kl_coef: float = 0.05,
+        kl_coef: float = 0.04,
         kl_target: float | None = None,
         missing_eos_penalty: float | None = None,
         normalize_advantage: bool = True,
@@ -110,6 +110,7 @@ class OnPolicyAlgorithm(BaseAlgorithm):
         self.micro_batch_tokens = micro_batch_tokens
         self.kl: KLController = FixedKL(kl_coef) if kl_target is None else AdaptiveKL(kl_coef, kl_target)
         self.reference = reference
+        self.reference_was_given = reference is not None
         self._setup_model()
 
     def _setup_model(self) -> None:

@@ -74,8 +74,9 @@ class CausalLMPolicy(ActorCriticPolicy):
             raise ValueError("use_sde=True is for continuous actions; tokens are discrete. Use use_sde=False.")
         if optimizer_class is torch.optim.Adam:
             # PyTorch's default of 1e-8 is too aggressive in the first updates (SB3 and OpenAI's baselines use 1e-5).
-            # Fused: one pass over the weights instead of a dozen.
-            optimizer_kwargs = {"eps": 1e-5, "fused": True, **(optimizer_kwargs or {})}
+            # Fused: one pass over the weights instead of a dozen. It excludes foreach, if that is what was asked for.
+            given = optimizer_kwargs or {}
+            optimizer_kwargs = {"eps": 1e-5, "fused": not given.get("foreach"), **given}
         # ActorCriticPolicy's own constructor would build an MLP, and orthogonally re-initialise linear layers.
         super(ActorCriticPolicy, self).__init__(
             observation_space,
@@ -119,7 +120,6 @@ class CausalLMPolicy(ActorCriticPolicy):
     def _build(self, lr_schedule: Schedule) -> None:
         trainable = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = self.optimizer_class(trainable, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
-        self.optimizer.register_step_post_hook(lambda *_: self.clear_cache())
 
     # ---- SB3's contract -------------------------------------------------------------------------------------------
 

@@ -19,12 +19,25 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from agents.contexts import Contexts, share_prefixes
 
 SPARE_COLUMNS = 64
+
+_optimizer_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+# Fused optimisers change weights and not their versions. The hook is on all of them, whoever made them: one on the
+# policy's own would be lost whenever that is copied.
+register_optimizer_step_post_hook(_count_step)
 
 
 class _Layer(CacheLayerMixin):
@@ -184,7 +197,7 @@ class PrefixCache:
         self._max_blocks = max_blocks
         self._blocks: list[_Block] = []  # most recently used first
         self._weights: list[nn.Parameter] = list(backbone.parameters())
-        self._fingerprint: list[tuple[int, int]] = []
+        self._fingerprint: list[tuple[int, int]] = []  # of the weights that the memo belongs to
         self.enabled = self._is_supported()
 
     def clear(self) -> None:
@@ -201,7 +214,7 @@ class PrefixCache:
         """
         if not self.enabled:
             return self._plain(contexts)
-        if self._fingerprint != (now := [(p.data_ptr(), p._version) for p in self._weights]):
+        if self._fingerprint != (now := self._fingerprint_now()):
             self.clear()
             self._fingerprint = now
         try:
@@ -209,6 +222,9 @@ class PrefixCache:
         except BaseException:  # an interrupted update leaves rows half-written: better to forget them
             self.clear()
             raise
+
+    def _fingerprint_now(self) -> list[tuple[int, int]]:
+        return [(_optimizer_steps, 0), *((p.data_ptr(), p._version) for p in self._weights)]
 
     def _memoised(self, contexts: Contexts) -> torch.Tensor:
         block, slots = self._find(contexts)

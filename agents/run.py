@@ -7,7 +7,6 @@ iterations), ``learning_curve.png``, ``policy/`` (a plain Hugging Face directory
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +21,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 
+from agents.checkpoint import argument_names
 from agents.evaluation import sample_texts
 from agents.on_policy import MAX_ROWS, OnPolicyAlgorithm
 from agents.ppo import PPO
+from text_env.names import import_object, is_object_name
 from text_env.prompts import load_prompts
 from text_env.vector_env import TextVectorEnv
 
@@ -85,7 +86,7 @@ class TrainConfig:
     batch_size: int = 16
     """Episodes of a minibatch."""
     n_epochs: int = 4
-    kl_coef: float = 0.05
+    kl_coef: float = 0.04
     """β of the KL penalty."""
     kl_target: float | None = None
     """Nats per episode: β adapts to hold the KL there."""
@@ -114,10 +115,9 @@ def algorithm_named(name: str) -> type[OnPolicyAlgorithm]:
     """
     if name in ALGORITHMS:
         return ALGORITHMS[name]
-    module, _, attribute = name.partition(":")
-    if not attribute:
+    if not is_object_name(name):
         raise ValueError(f"Expected algo to be one of {sorted(ALGORITHMS)} or 'module:Class', got {name!r}.")
-    found = getattr(importlib.import_module(module), attribute, None)
+    found = import_object(name)
     if not (isinstance(found, type) and issubclass(found, OnPolicyAlgorithm)):
         raise ValueError(f"Expected {name!r} to be a subclass of agents.on_policy.OnPolicyAlgorithm, got {found!r}.")
     return found
@@ -133,6 +133,8 @@ def train(config: TrainConfig) -> OnPolicyAlgorithm:
     if (directory / "config.yaml").exists():
         raise FileExistsError(f"{directory} holds a run already; choose another --run-dir, or remove it.")
     algorithm = algorithm_named(config.algo)
+    if unknown := set(config.algo_kwargs) - (known := argument_names(algorithm)):
+        raise ValueError(f"Unknown algo_kwargs {sorted(unknown)}; {algorithm.__name__} takes {sorted(known)}.")
     env = config.env.make(min(config.n_episodes, MAX_ROWS), config.model)
     rate = config.learning_rate
     policy_kwargs: dict[str, Any] = {
@@ -195,6 +197,10 @@ def load_config(path: Path) -> TrainConfig:
             raise ValueError(f"{path}: unknown {sorted(unknown)}; {cls.__name__} has {sorted(known)}.")
     if "run_dir" in values:
         values["run_dir"] = Path(values["run_dir"])
+    if "algo_kwargs" in values:  # on the command line they are strings, which are read as YAML later
+        values["algo_kwargs"] = {
+            k: v if isinstance(v, str) else json.dumps(v) for k, v in values["algo_kwargs"].items()
+        }
     return TrainConfig(env=EnvConfig(**env), **values)
 
 

@@ -5,6 +5,7 @@ Nothing here imports our packages: the peers build the very same model in their 
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +44,10 @@ class Subject(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     prompts: list[str]
     masks_eos: bool
+
+    def own_copy(self) -> Subject:
+        """The same with a copy of the model: our policy may replace layers of the one that it is given."""
+        return self._replace(model=copy.deepcopy(self.model))
 
 
 def subject(name: str, device: torch.device) -> Subject:

@@ -65,7 +65,7 @@ def make_env(subject: Subject, response: int = RESPONSE, rows: int = EPISODES, r
 
 def make_policy(subject: Subject, env: TextVectorEnv) -> CausalLMPolicy:
     """
-    :param subject: whose model it is; it is shared, not copied. :param env: says what spaces.
+    :param subject: whose model it is; nobody else may use it. :param env: says what spaces.
     """
     return CausalLMPolicy(
         env.single_observation_space,
@@ -85,6 +85,7 @@ class Ours:
     """
 
     def __init__(self, subject: Subject) -> None:
+        subject = subject.own_copy()
         self.env = make_env(subject)
         self.policy = make_policy(subject, self.env).to(subject.model.device)
         self.buffer = EpisodeBuffer(

@@ -142,7 +142,7 @@ def stock(plan: Plan) -> Figures:
         name: update.stock_ppo(subject("gpt2-4m", plan.device), policy)
         for name, policy in (("ours", update.CausalLMPolicy), ("plain", update.PlainPolicy))
     }
-    speeds = alternate(sides, plan.slow_repeats, warmup=0 if plan.quick else 1)
+    speeds = alternate(sides, plan.slow_repeats, warmup=1)
     figure = speed_ratio(
         speeds["ours"],
         speeds["plain"],

@@ -26,9 +26,10 @@ LEARNING_RATE = 1e-5  # small, so that the hundredth update sees the model of th
 
 def own_ppo(subject: Subject, response: int = RESPONSE, episodes: int = EPISODES) -> PPO:
     """
-    :param subject: what is trained, in place. :param response: budget. :param episodes: of an iteration.
+    :param subject: of which a copy is trained. :param response: budget. :param episodes: of an iteration.
     :return: our PPO after one iteration.
     """
+    subject = subject.own_copy()
     algorithm = PPO(
         "CausalLMPolicy",
         make_env(subject, response, rows=episodes),
@@ -106,6 +107,7 @@ def stock_ppo(subject: Subject, policy: type[CausalLMPolicy]) -> Callable[[], in
 
     :param policy: the only thing in which the two sides differ.
     """
+    subject = subject.own_copy()
     tokens = EPISODES * RESPONSE
     algorithm = stable_baselines3.PPO(
         policy,

@@ -99,7 +99,7 @@ class Build:
     n_eval_prompts: int = 64
     """Held-out prompts, none of which is a training prompt."""
 
-    n_pairs: int = 10_000
+    n_pairs: int = 20_000
     """Training pairs, on training prompts."""
     n_eval_pairs: int = 1_000
     """Held-out pairs, on held-out prompts."""
@@ -109,7 +109,7 @@ class Build:
     annotator_ceiling: float = 0.85
     """The accuracy of the best possible predictor of the simulated annotator."""
 
-    reward_epochs: float = 2.0
+    reward_epochs: float = 1.0
     reward_learning_rate: float = 5e-4
     reward_batch_pairs: int = 32
     n_normalisation_texts: int = 4_096

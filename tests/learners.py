@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,21 @@ def make_model(kind: str = "gpt2", ends: float = 0.0, sharp: float = 0.2, **kwar
     return model
 
 
+def save_model(directory: Path, kind: str = "gpt2", **kwargs: Any) -> str:
+    """Save a random model and the tiny tokenizer, so that both can go by name.
+
+    A bias of the head would not survive that: one of the final norm makes EOS likely instead, where there is one.
+    """
+    model = make_model(kind, **kwargs)
+    if kind == "gpt2":
+        with torch.no_grad():
+            model.transformer.ln_f.bias[0] = 2.0
+            model.get_output_embeddings().weight[EOS, 0] = 2.0
+    model.save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
 class Float64RMSNorm(LlamaRMSNorm):
     """transformers rounds to float32 in this layer, whatever the dtype of the weights."""
 
@@ -87,7 +103,8 @@ def in_float64(model: PreTrainedModel) -> PreTrainedModel:
 def make_policy(
     env: TextVectorEnv, kind: str = "gpt2", lr: float = 1e-2, model: Any = None, **kwargs: Any
 ) -> CausalLMPolicy:
-    """A policy for an environment, with a value head that is not zero."""
+    """A policy for an environment, with a value head that is not zero; random numbers start anew."""
+    torch.manual_seed(0)
     policy = CausalLMPolicy(
         env.single_observation_space,
         env.single_action_space,

@@ -38,12 +38,16 @@ def random_episodes(n: int = 6) -> list[Episode]:
 
 def transitions(episodes: list[Episode]) -> tuple[list[list[int]], list[int], torch.Tensor]:
     """Context, prompt length and action of every step."""
-    rows = [(prompt + response[:t], len(prompt), response[t]) for prompt, response in episodes for t in range(len(response))]
+    rows = [
+        (prompt + response[:t], len(prompt), response[t]) for prompt, response in episodes for t in range(len(response))
+    ]
     contexts, prompt_lengths, actions = zip(*rows, strict=True)
     return list(contexts), list(prompt_lengths), torch.tensor(actions)
 
 
-def packed(episodes: list[Episode], extra_columns: int = 0, padding: int = 9) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def packed(
+    episodes: list[Episode], extra_columns: int = 0, padding: int = 9
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The same steps as one row an episode."""
     total = [len(prompt) + len(response) - 1 for prompt, response in episodes]
     columns = max(total) + extra_columns
@@ -86,7 +90,9 @@ def assert_same(left: Gradient, right: Gradient, tolerance: float = 1e-12) -> No
     assert left.keys() == right.keys()
     assert max(float(gradient.abs().max()) for gradient in left.values()) > 1e-3
     for name in left:
-        torch.testing.assert_close(left[name], right[name], atol=tolerance, rtol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            left[name], right[name], atol=tolerance, rtol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -178,7 +184,7 @@ def test_micro_batches_do_not_change_the_gradient(kind: str, micro_batch_tokens:
     assert_same(gradient(4096), gradient(micro_batch_tokens))
 
 
-# ---- what it costs ----------------------------------------------------------------------------------------------------
+# ---- what it costs -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -192,7 +198,9 @@ def test_any_batch_of_contexts_is_scored_as_each_of_them_alone(kind: str) -> Non
     for i, at in enumerate(order):
         expected = plain_log_probs(policy, contexts[at], len(contexts[at]) - prompt_lengths[at])
         assert float(log_prob[i].detach()) == pytest.approx(float(expected[actions[at]]), abs=1e-12)
-    alone = policy.evaluate_actions(observation_of([contexts[order[0]]], [prompt_lengths[order[0]]]), actions[order[:1]])
+    alone = policy.evaluate_actions(
+        observation_of([contexts[order[0]]], [prompt_lengths[order[0]]]), actions[order[:1]]
+    )
     torch.testing.assert_close(values[:1], alone[0], atol=1e-12, rtol=1e-12)
 
 

@@ -102,7 +102,7 @@ def test_rare_tokens_at_the_end_of_a_large_vocabulary_are_sampled() -> None:
     assert float(rare.mean()) == pytest.approx(10_000, abs=4 * 5_774 / np.sqrt(20))
 
 
-# ---- every text that is started counts --------------------------------------------------------------------------------
+# ---- every text that is started counts -----------------------------------------------------------------------------
 
 BUDGET = 24
 TEXTS = 800

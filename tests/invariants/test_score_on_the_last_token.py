@@ -40,9 +40,9 @@ def test_every_text_carries_its_own_score_on_its_last_token(kind: str, pad: bool
     model = make_model(kind, tokenizer=env.tokenizer, ends=0.2)
     policy = make_policy(env, model=model)
     buffer = EpisodeBuffer(0, env.single_observation_space, env.single_action_space, "cpu", n_envs=rows)
-    infos = collect_episodes(policy, env, 8, buffer)
+    infos = collect_episodes(policy, env, 16, buffer)
     buffer.finalize()
-    assert buffer.n_episodes == 8
+    assert buffer.n_episodes == 16
     assert {info["finish_reason"] for info in infos} == {"eos", "length"}
     for number, info in enumerate(infos):
         steps = slice(buffer.starts[number], buffer.starts[number + 1])

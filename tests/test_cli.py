@@ -1,0 +1,392 @@
+"""The command line, end to end on the tiniest settings: `textrlhf train | evaluate | sample`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from learners import PROMPTS, make_env, save_model, weights_of
+from transformers import AutoModelForCausalLM
+
+from agents.cli import EvaluateConfig, main
+from agents.evaluation import load_policy
+from agents.ppo import PPO
+from agents.run import EnvConfig, TrainConfig, algorithm_named, dump_config, load_config
+
+TINY = ["--max-new-tokens", "6", "--n-episodes", "8", "--batch-size", "4", "--n-epochs", "1", "--device", "cpu"]
+
+
+class Run:
+    """A model, prompts, and a run that was trained from them by the command line."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.model = save_model(root / "model")
+        (root / "prompts.txt").write_text("\n".join(PROMPTS))
+        self.prompts = str(root / "prompts.txt")
+        self.directory = root / "run"
+
+    def train(self, directory: Path, *more: str) -> int:
+        names = ["--model", self.model, "--prompts", self.prompts, "--reward", "learners:even_tokens"]
+        return main(["train", *names, *TINY, "--total-timesteps", "100", "--run-dir", str(directory), *more])
+
+    def evaluate(self, policy: Path | str, *more: str) -> int:
+        return main(["evaluate", "--policy", str(policy), "--prompts", self.prompts, "--device", "cpu", *more])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    made = Run(tmp_path_factory.mktemp("cli"))
+    assert (
+        made.train(
+            made.directory, "--sample-every", "2", "--n-samples", "3", "--no-progress", "--learning-rate", "3e-3"
+        )
+        == 0
+    )
+    return made
+
+
+# ---- train ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_directory_is_complete(run: Run) -> None:
+    names = {path.name for path in run.directory.iterdir()}
+    assert names >= {"config.yaml", "progress.csv", "samples.jsonl", "learning_curve.png", "policy"}
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert (run.directory / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    files = {path.name for path in (run.directory / "policy").iterdir()}
+    assert files >= {"config.json", "model.safetensors", "tokenizer.json", "value_head.safetensors"}
+    AutoModelForCausalLM.from_pretrained(run.directory / "policy")
+
+
+def test_progress_csv_has_a_row_for_every_iteration(run: Run) -> None:
+    with (run.directory / "progress.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    tokens = [int(row["time/total_timesteps"]) for row in rows]
+    assert len(rows) >= 2
+    assert tokens == sorted(tokens)
+    assert tokens[-1] >= 100
+    for name in ("objective/scores", "objective/gold_score", "objective/kl", "train/loss", "rollout/ep_rew_mean"):
+        assert all(np.isfinite(float(row[name])) for row in rows)
+
+
+def test_samples_are_of_the_same_prompts_at_the_start_in_between_and_at_the_end(run: Run) -> None:
+    rows = [json.loads(line) for line in (run.directory / "samples.jsonl").read_text().splitlines()]
+    assert {row["prompt"] for row in rows} == set(PROMPTS[:3])
+    times = [row["timesteps"] for row in rows]
+    assert times == sorted(times)
+    assert times[0] == 0
+    assert times[-1] >= 100
+    assert len(set(times)) >= 3
+    assert all(set(row) >= {"prompt", "completion", "score", "gold_score", "finish_reason"} for row in rows)
+
+
+def test_the_config_is_complete_and_is_the_same_when_it_is_read_again(run: Run) -> None:
+    written = yaml.safe_load((run.directory / "config.yaml").read_text())
+    config = load_config(run.directory / "config.yaml")
+    assert written == yaml.safe_load(dump_config(config))
+    assert written["env"]["reward"] == "learners:even_tokens"
+    assert (written["n_episodes"], written["total_timesteps"], written["seed"]) == (8, 100, 0)
+    assert set(written) == set(TrainConfig.__dataclass_fields__)
+    assert set(written["env"]) == set(EnvConfig.__dataclass_fields__)
+
+
+def test_the_same_config_gives_the_same_policy_and_overrides_win(run: Run, tmp_path: Path) -> None:
+    config = ["train", "--config", str(run.directory / "config.yaml"), "--no-progress"]
+    assert main([*config, "--run-dir", str(tmp_path / "again")]) == 0
+    assert main([*config, "--run-dir", str(tmp_path / "other"), "--seed", "1", "--max-new-tokens", "4"]) == 0
+    first, again, other = (
+        AutoModelForCausalLM.from_pretrained(path / "policy")
+        for path in (run.directory, tmp_path / "again", tmp_path / "other")
+    )
+    assert all(tensor.equal(weights_of(again)[name]) for name, tensor in weights_of(first).items())
+    assert not all(tensor.equal(weights_of(other)[name]) for name, tensor in weights_of(first).items())
+    written = yaml.safe_load((tmp_path / "other" / "config.yaml").read_text())
+    assert (written["seed"], written["env"]["max_new_tokens"], written["n_episodes"]) == (1, 4, 8)
+
+
+def test_a_config_file_may_be_a_part_of_one(run: Run, tmp_path: Path) -> None:
+    values = {
+        "model": run.model,
+        "env": {"prompts": run.prompts, "reward": "sentiment", "gold": None, "max_new_tokens": 4},
+        "n_episodes": 4,
+        "total_timesteps": 10,
+        "device": "cpu",
+        "algo_kwargs": {"clip_range": 0.1, "target_kl": None},
+    }
+    (tmp_path / "part.yaml").write_text(yaml.safe_dump(values))
+    assert (
+        main(["train", "--config", str(tmp_path / "part.yaml"), "--run-dir", str(tmp_path / "run"), "--no-progress"])
+        == 0
+    )
+    header = (tmp_path / "run" / "progress.csv").read_text().splitlines()[0]
+    assert "gold_score" not in header
+    assert (tmp_path / "run" / "learning_curve.png").exists()
+
+
+def test_arguments_of_the_algorithm_reach_it(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[PPO] = []
+    learn = PPO.learn
+
+    def look(self: PPO, *args: Any, **kwargs: Any) -> PPO:
+        seen.append(self)
+        return learn(self, *args, **kwargs)
+
+    monkeypatch.setattr(PPO, "learn", look)
+    options = ["--algo-kwargs", "clip_range", "0.07", "clip_range_vf", "null", "--kl-target", "2.0", "--lora-r", "2"]
+    assert run.train(tmp_path / "run", *options, "--lr-schedule", "constant", "--temperature", "0.9") == 0
+    [model] = seen
+    assert (model.clip_range, model.clip_range_vf, model.kl_target) == (0.07, None, 2.0)
+    assert model.lr_schedule(0.0) == model.lr_schedule(1.0) == 1e-4
+    assert model.policy.lm.temperature == 0.9
+    # The adapter that was left is a policy like any other.
+    assert run.evaluate(tmp_path / "run" / "policy", "--episodes", "4") == 0
+
+
+def test_an_algorithm_of_ones_own_goes_by_module_and_class() -> None:
+    assert algorithm_named("ppo") is PPO
+    assert algorithm_named("agents.ppo:PPO") is PPO
+
+
+def test_progress_shows_tokens_score_and_kl(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.train(tmp_path / "run", "--total-timesteps", "20") == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"tokens .*score [+-]\d\.\d\d  KL -?\d\.\d\d nats", shown)
+    assert "Wrote" in shown
+
+
+# ---- evaluate ------------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_writes_the_json_that_was_promised(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run.evaluate(run.directory / "policy", "--episodes", "12", "--json", str(tmp_path / "out.json")) == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert set(result) == {"policy", "reference", "kl", "score_gain_std", "episodes"}
+    for name in ("policy", "reference"):
+        assert set(result[name]) >= {"score", "gold_score", "distinct_2", "mean_length"}
+    assert result["episodes"] == 12
+    assert result["kl"] > 0  # the reference is the model that the run's own config names
+    shown = capsys.readouterr().out
+    assert "12 episodes each" in shown
+    assert "score gain (std)" in shown
+
+
+def test_evaluate_with_the_policy_itself_as_reference_finds_no_kl(run: Run, tmp_path: Path) -> None:
+    policy = str(run.directory / "policy")
+    options = ["--reference", policy, "--reward", "sentiment", "--episodes", "8", "--json", str(tmp_path / "out.json")]
+    assert run.evaluate(policy, *options) == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["kl"] == pytest.approx(0, abs=1e-4)
+    assert result["policy"]["score"] == result["policy"]["gold_score"]  # both are the sentiment now
+
+
+def test_evaluate_gives_the_same_figures_for_the_same_seed(run: Run, tmp_path: Path) -> None:
+    results = []
+    for number, seed in enumerate((0, 0, 1)):
+        path = tmp_path / f"{number}.json"
+        assert run.evaluate(run.directory / "policy", "--episodes", "8", "--seed", str(seed), "--json", str(path)) == 0
+        results.append(path.read_text())
+    assert results[0] == results[1]
+    assert results[0] != results[2]
+
+
+def test_evaluate_uses_held_out_prompts_by_default() -> None:
+    assert EvaluateConfig(policy="x").prompts == "builtin:eval"
+
+
+# ---- sample --------------------------------------------------------------------------------------------------------
+
+
+def test_sample_prints_texts_that_begin_with_the_prompt(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    policy = str(run.directory / "policy")
+    options = ["--prompt", "The movie", "I loved", "--n", "2", "--max-new-tokens", "5", "--device", "cpu"]
+    assert main(["sample", "--policy", policy, *options]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("The movie") >= 2
+    assert shown.count("I loved") >= 2
+    assert len(re.findall(r"\([+-]\d\.\d\d\)", shown)) == 4
+    assert main(["sample", "--policy", policy, *options, "--seed", "0"]) == 0
+    assert capsys.readouterr().out == shown
+
+
+def test_greedy_samples_are_the_models_most_probable_text(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    policy = run.directory / "policy"
+    options = ["--prompt", "a", "--greedy", "--max-new-tokens", "5", "--device", "cpu"]
+    assert main(["sample", "--policy", str(policy), *options]) == 0
+    env = make_env(1, max_new_tokens=5)
+    loaded = load_policy(policy, env, device="cpu")
+    ids = env.tokenizer("a", return_tensors="pt")["input_ids"]
+    written = loaded.lm.model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=5, pad_token_id=1
+    )
+    text = env.tokenizer.decode(written[0], skip_special_tokens=True)
+    assert capsys.readouterr().out.startswith(text)
+
+
+def test_text_in_square_brackets_is_printed_as_it_is(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """rich would take it for markup."""
+    options = ["--prompt", "[red] [/nothing] x", "--max-new-tokens", "1", "--greedy", "--device", "cpu"]
+    assert main(["sample", "--policy", str(run.directory / "policy"), *options]) == 0
+    assert "[red] [/nothing] x" in capsys.readouterr().out
+
+
+# ---- demo ----------------------------------------------------------------------------------------------------------
+
+
+def run_demo_with(monkeypatch: pytest.MonkeyPatch, run_dir: Path, **changed: float) -> int:
+    """The demo without its training: everything is as it should be, except for what is changed."""
+    reference = {"score": 0.0, "gold_score": 0.1, "distinct_2": 0.8}
+    policy = {"score": 2.0, "gold_score": 0.9, "distinct_2": 0.7}
+    figures = {"kl": 9.0, "score_gain_std": 2.0, "episodes": 256}
+    for name, value in changed.items():
+        (policy if name in policy else figures)[name] = value
+
+    def train(config: TrainConfig) -> None:
+        config.run_dir.mkdir(parents=True)
+        (config.run_dir / "config.yaml").write_text(dump_config(config))
+        rows = [
+            {"timesteps": t, "prompt": "The movie", "completion": f" [/b] at {t}", "score": 1.0} for t in (0, 50, 99)
+        ]
+        (config.run_dir / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    monkeypatch.setattr("agents.cli.train", train)
+    monkeypatch.setattr("agents.cli._evaluate", lambda *_: {"policy": policy, "reference": reference, **figures})
+    return main(["demo", "--run-dir", str(run_dir)])
+
+
+def test_the_demo_prints_its_figures_and_texts_before_and_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_demo_with(monkeypatch, tmp_path / "demo") == 0
+    shown = capsys.readouterr().out
+    assert "256 episodes each" in shown
+    assert "The movie [/b] at 0" in shown
+    assert "The movie [/b] at 99" in shown
+    assert "at 50" not in shown
+    assert shown.count("yes ") == 4
+    assert json.loads((tmp_path / "demo" / "evaluation.json").read_text())["kl"] == 9.0
+
+
+@pytest.mark.parametrize(
+    "changed", [{"score_gain_std": 1.4}, {"gold_score": 0.45}, {"kl": 15.1}, {"distinct_2": 0.39}], ids=str
+)
+def test_the_demo_fails_when_something_was_not_learned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], changed: dict[str, float]
+) -> None:
+    assert run_demo_with(monkeypatch, tmp_path / "demo", **changed) == 1
+    shown = capsys.readouterr().out
+    assert (shown.count("yes "), shown.count("NO ")) == (3, 1)
+
+
+def test_the_demo_replaces_a_demo_and_no_other_run(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_demo_with(monkeypatch, tmp_path / "demo") == 0
+    (tmp_path / "demo" / "old").touch()
+    assert run_demo_with(monkeypatch, tmp_path / "demo") == 0
+    assert not (tmp_path / "demo" / "old").exists()
+    capsys.readouterr()
+    message = failed(capsys, run_demo_with(monkeypatch, run.directory))
+    assert "holds a run that is no demo's; choose another --run-dir" in message
+    assert (run.directory / "policy" / "model.safetensors").exists()
+
+
+# ---- what can go wrong ---------------------------------------------------------------------------------------------
+
+
+def failed(capsys: pytest.CaptureFixture[str], status: int) -> str:
+    assert status == 1
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_a_directory_that_holds_a_run_is_not_overwritten(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run.directory / "progress.csv").read_bytes()
+    message = failed(capsys, run.train(run.directory))
+    assert "FileExistsError" in message
+    assert "holds a run already; choose another --run-dir, or remove it" in message
+    assert (run.directory / "progress.csv").read_bytes() == before
+
+
+def test_unknown_names_are_refused_with_the_known_ones(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = failed(capsys, run.train(tmp_path / "a", "--algo", "dqn"))
+    assert "Expected algo to be one of ['ppo'] or 'module:Class', got 'dqn'" in message
+    message = failed(capsys, run.train(tmp_path / "b", "--reward", "bilutin"))
+    assert "Known names: builtin, sentiment" in message
+    message = failed(capsys, run.train(tmp_path / "c", "--model", str(tmp_path / "nothing")))
+    assert "nothing" in message
+    message = failed(capsys, run.train(tmp_path / "d", "--prompts", str(tmp_path / "nothing.txt")))
+    assert "there is no file" in message
+    message = failed(capsys, run.train(tmp_path / "e", "--algo", "agents.reference:Reference"))
+    assert "Expected 'agents.reference:Reference' to be a subclass of agents.on_policy.OnPolicyAlgorithm" in message
+    message = failed(capsys, run.train(tmp_path / "f", "--dtype", "float31"))
+    assert "Expected dtype 'auto', 'float32'" in message
+    assert list(tmp_path.iterdir()) == []  # nothing was begun
+
+
+def test_an_algorithm_in_a_module_that_is_not_there_is_refused(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = failed(capsys, run.train(tmp_path / "run", "--algo", "no_such_module:PPO"))
+    assert "ValueError" in message
+    assert "no_such_module" in message
+
+
+def test_an_argument_that_the_algorithm_does_not_have_is_refused(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = failed(capsys, run.train(tmp_path / "run", "--algo-kwargs", "clip_rang", "0.1"))
+    assert "Unknown algo_kwargs ['clip_rang']; PPO takes ['batch_size', 'clip_range'" in message
+
+
+def test_a_config_with_an_unknown_key_is_refused_with_the_known_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("learning_rat: 0.1\n")
+    message = failed(capsys, main(["train", "--config", str(path)]))
+    assert "unknown ['learning_rat']; TrainConfig has ['algo', 'algo_kwargs', 'batch_size'" in message
+    path.write_text("env: {rewards: builtin}\n")
+    assert "unknown ['rewards']; EnvConfig has ['env', 'gold'" in failed(capsys, main(["train", "--config", str(path)]))
+
+
+def test_a_config_file_that_is_not_there_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "FileNotFoundError" in failed(capsys, main(["train", "--config", str(tmp_path / "nothing.yaml")]))
+    assert "--config needs a YAML file after it" in failed(capsys, main(["train", "--config"]))
+
+
+def test_an_option_that_does_not_exist_ends_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--no-such-option"])
+    assert stopped.value.code == 2
+    assert "no-such-option" in capsys.readouterr().err
+
+
+def test_without_a_command_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, status in (([], 2), (["--help"], 0), (["nonsense"], 2)):
+        assert main(arguments) == status
+        shown = capsys.readouterr().out
+        assert all(f"textrlhf {command}" in shown for command in ("train", "evaluate", "sample", "demo"))
+
+
+def test_every_command_explains_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, option in (
+        ("train", "--kl-target"),
+        ("evaluate", "--reference"),
+        ("sample", "--greedy"),
+        ("demo", "--run-dir"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main([command, "--help"])
+        assert stopped.value.code == 0
+        assert option in capsys.readouterr().out
