@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from stable_baselines3.common.utils import explained_variance
@@ -25,6 +25,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from agents import checkpoint
 from agents.advantages import whiten
+from agents.callbacks import ProgressBar
 from agents.collector import Interrupted, collect_episodes
 from agents.episode_buffer import EpisodeBuffer, EpisodeSamples
 from agents.policy import CausalLMPolicy
@@ -143,6 +144,15 @@ class OnPolicyAlgorithm(BaseAlgorithm):
         assert isinstance(self.env, TextVecEnv)
         return self.env.vector_env
 
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        # SB3's own bar adds every row of the environment at every step; ours counts tokens, and shows score and KL.
+        prepared = super()._init_callback(callback, progress_bar=False)
+        if not progress_bar:
+            return prepared
+        both = CallbackList([prepared, ProgressBar()])
+        both.init_callback(self)
+        return both
+
     # ---- what is an algorithm's own -------------------------------------------------------------------------------
 
     @abstractmethod
@@ -177,7 +187,8 @@ class OnPolicyAlgorithm(BaseAlgorithm):
 
         :param total_timesteps: tokens to generate; the last rollout is finished. :param callback: SB3's.
         :param log_interval: iterations between two log lines. :param tb_log_name: of the TensorBoard run.
-        :param reset_num_timesteps: False goes on counting. :param progress_bar: SB3's.
+        :param reset_num_timesteps: False goes on counting.
+        :param progress_bar: tokens so far, with the latest score and KL.
         :return: self.
         """
         total_timesteps, callback = self._setup_learn(
@@ -246,13 +257,13 @@ class OnPolicyAlgorithm(BaseAlgorithm):
             for minibatch in np.split(order, range(self.batch_size, self.n_episodes, self.batch_size)):
                 used += int(buffer.lengths[minibatch].sum())
                 means = self._backward(minibatch)
+                means["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(self._trainable(), self.max_grad_norm))
+                for name, value in means.items():
+                    history[name].append(value)
                 stopped = self.stop_early(means)
                 if stopped:
                     break
-                norm = torch.nn.utils.clip_grad_norm_(self._trainable(), self.max_grad_norm)
                 optimizer.step()
-                for name, value in {**means, "grad_norm": float(norm)}.items():
-                    history[name].append(value)
             if stopped:
                 break
             self._n_updates += 1

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import tyro
 import yaml
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 
@@ -162,9 +161,7 @@ def train(config: TrainConfig) -> OnPolicyAlgorithm:
     (directory / "config.yaml").write_text(dump_config(config))
     model.set_logger(configure(str(directory), ["csv", "tensorboard"]))
     callbacks: list[BaseCallback] = [SampleTexts(directory / "samples.jsonl", config)]
-    if config.progress:
-        callbacks.append(ProgressBar())
-    model.learn(config.total_timesteps, callback=callbacks)
+    model.learn(config.total_timesteps, callback=callbacks, progress_bar=config.progress)
     model.logger.close()
     model.policy.save_pretrained(directory / "policy")
     plot_learning_curve(directory)
@@ -241,32 +238,6 @@ class SampleTexts(BaseCallback):
             for info in infos:
                 row = {k: float(v) if isinstance(v, np.floating) else v for k, v in info.items()}
                 file.write(json.dumps({"timesteps": self.num_timesteps, **row}, ensure_ascii=False) + "\n")
-
-
-class ProgressBar(BaseCallback):
-    """Tokens so far, with the latest rollout's score and KL."""
-
-    def _on_training_start(self) -> None:
-        self._bar = Progress(
-            TextColumn("tokens"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("score {task.fields[score]:+.2f}  KL {task.fields[kl]:.2f} nats"),
-        )
-        self._bar.start()
-        self._task = self._bar.add_task("", total=self.model._total_timesteps, score=float("nan"), kl=float("nan"))
-
-    def _on_step(self) -> bool:
-        self._bar.update(self._task, completed=self.num_timesteps)
-        return True
-
-    def _on_rollout_end(self) -> None:
-        values = self.model.logger.name_to_value
-        self._bar.update(self._task, score=values["objective/scores"], kl=values["objective/kl"])
-
-    def _on_training_end(self) -> None:
-        self._bar.stop()
 
 
 def plot_learning_curve(directory: Path) -> None:

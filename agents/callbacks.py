@@ -1,0 +1,32 @@
+"""Callbacks for our own loop."""
+
+from __future__ import annotations
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from stable_baselines3.common.callbacks import BaseCallback
+
+
+class ProgressBar(BaseCallback):
+    """Tokens so far, with the latest rollout's score and KL."""
+
+    def _on_training_start(self) -> None:
+        self._bar = Progress(
+            TextColumn("tokens"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("score {task.fields[score]:+.2f}  KL {task.fields[kl]:.2f} nats"),
+        )
+        self._bar.start()
+        self._task = self._bar.add_task("", total=self.model._total_timesteps, score=float("nan"), kl=float("nan"))
+
+    def _on_step(self) -> bool:
+        self._bar.update(self._task, completed=self.num_timesteps)
+        return True
+
+    def _on_rollout_end(self) -> None:
+        values = self.model.logger.name_to_value
+        self._bar.update(self._task, score=values["objective/scores"], kl=values["objective/kl"])
+
+    def _on_training_end(self) -> None:
+        self._bar.stop()
