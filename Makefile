@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check format builtin clean
+.PHONY: demo test check format builtin peers throughput clean
 
 demo: $(INSTALLED)  ## train PPO on the built-in model, print texts before and after
 	$(BIN)/textrlhf demo --run-dir runs/demo
@@ -23,6 +23,12 @@ format: $(INSTALLED)  ## apply the formatter
 
 builtin: $(INSTALLED)  ## rebuild the built-in models from the corpus
 	$(BIN)/python data/build_builtin.py build
+
+peers:  ## the environment of the benchmarks' peers
+	benchmarks/peers/install.sh $(PYTHON)
+
+throughput: $(INSTALLED)  ## how fast this is, beside its peers (keep the machine idle)
+	$(BIN)/python -m benchmarks.throughput --quick --json benchmarks/results/throughput.json
 
 clean:  ## remove the environment and all caches
 	rm -rf $(VENV) .venv-peers build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -23,7 +23,7 @@ from agents.contexts import contexts_of
 from agents.reference import Reference
 
 # Tokens of one micro-batch through the reference, in inference only.
-REFERENCE_TOKENS = 8192
+REFERENCE_TOKENS = 2048
 
 
 class EpisodeSamples(NamedTuple):

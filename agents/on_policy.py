@@ -228,6 +228,7 @@ class OnPolicyAlgorithm(BaseAlgorithm):
         except Interrupted:
             return False
         seconds = time.perf_counter() - start
+        self.policy.clear_cache()  # the update will empty it anyway; the reference can use the memory
         buffer = self.buffer
         buffer.kl_coef = self.kl.coef
         buffer.finalize()

@@ -61,7 +61,9 @@ class PPO(OnPolicyAlgorithm):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         policy_loss = clipped_surrogate(log_prob, samples.old_log_prob, samples.advantages, self.clip_range)
         critic_loss = value_loss(values, samples.old_values, samples.returns, self.clip_range_vf)
-        loss = policy_loss + self.vf_coef * critic_loss - self.ent_coef * entropy
+        loss = policy_loss + self.vf_coef * critic_loss
+        if self.ent_coef:  # otherwise its gradient would be computed, to be multiplied by 0
+            loss = loss - self.ent_coef * entropy
         log_ratio = (log_prob - samples.old_log_prob).detach()
         return loss, {
             "policy_gradient_loss": policy_loss,

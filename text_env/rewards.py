@@ -228,7 +228,7 @@ class SequenceClassifierReward:
         model: str | Path | PreTrainedModel,
         tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
         *,
-        batch_size: int = 64,
+        batch_size: int = 16,
         device: str = "auto",
         dtype: str = "auto",
         max_length: int | None = None,
