@@ -35,6 +35,9 @@ def save(model: OnPolicyAlgorithm, path: str | Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_model(model.policy, str(partial / "policy.safetensors"))
+    assert model.reference is not None
+    if not model.reference.without_adapter:
+        save_model(model.reference.lm, str(partial / "reference.safetensors"))
     optimizer = model.policy.optimizer.state_dict()
     tensors = {
         f"{index}.{name}": torch.as_tensor(value)
@@ -97,6 +100,9 @@ def load(cls: type[OnPolicyAlgorithm], path: str | Path, env: Any, device: Any =
     model = cls("CausalLMPolicy", env, device=device, **arguments)
     load_model(model.policy, str(directory / "policy.safetensors"))
     model.policy.clear_cache()
+    if (directory / "reference.safetensors").exists():
+        assert model.reference is not None
+        load_model(model.reference.lm, str(directory / "reference.safetensors"))
     states: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in load_file(directory / "optimizer.safetensors").items():
         index, name = key.split(".", 1)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import tyro
 from rich.console import Console
 from rich.markup import escape
@@ -86,9 +87,11 @@ def run_evaluate(config: EvaluateConfig) -> int:
     env_config = run.env if run is not None else EnvConfig()
     if config.reward is not None:
         env_config = dataclasses.replace(env_config, reward=config.reward)
-    reference = config.reference or (run.model if run is not None else "builtin")
+    if config.reference is None and run is None:
+        raise ValueError(f"{config.policy!r} belongs to no run that says what it started from: pass --reference.")
+    reference = config.reference or run.model  # type: ignore[union-attr]
     result = _evaluate(config, env_config, reference)
-    print_evaluation(result)
+    print_evaluation(result, config.prompts)
     if config.json is not None:
         config.json.write_text(json.dumps(result, indent=2) + "\n")
     return 0
@@ -96,7 +99,7 @@ def run_evaluate(config: EvaluateConfig) -> int:
 
 def run_sample(config: SampleConfig) -> int:
     run = run_of(config.policy)
-    longest = max(16, *(len(prompt) for prompt in config.prompt))  # a token is at least a character or a byte
+    longest = max(len(prompt.encode()) for prompt in config.prompt) + 8  # a token is a byte at least, or special
     env_config = dataclasses.replace(
         run.env if run is not None else EnvConfig(),
         max_new_tokens=config.max_new_tokens,
@@ -138,7 +141,7 @@ def run_demo(config: DemoConfig) -> int:
     console.print(f"Trained in {time.perf_counter() - start:.0f} s. Now {config.episodes} texts on held-out prompts.\n")
     question = EvaluateConfig(policy=str(config.run_dir / "policy"), episodes=config.episodes, seed=config.seed)
     result = _evaluate(question, settings.env, settings.model)
-    print_evaluation(result)
+    print_evaluation(result, question.prompts)
     (config.run_dir / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     _print_texts(config.run_dir / "samples.jsonl")
     before, after = result["reference"], result["policy"]
@@ -156,17 +159,20 @@ def run_demo(config: DemoConfig) -> int:
 
 def run_of(policy: str) -> TrainConfig | None:
     """The configuration of the run that a policy directory belongs to, if it does."""
+    if not Path(policy).is_dir():  # a name, not a directory
+        return None
     path = Path(policy).resolve().parent / "config.yaml"
     return load_config(path) if path.exists() else None
 
 
-def print_evaluation(result: dict[str, Any]) -> None:
-    """Print an evaluation as a table."""
-    table = Table("", "reference", "policy", "change", title=f"{result['episodes']} episodes each, held-out prompts")
+def print_evaluation(result: dict[str, Any], prompts: str) -> None:
+    """Print an evaluation on these prompts as a table."""
+    title = f"{result['episodes']} episodes each, prompts: {prompts}"
+    table = Table("", "reference", "policy", "change", title=title)
     for name, after in result["policy"].items():
         before = result["reference"][name]
         table.add_row(name, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
-    table.add_row("score gain (std)", "", "", f"{result['score_gain_std']:+.3f}", style="bold")
+    table.add_row("score gain (std)", "", "", f"{result['score_gain_std'] or 0:+.3f}", style="bold")
     table.add_row("KL (nats per episode)", "", f"{result['kl']:.2f}", "", style="bold")
     console.print(table)
 
@@ -200,6 +206,11 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
 }
 
 
+def _split_config(option: str) -> list[str]:
+    """``--config=FILE`` as two arguments."""
+    return option.split("=", 1) if option.startswith("--config=") else [option]
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Entry point of the console script.
 
@@ -216,14 +227,16 @@ def main(args: Sequence[str] | None = None) -> int:
     config_type, function = COMMANDS[command]
     try:
         default = None
-        if command == "train" and "--config" in rest:
-            at = rest.index("--config")
-            if at + 1 == len(rest):
-                raise ValueError("--config needs a YAML file after it.")
-            default = load_config(Path(rest[at + 1]))
-            rest = rest[:at] + rest[at + 2 :]
+        if command == "train":
+            rest = [part for option in rest for part in _split_config(option)]
+            if "--config" in rest:
+                at = rest.index("--config")
+                if at + 1 == len(rest):
+                    raise ValueError("--config needs a YAML file after it.")
+                default = load_config(Path(rest[at + 1]))
+                rest = rest[:at] + rest[at + 2 :]
         return function(tyro.cli(config_type, args=rest, default=default, prog=f"textrlhf {command}"))
-    except (ValueError, OSError, RewardError) as error:
+    except (ValueError, TypeError, OSError, RewardError, FloatingPointError, gym.error.Error) as error:
         console.print(f"[red]{type(error).__name__}[/red]: {escape(str(error))}", highlight=False, soft_wrap=True)
         return 1
 

@@ -52,12 +52,12 @@ def evaluate(policy: CausalLMPolicy, reference: CausalLMPolicy, env: TextVectorE
     :return: ``policy`` and ``reference`` (means over episodes: ``score``, every metric of the environment such as
         ``gold_score``, ``distinct_2``, ``mean_length``, ``terminated_ratio``, ``perplexity`` under the reference),
         ``kl`` (mean per-episode Σ log π − log π_ref of the policy's own texts, nats), ``score_gain_std`` (gain in
-        standard deviations of the reference's scores).
+        standard deviations of the reference's scores; None if those are all equal).
     """
     frozen = Reference(reference.lm)
     ours, ours_kl, _ = _describe(policy, frozen, env, n_episodes)
     theirs, _, spread = _describe(reference, frozen, env, n_episodes)
-    gain = (ours["score"] - theirs["score"]) / spread if spread > 0 else float("nan")
+    gain = (ours["score"] - theirs["score"]) / spread if spread > 0 else None
     return {
         "policy": ours,
         "reference": theirs,

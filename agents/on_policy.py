@@ -7,17 +7,17 @@ are SB3's.
 
 from __future__ import annotations
 
+import math
 import time
 from abc import abstractmethod
 from collections import defaultdict
 from typing import Any, ClassVar, Self
 
-import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from stable_baselines3.common.utils import explained_variance
@@ -146,12 +146,10 @@ class OnPolicyAlgorithm(BaseAlgorithm):
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         # SB3's own bar adds every row of the environment at every step; ours counts tokens, and shows score and KL.
-        prepared = super()._init_callback(callback, progress_bar=False)
-        if not progress_bar:
-            return prepared
-        both = CallbackList([prepared, ProgressBar()])
-        both.init_callback(self)
-        return both
+        if progress_bar:
+            given = callback if isinstance(callback, list) else [super()._init_callback(callback)]
+            callback = [*given, ProgressBar()]
+        return super()._init_callback(callback, progress_bar=False)
 
     # ---- what is an algorithm's own -------------------------------------------------------------------------------
 
@@ -195,6 +193,13 @@ class OnPolicyAlgorithm(BaseAlgorithm):
             total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__, progress_bar
         )
         callback.on_training_start(locals(), globals())
+        try:
+            self._iterate(total_timesteps, callback, log_interval)
+        finally:  # also after an error: a progress bar must give the terminal back
+            callback.on_training_end()
+        return self
+
+    def _iterate(self, total_timesteps: int, callback: BaseCallback, log_interval: int) -> None:
         iteration = 0
         while self.num_timesteps < total_timesteps:
             if not self.collect_rollouts(callback):
@@ -206,8 +211,6 @@ class OnPolicyAlgorithm(BaseAlgorithm):
             self.train()
             if log_interval and iteration % log_interval == 0:
                 self._dump_logs(iteration)
-        callback.on_training_end()
-        return self
 
     def collect_rollouts(self, callback: BaseCallback) -> bool:
         """Fill the buffer with whole episodes and estimate their advantages.
@@ -240,7 +243,7 @@ class OnPolicyAlgorithm(BaseAlgorithm):
         if self.normalize_advantage:
             buffer.advantages = whiten(buffer.advantages).astype(np.float32)
         self._log_rollout(episodes, cut, seconds)
-        self.kl.update(float(buffer.episode_sums(buffer.log_ratio).mean()), self.n_episodes)
+        self.kl.update(float(buffer.episode_sums(buffer.log_ratio).mean()))
         callback.update_locals({"episodes": episodes})
         callback.on_rollout_end()
         return True
@@ -264,6 +267,11 @@ class OnPolicyAlgorithm(BaseAlgorithm):
                 stopped = self.stop_early(means)
                 if stopped:
                     break
+                if not math.isfinite(means["grad_norm"]):
+                    raise FloatingPointError(
+                        f"The gradient's norm is {means['grad_norm']}; the weights are as before this step. Expected a "
+                        "finite one: try a lower learning rate, or a dtype of higher precision."
+                    )
                 optimizer.step()
             if stopped:
                 break
@@ -348,11 +356,11 @@ class OnPolicyAlgorithm(BaseAlgorithm):
         return checkpoint.load(cls, path, env, device, **kwargs)
 
 
-def _as_vec_env(env: str | VecEnv | TextVectorEnv | gym.vector.VectorEnv[Any, Any, Any], n_episodes: int) -> TextVecEnv:
+def _as_vec_env(env: str | VecEnv | TextVectorEnv, n_episodes: int) -> TextVecEnv:
     if isinstance(env, str):
         return make_vec_env(env, n_envs=min(n_episodes, MAX_ROWS))
-    if isinstance(env, gym.vector.VectorEnv) and isinstance(env.unwrapped, TextVectorEnv):
-        return TextVecEnv(env.unwrapped)
+    if isinstance(env, TextVectorEnv):
+        return TextVecEnv(env)
     if isinstance(env, TextVecEnv):
         return env
     raise ValueError(

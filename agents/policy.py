@@ -48,7 +48,8 @@ class CausalLMPolicy(ActorCriticPolicy):
     :param use_sde: must be False; part of SB3's signature.
     :param optimizer_class: the optimiser.
     :param optimizer_kwargs: its arguments (Adam: eps 1e-5 unless said otherwise).
-    :raises ValueError: if the spaces are not the text environment's, or the model has fewer logits than V.
+    :raises ValueError: if the spaces are not the text environment's, the model has fewer logits than V or fewer
+        positions than the longest context, or its tokenizer isn't the environment's.
     """
 
     def __init__(
@@ -96,7 +97,9 @@ class CausalLMPolicy(ActorCriticPolicy):
             "separate_critic": separate_critic,
             "prefix_cache": prefix_cache,
         }
-        self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
+        own_tokenizer = load_tokenizer(model)
+        _check_tokenizers(tokenizer, own_tokenizer, model)
+        self.tokenizer = tokenizer if tokenizer is not None else own_tokenizer
         base = load_causal_lm(model, dtype)
         if eos_token_id is None:
             eos_token_id = base.config.get_text_config().eos_token_id if self.tokenizer is None else None
@@ -106,6 +109,7 @@ class CausalLMPolicy(ActorCriticPolicy):
         # Held in a tuple: the PEFT wrapper shares its modules with `lm`, and must not be registered a second time.
         self._peft_model = (add_lora(base, lora),) if lora is not None else None
         assert isinstance(action_space, spaces.Discrete)
+        _check_positions(base, observation_space)
         self.lm = CausalLM(base, int(action_space.n), temperature, eos_token_id, min_new_tokens)
         self.critic = critic
         self.value_head = nn.Linear(self.lm.hidden_size, 1)
@@ -253,6 +257,32 @@ class CausalLMPolicy(ActorCriticPolicy):
 
     def _steps(self, contexts: Contexts) -> torch.Tensor:
         return torch.from_numpy(contexts.step).to(self.lm.device)
+
+
+def _check_positions(model: PreTrainedModel, observation_space: spaces.Space[Any]) -> None:
+    """Learned position embeddings end somewhere; rotary ones only get worse beyond what they were trained on."""
+    longest = observation_space["input_ids"].shape[0]  # type: ignore[index]
+    available = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if available is not None and longest > available:
+        raise ValueError(
+            f"Expected a model with at least {longest} positions (max_prompt_tokens + max_new_tokens of the "
+            f"environment); {type(model).__name__} has {available}. Make the environment's budgets smaller."
+        )
+
+
+def _check_tokenizers(
+    given: PreTrainedTokenizerBase | None, own: PreTrainedTokenizerBase | None, model: object
+) -> None:
+    """The environment's token ids must mean to the model what they mean to the environment."""
+    if given is None or own is None or given is own:
+        return
+    ids = own.get_vocab()
+    strange = [token for token, index in given.get_vocab().items() if ids.get(token) != index]
+    if strange:
+        raise ValueError(
+            f"Expected the environment to use the tokenizer of the model {model!r}; {len(strange)} of its tokens have "
+            f"another id there or none, for example {strange[:3]}. Make the environment with tokenizer={model!r}."
+        )
 
 
 def _check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:

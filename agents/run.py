@@ -6,6 +6,7 @@ iterations), ``learning_curve.png``, ``policy/`` (a plain Hugging Face directory
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from dataclasses import dataclass, field
@@ -27,6 +28,12 @@ from agents.ppo import PPO
 from text_env.names import import_object, is_object_name
 from text_env.prompts import load_prompts
 from text_env.vector_env import TextVectorEnv
+
+# Arguments of the algorithms that `TrainConfig` has fields for, or that are made from them.
+OWN_OPTIONS = {
+    *("policy", "env", "learning_rate", "n_episodes", "batch_size", "n_epochs", "kl_coef", "kl_target"),
+    *("missing_eos_penalty", "policy_kwargs", "seed", "device", "reference"),
+}
 
 ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {"ppo": PPO}
 
@@ -51,6 +58,12 @@ class EnvConfig:
     """Response budget, in tokens."""
     min_new_tokens: int = 0
     """EOS is not sampled before so many response tokens."""
+    stop: str | None = None
+    """A string that ends the text."""
+    group_size: int = 1
+    """So many episodes in a row share a prompt."""
+    overlong_prompts: Literal["error", "truncate_left"] = "error"
+    """What happens to a prompt that is too long."""
 
     def make(self, num_envs: int, model: str, **overrides: Any) -> TextVectorEnv:
         """
@@ -66,7 +79,10 @@ class EnvConfig:
 
 @dataclass
 class TrainConfig:
-    """Train a language model by reinforcement learning."""
+    """Train a language model by reinforcement learning.
+
+    ``--config FILE.yaml`` sets the defaults of all that follows; options override it.
+    """
 
     algo: str = "ppo"
     """'ppo', or 'module:Class' for an algorithm of your own."""
@@ -132,8 +148,12 @@ def train(config: TrainConfig) -> OnPolicyAlgorithm:
     if (directory / "config.yaml").exists():
         raise FileExistsError(f"{directory} holds a run already; choose another --run-dir, or remove it.")
     algorithm = algorithm_named(config.algo)
-    if unknown := set(config.algo_kwargs) - (known := argument_names(algorithm)):
-        raise ValueError(f"Unknown algo_kwargs {sorted(unknown)}; {algorithm.__name__} takes {sorted(known)}.")
+    known = argument_names(algorithm) - OWN_OPTIONS
+    if unknown := set(config.algo_kwargs) - known:
+        raise ValueError(
+            f"Unknown algo_kwargs {sorted(unknown)}; {algorithm.__name__} takes {sorted(known)}, and "
+            f"{sorted(OWN_OPTIONS)} are options of their own."
+        )
     env = config.env.make(min(config.n_episodes, MAX_ROWS), config.model)
     rate = config.learning_rate
     policy_kwargs: dict[str, Any] = {
@@ -155,17 +175,27 @@ def train(config: TrainConfig) -> OnPolicyAlgorithm:
         policy_kwargs=policy_kwargs,
         seed=config.seed,
         device=config.device,
-        **{name: yaml.safe_load(value) for name, value in config.algo_kwargs.items()},
+        **{name: _number(yaml.safe_load(value)) for name, value in config.algo_kwargs.items()},
     )
+    callbacks: list[BaseCallback] = [SampleTexts(directory / "samples.jsonl", config)]
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.yaml").write_text(dump_config(config))
     model.set_logger(configure(str(directory), ["csv", "tensorboard"]))
-    callbacks: list[BaseCallback] = [SampleTexts(directory / "samples.jsonl", config)]
-    model.learn(config.total_timesteps, callback=callbacks, progress_bar=config.progress)
-    model.logger.close()
-    model.policy.save_pretrained(directory / "policy")
-    plot_learning_curve(directory)
+    try:
+        model.learn(config.total_timesteps, callback=callbacks, progress_bar=config.progress)
+    finally:  # a reward that raises, or Ctrl-C, must not cost what was learned until then
+        model.logger.close()
+        model.policy.save_pretrained(directory / "policy")
+        plot_learning_curve(directory)
     return model
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as a string; where a string is a number, the number is meant."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
 
 
 def dump_config(config: Any) -> str:
@@ -186,12 +216,16 @@ def load_config(path: Path) -> TrainConfig:
     :param path: YAML, as ``config.yaml`` or a part of it; what is missing keeps its default.
     :raises ValueError: for a key that doesn't exist, naming those that do.
     """
-    values = yaml.safe_load(path.read_text()) or {}
-    env = values.pop("env", {})
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    env = values.pop("env", None) or {}
     for given, cls in ((values, TrainConfig), (env, EnvConfig)):
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := set(given) - known:
             raise ValueError(f"{path}: unknown {sorted(unknown)}; {cls.__name__} has {sorted(known)}.")
+    values = {name: _number(value) for name, value in values.items()}
     if "run_dir" in values:
         values["run_dir"] = Path(values["run_dir"])
     if "algo_kwargs" in values:  # on the command line they are strings, which are read as YAML later
@@ -247,6 +281,8 @@ def plot_learning_curve(directory: Path) -> None:
     """
     import matplotlib.figure
 
+    if not (directory / "progress.csv").read_text():
+        return  # not one iteration was finished
     table = np.genfromtxt(directory / "progress.csv", delimiter=",", names=True, deletechars="")
     table = np.atleast_1d(table)
     tokens = table["time/total_timesteps"]

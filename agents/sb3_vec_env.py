@@ -96,7 +96,7 @@ class TextVecEnv(VecEnv):
         return [wrapper_class is Monitor for _ in self._get_indices(indices)]
 
     def get_images(self) -> Sequence[np.ndarray | None]:
-        return [None] * self.num_envs
+        return list(self.vector_env.render()) if self.render_mode == "rgb_array" else [None] * self.num_envs
 
 
 def make_vec_env(

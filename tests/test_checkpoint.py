@@ -27,8 +27,9 @@ def run(tmp_path: Path) -> PPO:
 def test_a_checkpoint_is_safetensors_and_json_only(run: PPO, tmp_path: Path) -> None:
     run.save(tmp_path / "checkpoint")
     names = sorted(path.name for path in (tmp_path / "checkpoint").iterdir())
-    assert names == ["generators.safetensors", "optimizer.safetensors", "policy.safetensors", "state.json"]
-    for name in names[:3]:
+    weights = ["generators", "optimizer", "policy", "reference"]
+    assert names == [*(f"{name}.safetensors" for name in weights), "state.json"]
+    for name in names[:4]:
         with safe_open(tmp_path / "checkpoint" / name, "pt") as file:
             assert len(list(file.keys())) > 0
     assert json.loads((tmp_path / "checkpoint" / "state.json").read_text())["algorithm"] == "agents.ppo:PPO"
@@ -166,3 +167,14 @@ def test_a_checkpoint_of_another_shape_does_not_load(run: PPO, tmp_path: Path) -
         PPO.load(
             tmp_path / "checkpoint", env=make_env(), device="cpu", policy_kwargs={"model": make_model(hidden_size=16)}
         )
+
+
+def test_a_resumed_run_is_held_to_the_reference_that_it_started_from(tmp_path: Path) -> None:
+    model = make_model()  # live, and trained in place: when it is given again it is no longer what it was
+    run = make_ppo(model=model).learn(1)
+    run.save(tmp_path / "checkpoint")
+    loaded = PPO.load(tmp_path / "checkpoint", env=make_env(), device="cpu", policy_kwargs={"model": model})
+    assert run.reference is not None
+    assert loaded.reference is not None
+    assert largest_difference(weights_of(run.reference.lm), weights_of(loaded.reference.lm)) == 0.0
+    assert largest_difference(weights_of(run.policy.lm), weights_of(loaded.reference.lm)) > 0.0

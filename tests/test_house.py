@@ -159,7 +159,7 @@ def test_what_the_packages_import_is_declared() -> None:
         "stable_baselines3": "stable-baselines3",
         "vaderSentiment": "vadersentiment",
         "sb3_contrib": "sb3-contrib",
-        "PIL": "matplotlib",
+        "PIL": "pillow",
     }  # which requires it
     standard = set(sys.stdlib_module_names)
     for name, path in NAMES.items():

@@ -23,7 +23,7 @@ from learners import (
     tensors_of,
     weights_of,
 )
-from tiny import KINDS, tiny_model
+from tiny import KINDS, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, T5Config, T5ForConditionalGeneration
 
 from agents.causal_lm import _LogProbAndEntropy, load_causal_lm
@@ -260,7 +260,7 @@ def test_the_reference_of_a_lora_policy_is_its_base_without_a_second_copy() -> N
     observation, actions = {**samples, "prompt_length": torch.tensor([[2]])}, torch.tensor([9, 10])
     adapted = policy.evaluate_actions(observation, actions)[1].detach()
     reference = Reference.of(policy)
-    assert reference._lm is policy.lm
+    assert reference.lm is policy.lm
     torch.testing.assert_close(
         reference.log_probs(observation, actions), base.evaluate_actions(observation, actions)[1].detach()
     )
@@ -333,3 +333,25 @@ def test_the_critic_is_saved_beside_the_model_and_comes_back(separate_critic: bo
     assert float((loaded.predict_values(observation) - expected).detach().abs().max()) > 1e-2
     loaded.load_value_head(tmp_path / "policy")
     torch.testing.assert_close(loaded.predict_values(observation), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_a_tokenizer_that_is_not_the_models_is_refused(tmp_path: Path) -> None:
+    name = save_model(tmp_path / "model")
+    other = tiny_tokenizer()
+    other.add_tokens(["<another>"])
+    env = make_env()
+    with pytest.raises(ValueError, match=r"1 of its tokens have another id there or none, for example \['<another>'\]"):
+        CausalLMPolicy(
+            env.single_observation_space, env.single_action_space, lambda _: 0.0, model=name, tokenizer=other
+        )
+
+
+def test_a_model_with_fewer_positions_than_the_longest_context_is_refused() -> None:
+    env = make_env()
+    with pytest.raises(ValueError, match="at least 24 positions"):
+        CausalLMPolicy(
+            env.single_observation_space,
+            env.single_action_space,
+            lambda _: 0.0,
+            model=make_model(max_position_embeddings=20),
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import gymnasium as gym
@@ -30,6 +31,7 @@ from agents.advantages import gae
 from agents.ppo import PPO
 from agents.reference import AdaptiveKL, FixedKL, Reference
 from agents.sb3_vec_env import make_vec_env
+from text_env.rewards import RewardError
 
 
 class Memory(KVWriter):
@@ -356,25 +358,28 @@ def test_schedules_run_from_one_to_zero_and_never_below() -> None:
 # ---- the KL coefficient --------------------------------------------------------------------------------------------
 
 
-def test_an_adaptive_kl_coefficient_moves_against_the_error() -> None:
-    # error = clip(KL / target − 1, ±0.2); β ← β (1 + error · episodes / horizon)
-    controller = AdaptiveKL(0.1, target=4.0, horizon=1000)
-    controller.update(kl=4.4, n_episodes=100)
-    assert controller.coef == pytest.approx(0.1 * (1 + 0.1 * 0.1))
-    controller = AdaptiveKL(0.1, target=4.0, horizon=1000)
-    controller.update(kl=40.0, n_episodes=100)  # clipped to 0.2
-    assert controller.coef == pytest.approx(0.1 * (1 + 0.2 * 0.1))
-    controller = AdaptiveKL(0.1, target=4.0, horizon=1000)
-    controller.update(kl=-1.0, n_episodes=500)
-    assert controller.coef == pytest.approx(0.1 * (1 - 0.2 * 0.5))
-    controller = AdaptiveKL(0.1, target=4.0)
-    controller.update(kl=4.0, n_episodes=64)
-    assert controller.coef == 0.1
+@pytest.mark.parametrize(
+    ("kl", "factor"),
+    # β ← β (1 + K e) with K = 0.5 and e = clip(KL / 4 − 1, −0.2, 0.2)
+    [(4.4, 1 + 0.5 * 0.1), (40.0, 1 + 0.5 * 0.2), (-1.0, 1 - 0.5 * 0.2), (4.0, 1.0)],
+)
+def test_an_adaptive_kl_coefficient_moves_against_the_error(kl: float, factor: float) -> None:
+    controller = AdaptiveKL(0.1, target=4.0, gain=0.5)
+    controller.update(kl)
+    assert controller.coef == pytest.approx(0.1 * factor)
+
+
+def test_an_adaptive_kl_coefficient_finds_its_target_within_thirty_rollouts() -> None:
+    # A policy whose KL is inversely proportional to β: 12 nats at 0.04, so 6 at 0.08.
+    controller = AdaptiveKL(0.04, target=6.0)
+    for _ in range(30):
+        controller.update(kl=0.48 / controller.coef)
+    assert 0.48 / controller.coef == pytest.approx(6.0, rel=0.05)
 
 
 def test_a_fixed_kl_coefficient_does_not_move() -> None:
     controller = FixedKL(0.1)
-    controller.update(kl=100.0, n_episodes=1000)
+    controller.update(kl=100.0)
     assert controller.coef == 0.1
 
 
@@ -471,3 +476,36 @@ def test_ppos_loss_at_ratio_one_is_the_policy_gradient_and_the_value_loss() -> N
     torch.testing.assert_close(ours, torch.autograd.grad(expected.mean(), weight)[0], atol=1e-6, rtol=1e-4)
     assert float(means["approx_kl"].abs().max()) == 0.0
     assert float(means["clip_fraction"].max()) == 0.0
+
+
+def test_a_gradient_that_is_not_finite_is_refused_before_it_reaches_the_weights() -> None:
+    class Broken(PPO):
+        def loss(self, *args: Any) -> Any:
+            loss, logged = super().loss(*args)
+            return loss * float("nan"), logged
+
+    env = make_env()
+    model = Broken("CausalLMPolicy", env, policy_kwargs={"model": make_model()}, n_episodes=4, batch_size=4)
+    before = {name: x.clone() for name, x in model.policy.state_dict().items()}
+    with pytest.raises(FloatingPointError, match="lower learning rate"):
+        model.learn(10)
+    assert all(torch.equal(x, before[name]) for name, x in model.policy.state_dict().items())
+
+
+def test_a_wrapped_environment_is_refused_rather_than_unwrapped() -> None:
+    wrapped = gym.wrappers.vector.TransformReward(make_env(), lambda reward: -reward)
+    with pytest.raises(ValueError, match="got TransformReward"):
+        PPO("CausalLMPolicy", wrapped, policy_kwargs={"model": make_model()})
+
+
+def test_the_progress_bar_gives_the_terminal_back_when_learning_fails() -> None:
+    def failing(prompts: list[str], **_: Any) -> list[float]:
+        raise RuntimeError("no score")
+
+    model = PPO("CausalLMPolicy", make_env(reward=failing), policy_kwargs={"model": make_model()}, n_episodes=4)
+    with pytest.raises(RewardError, match="no score"):
+        model.learn(10, progress_bar=True)
+    refreshing = [thread for thread in threading.enumerate() if "Refresh" in type(thread).__name__]
+    for thread in refreshing:
+        thread.join(timeout=10)  # it is asleep between two refreshes
+    assert not any(thread.is_alive() for thread in refreshing)
