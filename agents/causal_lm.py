@@ -10,8 +10,9 @@ Notation: B contexts, T columns, N scored positions, H hidden units, V tokens of
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,6 +90,8 @@ class CausalLM(nn.Module):
     :param temperature: divides the logits, everywhere (sampling, training, reference).
     :param eos_token_id: the token that ends an episode.
     :param min_new_tokens: EOS has probability 0 before so many response tokens.
+    :param autocast: dtype of the matrix products (``"bfloat16"``), while the weights keep theirs; None: no autocast.
+    :param compile_forward: run whole sequences through ``torch.compile``; needs a C++ compiler on CPUs.
     :raises ValueError: if the model has fewer than V logits, or a head that is not a function of the last hidden state.
     """
 
@@ -99,6 +102,8 @@ class CausalLM(nn.Module):
         temperature: float = 1.0,
         eos_token_id: int | None = None,
         min_new_tokens: int = 0,
+        autocast: str | torch.dtype | None = None,
+        compile_forward: bool = False,
     ) -> None:
         super().__init__()
         if temperature <= 0:
@@ -121,6 +126,11 @@ class CausalLM(nn.Module):
         self.temperature = temperature
         self.eos_token_id = eos_token_id
         self.min_new_tokens = min_new_tokens
+        resolved = None if autocast is None else resolve_dtype(autocast)
+        if isinstance(resolved, str):
+            raise ValueError("Expected autocast to be 'bfloat16', 'float16' or None, got 'auto'.")
+        self.autocast = resolved
+        self.compile_forward = compile_forward
         config = model.config.get_text_config()
         self._logit_scale = float(getattr(config, "logit_scale", None) or 1.0)
         self._logit_scale /= float(getattr(config, "logits_scaling", None) or 1.0)
@@ -148,7 +158,22 @@ class CausalLM(nn.Module):
         :param input_ids: int64 [B, T], right-padded with anything.
         :return: [B, T, H].
         """
-        return full_forward(self.backbone, input_ids)
+        return self.run(self.backbone, input_ids)
+
+    def run(self, backbone: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+        """:func:`full_forward` as this model is to be run: autocast and compiled, if it was asked for.
+
+        :param backbone: this model's, or a separate critic's. :param input_ids: int64 [B, T]. :return: [B, T, H].
+        """
+        forward = _compiled_forward() if self.compile_forward else full_forward
+        with self.precision():
+            return forward(backbone, input_ids)
+
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        """The autocast that the model runs under, in rollout, update and reference alike."""
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast)
 
     def logits(self, hidden: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         """Logits of the sampled distribution: temperature applied, forbidden tokens at minus infinity.
@@ -157,7 +182,8 @@ class CausalLM(nn.Module):
         :param step: int64 [N], tokens of the response so far.
         :return: float32 (float64 for float64 models) [N, V].
         """
-        logits = self._head(hidden)[:, : self.n_tokens]
+        with self.precision():
+            logits = self._head(hidden)[:, : self.n_tokens]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.temperature != 1.0:
             logits = logits / self.temperature
@@ -220,7 +246,7 @@ class CausalLM(nn.Module):
         """The head is applied apart from the model, only where it is needed: prove that this is the same."""
         probe = torch.arange(4, device=self.device)[None] % self.n_tokens
         expected = self.model(input_ids=probe, use_cache=False).logits
-        actual = self._head(self.hidden_states(probe))
+        actual = self._head(full_forward(self.backbone, probe))
         if not torch.allclose(actual, expected, rtol=1e-2, atol=1e-3):
             raise ValueError(
                 f"Expected the logits of {type(self.model).__name__} to be its output embeddings applied to the last "
@@ -236,6 +262,12 @@ def full_forward(backbone: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
     """
     hidden: torch.Tensor = backbone(input_ids=input_ids, use_cache=False).last_hidden_state
     return hidden
+
+
+@functools.cache
+def _compiled_forward() -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
+    # One function for all models and lengths: it specialises on the model by itself.
+    return torch.compile(full_forward, dynamic=True)
 
 
 class _LogProbAndEntropy(torch.autograd.Function):

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from stable_baselines3.common.utils import set_random_seed
+from transformers.utils import logging as transformers_logging
 
 from agents.evaluation import evaluate, load_policy, sample_texts
 from agents.run import EnvConfig, TrainConfig, load_config, train
@@ -217,6 +218,7 @@ def main(args: Sequence[str] | None = None) -> int:
     :param args: by default the process's. :return: exit status.
     """
     args = list(sys.argv[1:] if args is None else args)
+    transformers_logging.disable_progress_bar()  # for models this small, loading is over before it is read
     if not args or args[0] not in COMMANDS:
         for name, (config_type, _) in COMMANDS.items():
             console.print(f"  textrlhf {name:9} {(config_type.__doc__ or '').splitlines()[0]}", highlight=False)

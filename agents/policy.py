@@ -21,7 +21,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from agents.causal_lm import CausalLM, add_lora, full_forward, load_causal_lm, load_tokenizer, sample
+from agents.causal_lm import CausalLM, add_lora, load_causal_lm, load_tokenizer, sample
 from agents.contexts import Contexts, contexts_of, packed_positions, share_prefixes
 from agents.prefix_cache import PrefixCache
 
@@ -44,6 +44,8 @@ class CausalLMPolicy(ActorCriticPolicy):
     :param lora: arguments of ``peft.LoraConfig``; only the adapter and the value head are then trained.
     :param separate_critic: the value gets a decoder of its own (a copy), instead of sharing the actor's.
     :param prefix_cache: remember keys and values of contexts already seen. The results are the same without.
+    :param autocast: ``"bfloat16"``: matrix products in that type, weights in theirs.
+    :param compile_forward: training through ``torch.compile`` (minutes to compile; for long trainings).
     :param tokenizer: saved beside the model; by default the one found there.
     :param use_sde: must be False; part of SB3's signature.
     :param optimizer_class: the optimiser.
@@ -65,6 +67,8 @@ class CausalLMPolicy(ActorCriticPolicy):
         lora: dict[str, Any] | None = None,
         separate_critic: bool = False,
         prefix_cache: bool = True,
+        autocast: str | None = None,
+        compile_forward: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
         use_sde: bool = False,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
@@ -96,6 +100,8 @@ class CausalLMPolicy(ActorCriticPolicy):
             "lora": lora,
             "separate_critic": separate_critic,
             "prefix_cache": prefix_cache,
+            "autocast": autocast,
+            "compile_forward": compile_forward,
         }
         own_tokenizer = load_tokenizer(model)
         _check_tokenizers(tokenizer, own_tokenizer, model)
@@ -110,7 +116,9 @@ class CausalLMPolicy(ActorCriticPolicy):
         self._peft_model = (add_lora(base, lora),) if lora is not None else None
         assert isinstance(action_space, spaces.Discrete)
         _check_positions(base, observation_space)
-        self.lm = CausalLM(base, int(action_space.n), temperature, eos_token_id, min_new_tokens)
+        self.lm = CausalLM(
+            base, int(action_space.n), temperature, eos_token_id, min_new_tokens, autocast, compile_forward
+        )
         self.critic = critic
         self.value_head = nn.Linear(self.lm.hidden_size, 1)
         nn.init.zeros_(self.value_head.weight)
@@ -158,7 +166,7 @@ class CausalLMPolicy(ActorCriticPolicy):
             input_ids, at = share_prefixes(contexts_of(obs), self.lm.device)
         log_prob, entropy, hidden = self.lm.evaluate(input_ids, at, actions.long().flatten())
         if self.critic is not None:
-            hidden = full_forward(self.critic, input_ids)[at.row, at.column]
+            hidden = self.lm.run(self.critic, input_ids)[at.row, at.column]
         return self._values(hidden), log_prob, entropy
 
     def get_distribution(self, obs: PyTorchObs) -> CategoricalDistribution:
@@ -240,9 +248,10 @@ class CausalLMPolicy(ActorCriticPolicy):
     def _memoised(self, backbone: nn.Module, memo: PrefixCache | None, contexts: Contexts) -> torch.Tensor:
         """Hidden state at the end of each context [B, H]; remembered only where no gradient is asked for."""
         if memo is not None and not torch.is_grad_enabled():
-            return memo.last_hidden(contexts)
+            with self.lm.precision():
+                return memo.last_hidden(contexts)
         input_ids, at = share_prefixes(contexts, self.lm.device)
-        return full_forward(backbone, input_ids)[at.row, at.column]
+        return self.lm.run(backbone, input_ids)[at.row, at.column]
 
     def _last_values(self, contexts: Contexts, hidden: torch.Tensor | None) -> torch.Tensor:
         if self.critic is not None:

@@ -114,6 +114,11 @@ class TrainConfig:
     """Rank of a LoRA adapter on all linear layers; by default every weight is trained."""
     device: str = "auto"
     dtype: str = "float32"
+    """Of the weights."""
+    autocast: str | None = None
+    """'bfloat16': matrix products in that type, weights in theirs."""
+    compile_forward: bool = False
+    """Train through torch.compile."""
     sample_every: int = 5
     """Iterations between two entries of samples.jsonl."""
     n_samples: int = 6
@@ -159,6 +164,8 @@ def train(config: TrainConfig) -> OnPolicyAlgorithm:
     policy_kwargs: dict[str, Any] = {
         "model": config.model,
         "dtype": config.dtype,
+        "autocast": config.autocast,
+        "compile_forward": config.compile_forward,
         "temperature": config.temperature,
         "lora": {"r": config.lora_r, "target_modules": "all-linear"} if config.lora_r else None,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -355,3 +356,26 @@ def test_a_model_with_fewer_positions_than_the_longest_context_is_refused() -> N
             lambda _: 0.0,
             model=make_model(max_position_embeddings=20),
         )
+
+
+def gradients(policy: CausalLMPolicy) -> torch.Tensor:
+    """Of the mean log-probability of a few fixed actions, flattened."""
+    contexts = [[5, 6, 7], [5, 6, 7, 8, 9], [10, 11]]
+    _, log_prob, _ = policy.evaluate_actions(observation_of(contexts, [1, 1, 1]), torch.tensor([8, 12, 13]))
+    log_prob.mean().backward()
+    return torch.cat([p.grad.flatten() for p in policy.lm.parameters() if p.grad is not None])
+
+
+def test_autocast_keeps_weights_and_gives_the_gradient_of_float32_within_bfloat16() -> None:
+    exact, autocast = (make_policy(make_env(), "llama", autocast=dtype) for dtype in (None, "bfloat16"))
+    left, right = gradients(exact), gradients(autocast)
+    assert {p.dtype for p in autocast.parameters()} == {torch.float32}
+    assert not torch.equal(left, right)  # it did something
+    assert torch.nn.functional.cosine_similarity(left, right, dim=0) > 0.999
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_policy_has_the_gradient_of_the_plain_one() -> None:
+    plain, compiled = (make_policy(make_env(), compile_forward=choice) for choice in (False, True))
+    torch.testing.assert_close(gradients(plain), gradients(compiled), rtol=1e-4, atol=1e-6)
