@@ -355,7 +355,7 @@ def test_a_config_with_an_unknown_key_is_refused_with_the_known_ones(
     path = tmp_path / "config.yaml"
     path.write_text("learning_rat: 0.1\n")
     message = failed(capsys, main(["train", "--config", str(path)]))
-    assert "unknown ['learning_rat']; TrainConfig has ['algo', 'algo_kwargs', 'batch_size'" in message
+    assert "unknown ['learning_rat']; TrainConfig has ['algo', 'algo_kwargs', 'autocast', 'batch_size'" in message
     path.write_text("env: {rewards: builtin}\n")
     assert "unknown ['rewards']; EnvConfig has ['env', 'gold'" in failed(capsys, main(["train", "--config", str(path)]))
 
