@@ -9,7 +9,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 class ProgressBar(BaseCallback):
     """Tokens so far, with the latest rollout's score and KL."""
 
-    def _on_training_start(self) -> None:
+    def __init__(self) -> None:
+        super().__init__()
         self._bar = Progress(
             TextColumn("tokens"),
             BarColumn(),
@@ -17,6 +18,8 @@ class ProgressBar(BaseCallback):
             TimeRemainingColumn(),
             TextColumn("score {task.fields[score]:+.2f}  KL {task.fields[kl]:.2f} nats"),
         )
+
+    def _on_training_start(self) -> None:
         self._bar.start()
         self._task = self._bar.add_task("", total=self.model._total_timesteps, score=float("nan"), kl=float("nan"))
 
@@ -28,5 +31,6 @@ class ProgressBar(BaseCallback):
         values = self.model.logger.name_to_value
         self._bar.update(self._task, score=values["objective/scores"], kl=values["objective/kl"])
 
-    def _on_training_end(self) -> None:
+    def close(self) -> None:
+        """Give the terminal back; also when it was never taken."""
         self._bar.stop()

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from stable_baselines3.common.utils import explained_variance
@@ -144,13 +144,6 @@ class OnPolicyAlgorithm(BaseAlgorithm):
         assert isinstance(self.env, TextVecEnv)
         return self.env.vector_env
 
-    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
-        # SB3's own bar adds every row of the environment at every step; ours counts tokens, and shows score and KL.
-        if progress_bar:
-            given = callback if isinstance(callback, list) else [super()._init_callback(callback)]
-            callback = [*given, ProgressBar()]
-        return super()._init_callback(callback, progress_bar=False)
-
     # ---- what is an algorithm's own -------------------------------------------------------------------------------
 
     @abstractmethod
@@ -189,14 +182,20 @@ class OnPolicyAlgorithm(BaseAlgorithm):
         :param progress_bar: tokens so far, with the latest score and KL.
         :return: self.
         """
+        bar = ProgressBar()
+        if progress_bar:
+            # Not SB3's own bar, which adds every row of the environment at every step.
+            given = callback if isinstance(callback, list) else [callback]
+            callback = [*(c if isinstance(c, BaseCallback) else ConvertCallback(c) for c in given), bar]
         total_timesteps, callback = self._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__, progress_bar
+            total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__
         )
         callback.on_training_start(locals(), globals())
         try:
             self._iterate(total_timesteps, callback, log_interval)
-        finally:  # also after an error: a progress bar must give the terminal back
-            callback.on_training_end()
+        finally:  # also after an error the terminal must be given back
+            bar.close()
+        callback.on_training_end()
         return self
 
     def _iterate(self, total_timesteps: int, callback: BaseCallback, log_interval: int) -> None:

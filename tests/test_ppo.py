@@ -322,7 +322,7 @@ def test_a_callback_can_stop_the_training_in_the_middle_of_a_rollout() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::tqdm.TqdmExperimentalWarning")  # SB3's bar is tqdm's rich one
-def test_sb3s_progress_bar_is_shown(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_progress_bar_is_shown(capfd: pytest.CaptureFixture[str]) -> None:
     make_ppo().learn(30, progress_bar=True)
     captured = capfd.readouterr()
     assert "/30" in captured.out + captured.err
@@ -502,10 +502,11 @@ def test_the_progress_bar_gives_the_terminal_back_when_learning_fails() -> None:
     def failing(prompts: list[str], **_: Any) -> list[float]:
         raise RuntimeError("no score")
 
+    others = set(threading.enumerate())
     model = PPO("CausalLMPolicy", make_env(reward=failing), policy_kwargs={"model": make_model()}, n_episodes=4)
     with pytest.raises(RewardError, match="no score"):
         model.learn(10, progress_bar=True)
-    refreshing = [thread for thread in threading.enumerate() if "Refresh" in type(thread).__name__]
+    refreshing = [t for t in set(threading.enumerate()) - others if "Refresh" in type(t).__name__]
     for thread in refreshing:
         thread.join(timeout=10)  # it is asleep between two refreshes
     assert not any(thread.is_alive() for thread in refreshing)
