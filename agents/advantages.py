@@ -45,6 +45,33 @@ def discounted_returns(rewards: Array, last_values: Array, mask: Array, gamma: f
     return gae(rewards, zeros, last_values, mask, gamma, gae_lambda=1.0)[0]
 
 
+def leave_one_out(returns: Array, group_size: int) -> Array:
+    """Each return minus the mean of the *others* of its group (Kool et al. 2019, https://openreview.net/forum?id=r1lgTGL5DE).
+
+    The baseline doesn't depend on the episode itself, so the gradient stays unbiased.
+
+    :param returns: [E], groups one after the other. :param group_size: k >= 2.
+    :return: [E].
+    """
+    groups = returns.reshape(-1, group_size)
+    others = (groups.sum(axis=1, keepdims=True) - groups) / (group_size - 1)
+    return (groups - others).reshape(-1)
+
+
+def group_relative(returns: Array, group_size: int, scale: bool) -> Array:
+    """Each return minus the mean of its group, itself included (Shao et al. 2024, https://arxiv.org/abs/2402.03300).
+
+    :param returns: [E], groups one after the other. :param group_size: k >= 2.
+    :param scale: divide by the group's standard deviation (of a sample: ÷ (k − 1)); equal returns give zeros.
+    :return: [E].
+    """
+    groups = returns.reshape(-1, group_size)
+    centred = groups - groups.mean(axis=1, keepdims=True)
+    if scale:
+        centred = centred / (groups.std(axis=1, ddof=1, keepdims=True) + 1e-4)
+    return centred.reshape(-1)
+
+
 def whiten(advantages: Array) -> Array:
     """Zero mean and unit variance over all real tokens of a rollout.
 

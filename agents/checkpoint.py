@@ -54,7 +54,7 @@ def save(model: OnPolicyAlgorithm, path: str | Path) -> None:
         "arguments": _plain_arguments(model),
         "policy_kwargs": {name: _written(value) for name, value in model.policy_kwargs.items()},
         "param_groups": [{k: v for k, v in g.items() if _is_plain(v)} for g in optimizer["param_groups"]],
-        "counters": {name: getattr(model, name) for name in COUNTERS},
+        "counters": {name: getattr(model, name) for name in (*COUNTERS, *model.state_attributes)},
         "kl_coef_now": model.kl.coef,
         "latest_episodes": list(model.ep_info_buffer or []),
         "generators": {
@@ -141,25 +141,30 @@ def _previous(directory: Path) -> Path:
     return directory.with_name(directory.name + ".previous")
 
 
-def argument_names(cls: type[OnPolicyAlgorithm]) -> set[str]:
+def argument_defaults(cls: type[OnPolicyAlgorithm]) -> dict[str, Any]:
     """
-    :param cls: an algorithm. :return: the arguments that its constructor takes, those of its base classes included.
+    :param cls: an algorithm.
+    :return: the arguments that its constructor takes, those of its base classes included, and their defaults
+        (``inspect.Parameter.empty`` where there is none).
     """
     signatures = [inspect.signature(c.__init__) for c in cls.__mro__ if "__init__" in vars(c)]  # type: ignore[misc]
     # From the algorithm upwards, as long as further keyword arguments are handed on.
-    names: set[str] = set()
+    defaults: dict[str, Any] = {}
     for signature in signatures:
-        kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
-        names |= {name for name, kind in kinds.items() if kind is not inspect.Parameter.VAR_KEYWORD}
-        if inspect.Parameter.VAR_KEYWORD not in kinds.values():
+        *parameters, last = signature.parameters.values()
+        hands_on = last.kind is inspect.Parameter.VAR_KEYWORD
+        for parameter in parameters if hands_on else [*parameters, last]:
+            defaults.setdefault(parameter.name, parameter.default)
+        if not hands_on:
             break
-    return names - {"self"}
+    del defaults["self"]
+    return defaults
 
 
 def _plain_arguments(model: OnPolicyAlgorithm) -> dict[str, Any]:
     """The constructor's arguments, which the algorithms keep as attributes of the same names."""
     skipped = {"policy", "env", "policy_kwargs", "device", "reference", "stats_window_size"}
-    names = sorted(argument_names(type(model)) - skipped)
+    names = sorted(set(argument_defaults(type(model))) - skipped)
     arguments = {name: _written(getattr(model, name)) for name in names if hasattr(model, name)}
     arguments["stats_window_size"] = model._stats_window_size
     if model.reference_was_given:

@@ -21,7 +21,7 @@ from stable_baselines3.common.utils import set_random_seed
 from transformers.utils import logging as transformers_logging
 
 from agents.evaluation import evaluate, load_policy, sample_texts
-from agents.run import EnvConfig, TrainConfig, load_config, train
+from agents.run import EnvConfig, TrainConfig, load_config, resolved, train
 from text_env.rewards import RewardError
 
 console = Console(emoji=False)  # texts of a model are printed as they are
@@ -131,7 +131,7 @@ def run_demo(config: DemoConfig) -> int:
         "seed": config.seed,
         "total_timesteps": config.total_timesteps,
     }
-    settings = TrainConfig(**changeable)
+    settings = resolved(TrainConfig(**changeable))
     if (config.run_dir / "config.yaml").exists():
         if dataclasses.replace(load_config(config.run_dir / "config.yaml"), **changeable) != settings:
             raise FileExistsError(f"{config.run_dir} holds a run that is no demo's; choose another --run-dir.")

@@ -34,6 +34,7 @@ class EpisodeSamples(NamedTuple):
     :param actions: int64 [N], row by row. All that follows is float32 [N] in the same order.
     :param old_values: V while sampling. :param old_log_prob: log π while sampling.
     :param advantages: as the algorithm estimates them. :param returns: targets of the value function.
+    :param ref_log_prob: log π_ref; log π while sampling where there is no reference.
     :param episodes: int64 [N], the number of each token's episode within the rollout.
     """
 
@@ -43,6 +44,7 @@ class EpisodeSamples(NamedTuple):
     old_log_prob: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor
+    ref_log_prob: torch.Tensor
     episodes: torch.Tensor
 
 
@@ -231,10 +233,18 @@ class EpisodeBuffer(RolloutBuffer):
         cut = (self._open >= 0) & ~np.asarray(dones, dtype=bool)
         bootstrap[self._open[cut]] = _flat(last_values)[cut]
         self.finalize()
+        self.estimate_gae(self.gamma, self.gae_lambda, bootstrap)
+
+    def estimate_gae(self, gamma: float, gae_lambda: float, last_values: np.ndarray | None = None) -> None:
+        """Set advantages and returns by generalized advantage estimation.
+
+        :param gamma: discount. :param gae_lambda: λ.
+        :param last_values: [E], the value after the last step of each segment; by default 0: all have terminated.
+        """
         mask = self.mask
-        advantages, returns = gae(
-            self.padded(self.rewards), self.padded(self.values), bootstrap, mask, self.gamma, self.gae_lambda
-        )
+        last_values = np.zeros(self.n_episodes) if last_values is None else last_values
+        rewards, values = self.padded(self.rewards), self.padded(self.values)
+        advantages, returns = gae(rewards, values, last_values, mask, gamma, gae_lambda)
         self.advantages = advantages[mask].astype(np.float32)
         self.returns = returns[mask].astype(np.float32)
 
@@ -266,6 +276,7 @@ class EpisodeBuffer(RolloutBuffer):
             self.to_torch(self.log_probs[index]),
             self.to_torch(self.advantages[index]),
             self.to_torch(self.returns[index]),
+            self.to_torch(self.log_probs[index] - self.log_ratio[index]),
             self.to_torch(np.repeat(episodes, lengths)),
         )
 

@@ -55,43 +55,46 @@ def evaluate(policy: CausalLMPolicy, reference: CausalLMPolicy, env: TextVectorE
         standard deviations of the reference's scores; None if those are all equal).
     """
     frozen = Reference(reference.lm)
-    ours, ours_kl, _ = _describe(policy, frozen, env, n_episodes)
-    theirs, _, spread = _describe(reference, frozen, env, n_episodes)
-    gain = (ours["score"] - theirs["score"]) / spread if spread > 0 else None
+    ours, theirs = (_sampled(writer, frozen, env, n_episodes) for writer in (policy, reference))
+    gain, spread = ours["score"] - theirs["score"], theirs.pop("score_std")
+    del ours["score_std"], theirs["kl"]
     return {
+        "kl": ours.pop("kl"),
         "policy": ours,
         "reference": theirs,
-        "kl": ours_kl,
-        "score_gain_std": gain,
+        "score_gain_std": gain / spread if spread > 0 else None,
         "episodes": n_episodes,
     }
 
 
-def _describe(
-    policy: CausalLMPolicy, reference: Reference, env: TextVectorEnv, n_episodes: int
-) -> tuple[dict[str, float], float, float]:
-    """Means over the policy's texts, its KL to the reference, and the spread of its scores."""
+def _sampled(policy: CausalLMPolicy, reference: Reference, env: TextVectorEnv, n_episodes: int) -> dict[str, float]:
     policy.set_training_mode(False)
     buffer = _buffer(policy, env, reference)
     episodes = collect_episodes(policy, env, n_episodes, buffer)
+    return describe(buffer, episodes)
+
+
+def describe(buffer: EpisodeBuffer, episodes: list[dict[str, Any]]) -> dict[str, float]:
+    """
+    :param buffer: holds the episodes, and the reference. :param episodes: their final infos.
+    :return: means over episodes of ``score`` and every metric, ``score_std``, ``distinct_1``, ``distinct_2``,
+        ``mean_length``, ``terminated_ratio``, ``perplexity`` of the texts under the reference, and ``kl`` to it.
+    """
     buffer.finalize()
-    scores = np.array([episode["score"] for episode in episodes])
     metrics = [k for k, v in episodes[0].items() if isinstance(v, float | np.floating)]
     means = {name: float(np.mean([episode[name] for episode in episodes])) for name in metrics}
     ref_log_probs = buffer.log_probs - buffer.log_ratio
     texts = [episode["completion"] for episode in episodes]
-    return (
-        {
-            **means,
-            "distinct_1": distinct_n(texts, 1),
-            "distinct_2": distinct_n(texts, 2),
-            "mean_length": float(buffer.lengths.mean()),
-            "terminated_ratio": float(np.mean([episode["finish_reason"] != "length" for episode in episodes])),
-            "perplexity": float(np.exp(-ref_log_probs.mean())),
-        },
-        float(buffer.episode_sums(buffer.log_ratio).mean()),
-        float(scores.std()),
-    )
+    return {
+        **means,
+        "distinct_1": distinct_n(texts, 1),
+        "distinct_2": distinct_n(texts, 2),
+        "mean_length": float(buffer.lengths.mean()),
+        "terminated_ratio": float(np.mean([episode["finish_reason"] != "length" for episode in episodes])),
+        "perplexity": float(np.exp(-ref_log_probs.mean())),
+        "kl": float(buffer.episode_sums(buffer.log_ratio).mean()),
+        "score_std": float(np.std([episode["score"] for episode in episodes])),
+    }
 
 
 def distinct_n(texts: list[str], n: int) -> float:

@@ -43,7 +43,7 @@ class OnPolicyAlgorithm(BaseAlgorithm):
     :param env: a registered name, a ``TextVectorEnv``, or the SB3 environment that ``make_vec_env`` returns.
     :param learning_rate: or a function of the remaining progress (1 → 0).
     :param n_episodes: episodes of a rollout; all are started and finished under one set of weights.
-    :param batch_size: *episodes* of a minibatch.
+    :param batch_size: *episodes* of a minibatch; None: all of the rollout.
     :param n_epochs: passes over a rollout.
     :param gamma: discount.
     :param max_grad_norm: gradient clipping.
@@ -60,20 +60,27 @@ class OnPolicyAlgorithm(BaseAlgorithm):
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"CausalLMPolicy": CausalLMPolicy}
     policy: CausalLMPolicy
 
+    # More than 1: episodes are compared with others of the same prompt, and an environment given by name is made so.
+    default_group_size: ClassVar[int] = 1
+    # False: the loss has a KL term of its own, so the reward has none.
+    kl_in_reward: ClassVar[bool] = True
+    # Numbers that change while training, besides SB3's counters; a checkpoint holds them.
+    state_attributes: ClassVar[tuple[str, ...]] = ()
+
     def __init__(
         self,
         policy: str | type[CausalLMPolicy],
         env: str | VecEnv | TextVectorEnv,
         learning_rate: float | Schedule = 1e-4,
-        n_episodes: int = 64,
-        batch_size: int = 16,
+        n_episodes: int = 16,
+        batch_size: int | None = None,
         n_epochs: int = 1,
         gamma: float = 1.0,
         max_grad_norm: float = 1.0,
         kl_coef: float = 0.04,
         kl_target: float | None = None,
         missing_eos_penalty: float | None = None,
-        normalize_advantage: bool = True,
+        normalize_advantage: bool = False,
         micro_batch_tokens: int = 4096,
         reference: Reference | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -83,12 +90,16 @@ class OnPolicyAlgorithm(BaseAlgorithm):
         seed: int | None = None,
         device: torch.device | str = "auto",
     ) -> None:
+        batch_size = n_episodes if batch_size is None else batch_size
         for name, value in (("n_episodes", n_episodes), ("batch_size", batch_size), ("n_epochs", n_epochs)):
             if value < 1:
                 raise ValueError(f"Expected {name} >= 1, got {value}.")
+        vec_env = _as_vec_env(env, n_episodes, self.default_group_size)
+        if self.default_group_size > 1:
+            _check_groups(type(self).__name__, vec_env.vector_env, n_episodes)
         super().__init__(
             policy,
-            _as_vec_env(env, n_episodes),
+            vec_env,
             learning_rate,
             policy_kwargs=policy_kwargs,
             stats_window_size=stats_window_size,
@@ -148,7 +159,7 @@ class OnPolicyAlgorithm(BaseAlgorithm):
 
     @abstractmethod
     def estimate(self, buffer: EpisodeBuffer) -> None:
-        """Set ``buffer.advantages`` (and ``buffer.returns``, if there is a critic) from ``buffer.rewards``."""
+        """Set ``buffer.advantages`` (and ``buffer.returns``, if there is a critic) from ``buffer.rewards``, all [N]."""
 
     @abstractmethod
     def loss(
@@ -158,6 +169,13 @@ class OnPolicyAlgorithm(BaseAlgorithm):
         :param samples: a packed batch. :param values: [N]. :param log_prob: [N]. :param entropy: [N].
         :return: the loss of each token [N], whose mean over a minibatch is minimised, and what to log, [N] each.
         """
+
+    def token_weights(self, lengths: np.ndarray) -> np.ndarray:
+        """What a token of each episode counts in that mean; by default every token counts the same.
+
+        :param lengths: int [E], tokens of each episode. :return: [E], positive.
+        """
+        return np.ones(len(lengths))
 
     def stop_early(self, means: dict[str, float]) -> bool:
         """Whether to skip this step and the rest of the update, given the minibatch's logged means."""
@@ -232,11 +250,11 @@ class OnPolicyAlgorithm(BaseAlgorithm):
         seconds = time.perf_counter() - start
         self.policy.clear_cache()  # the update will empty it anyway; the reference can use the memory
         buffer = self.buffer
-        buffer.kl_coef = self.kl.coef
+        buffer.kl_coef = self.kl.coef if self.kl_in_reward else 0.0
         buffer.finalize()
-        last_tokens = buffer.starts[1:] - 1
         cut = np.array([episode["finish_reason"] == "length" for episode in episodes])
         if self.missing_eos_penalty is not None:
+            last_tokens = buffer.starts[1:] - 1
             buffer.rewards[last_tokens[cut]] -= self.missing_eos_penalty
         self.estimate(buffer)
         if self.normalize_advantage:
@@ -280,14 +298,17 @@ class OnPolicyAlgorithm(BaseAlgorithm):
         seconds = time.perf_counter() - start
         self.logger.record("time/update_tokens_per_second", used / seconds)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        self.logger.record("train/explained_variance", explained_variance(buffer.values, buffer.returns))
+        if "value_loss" in history:
+            self.logger.record("train/explained_variance", explained_variance(buffer.values, buffer.returns))
 
     def _backward(self, minibatch: np.ndarray) -> dict[str, float]:
         """Leave the gradient of the minibatch's mean loss in the parameters.
 
         :param minibatch: int [E], episodes of the buffer. :return: what :meth:`loss` logs, mean over tokens.
         """
-        n_tokens = int(self.buffer.lengths[minibatch].sum())
+        lengths = self.buffer.lengths
+        weights = self.token_weights(lengths)
+        n_tokens, total_weight = int(lengths[minibatch].sum()), float((weights * lengths)[minibatch].sum())
         self.policy.optimizer.zero_grad()
         means: dict[str, float] = defaultdict(float)
         for part in self.buffer.batches(minibatch, self.micro_batch_tokens):
@@ -295,7 +316,8 @@ class OnPolicyAlgorithm(BaseAlgorithm):
             values, log_prob, entropy = self.policy.evaluate_actions(samples.observations, samples.actions)
             assert entropy is not None
             loss, logged = self.loss(samples, values.flatten(), log_prob, entropy)
-            (loss.sum() / n_tokens).backward()
+            weight = torch.from_numpy(np.repeat(weights[part], lengths[part])).to(loss)
+            ((weight * loss).sum() / total_weight).backward()
             for name, per_token in {"loss": loss, **logged}.items():
                 means[name] += float(per_token.detach().sum()) / n_tokens
         return dict(means)
@@ -355,9 +377,10 @@ class OnPolicyAlgorithm(BaseAlgorithm):
         return checkpoint.load(cls, path, env, device, **kwargs)
 
 
-def _as_vec_env(env: str | VecEnv | TextVectorEnv, n_episodes: int) -> TextVecEnv:
+def _as_vec_env(env: str | VecEnv | TextVectorEnv, n_episodes: int, group_size: int) -> TextVecEnv:
     if isinstance(env, str):
-        return make_vec_env(env, n_envs=min(n_episodes, MAX_ROWS))
+        grouped = {"group_size": group_size} if group_size > 1 else {}
+        return make_vec_env(env, n_envs=min(n_episodes, MAX_ROWS), env_kwargs=grouped)
     if isinstance(env, TextVectorEnv):
         return TextVecEnv(env)
     if isinstance(env, TextVecEnv):
@@ -366,3 +389,18 @@ def _as_vec_env(env: str | VecEnv | TextVectorEnv, n_episodes: int) -> TextVecEn
         "Expected env to be a registered name ('TextRLHF-v0'), gym.make_vec('TextRLHF-v0', num_envs=...) or "
         f"agents.make_vec_env(...), got {type(env).__name__}. For single or wrapped environments use SB3's algorithms."
     )
+
+
+def _check_groups(algorithm: str, env: TextVectorEnv, n_episodes: int) -> None:
+    """Episodes are grouped by the order of their start, so groups must neither be cut nor begin in mid-rollout."""
+    size = env.group_size
+    if size < 2:
+        raise ValueError(
+            f"{algorithm} compares the texts of one prompt with each other: expected an environment with group_size >= "
+            f"2, got {size}. Make it with group_size=4, for example."
+        )
+    if n_episodes % size or env.num_envs % size:
+        raise ValueError(
+            f"Expected n_episodes and the rows of the environment to be multiples of its group_size={size}, got "
+            f"n_episodes={n_episodes} and {env.num_envs} rows."
+        )

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 
-from agents.advantages import gae
 from agents.episode_buffer import EpisodeBuffer, EpisodeSamples
 from agents.losses import clipped_surrogate, kl_k3, value_loss
 from agents.on_policy import OnPolicyAlgorithm
@@ -19,7 +17,8 @@ from agents.on_policy import OnPolicyAlgorithm
 class PPO(OnPolicyAlgorithm):
     """
     :param policy: see ``OnPolicyAlgorithm``, like every argument that isn't named here. :param env: likewise.
-    :param n_epochs: passes over a rollout.
+    :param n_episodes: episodes of a rollout. :param batch_size: episodes of a minibatch.
+    :param n_epochs: passes over a rollout. :param normalize_advantage: whiten advantages over the whole rollout.
     :param gae_lambda: λ of generalized advantage estimation.
     :param clip_range: ε of the clipped surrogate. :param clip_range_vf: ε of value clipping, None for none.
     :param vf_coef: weight of the value loss. :param ent_coef: weight of an entropy bonus.
@@ -30,6 +29,8 @@ class PPO(OnPolicyAlgorithm):
         self,
         policy: Any,
         env: Any,
+        n_episodes: int = 64,
+        batch_size: int | None = 16,
         n_epochs: int = 4,
         gae_lambda: float = 0.95,
         clip_range: float = 0.2,
@@ -37,6 +38,7 @@ class PPO(OnPolicyAlgorithm):
         vf_coef: float = 0.1,
         ent_coef: float = 0.0,
         target_kl: float | None = None,
+        normalize_advantage: bool = True,
         **kwargs: Any,
     ) -> None:
         self.gae_lambda = gae_lambda
@@ -45,16 +47,18 @@ class PPO(OnPolicyAlgorithm):
         self.vf_coef = vf_coef
         self.ent_coef = ent_coef
         self.target_kl = target_kl
-        super().__init__(policy, env, n_epochs=n_epochs, **kwargs)
+        super().__init__(
+            policy,
+            env,
+            n_episodes=n_episodes,
+            batch_size=batch_size,
+            n_epochs=n_epochs,
+            normalize_advantage=normalize_advantage,
+            **kwargs,
+        )
 
     def estimate(self, buffer: EpisodeBuffer) -> None:
-        mask, nothing = buffer.mask, np.zeros(buffer.n_episodes)
-        rewards, values = buffer.padded(buffer.rewards), buffer.padded(buffer.values)
-        advantages, returns = gae(rewards, values, nothing, mask, self.gamma, self.gae_lambda)
-        buffer.advantages, buffer.returns = (
-            advantages[mask].astype(np.float32),
-            returns[mask].astype(np.float32),
-        )
+        buffer.estimate_gae(self.gamma, self.gae_lambda)
 
     def loss(
         self, samples: EpisodeSamples, values: torch.Tensor, log_prob: torch.Tensor, entropy: torch.Tensor

@@ -21,10 +21,14 @@ import yaml
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 
-from agents.checkpoint import argument_names
+from agents.a2c import A2C
+from agents.checkpoint import argument_defaults
 from agents.evaluation import sample_texts
+from agents.grpo import GRPO
 from agents.on_policy import MAX_ROWS, OnPolicyAlgorithm
 from agents.ppo import PPO
+from agents.reinforce import REINFORCE
+from agents.rloo import RLOO
 from text_env.names import import_object, is_object_name
 from text_env.prompts import load_prompts
 from text_env.vector_env import TextVectorEnv
@@ -35,7 +39,13 @@ OWN_OPTIONS = {
     *("missing_eos_penalty", "policy_kwargs", "seed", "device", "reference"),
 }
 
-ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {"ppo": PPO}
+ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {
+    "ppo": PPO,
+    "a2c": A2C,
+    "reinforce": REINFORCE,
+    "rloo": RLOO,
+    "grpo": GRPO,
+}
 
 
 @dataclass
@@ -60,8 +70,8 @@ class EnvConfig:
     """EOS is not sampled before so many response tokens."""
     stop: str | None = None
     """A string that ends the text."""
-    group_size: int = 1
-    """So many episodes in a row share a prompt."""
+    group_size: int | None = None
+    """So many episodes in a row share a prompt; by default what the algorithm needs: 4 for RLOO and GRPO, else 1."""
     overlong_prompts: Literal["error", "truncate_left"] = "error"
     """What happens to a prompt that is too long."""
 
@@ -74,6 +84,7 @@ class EnvConfig:
         options = dataclasses.asdict(self)
         name, gold, tokenizer = options.pop("env"), options.pop("gold"), options.pop("tokenizer")
         options.update(tokenizer=tokenizer or model, metrics={"gold_score": gold} if gold else None, **overrides)
+        options["group_size"] = options["group_size"] or 1  # nobody has asked for groups
         return cast(TextVectorEnv, gym.make_vec(name, num_envs=num_envs, **options).unwrapped)
 
 
@@ -85,7 +96,7 @@ class TrainConfig:
     """
 
     algo: str = "ppo"
-    """'ppo', or 'module:Class' for an algorithm of your own."""
+    """'ppo', 'a2c', 'reinforce', 'rloo', 'grpo', or 'module:Class' for an algorithm of your own."""
     model: str = "builtin"
     """'builtin', a directory or a hub name."""
     env: Annotated[EnvConfig, tyro.conf.arg(name="")] = field(default_factory=EnvConfig)
@@ -96,11 +107,12 @@ class TrainConfig:
     seed: int = 0
     learning_rate: float = 1e-4
     lr_schedule: Literal["constant", "linear"] = "linear"
-    n_episodes: int = 64
-    """Episodes of a rollout."""
-    batch_size: int = 16
+    n_episodes: int | None = None
+    """Episodes of a rollout; like the next two, by default what the algorithm's class says."""
+    batch_size: int | None = None
     """Episodes of a minibatch."""
-    n_epochs: int = 4
+    n_epochs: int | None = None
+    """Passes over a rollout."""
     kl_coef: float = 0.04
     """β of the KL penalty."""
     kl_target: float | None = None
@@ -143,22 +155,37 @@ def algorithm_named(name: str) -> type[OnPolicyAlgorithm]:
     return found
 
 
+def resolved(config: TrainConfig) -> TrainConfig:
+    """
+    :param config: may leave to the algorithm what None stands for.
+    :return: the same with the algorithm's own numbers.
+    """
+    algorithm = algorithm_named(config.algo)
+    defaults = argument_defaults(algorithm)
+    sizes = {name: defaults[name] for name in ("n_episodes", "batch_size", "n_epochs") if getattr(config, name) is None}
+    group_size = config.env.group_size or algorithm.default_group_size
+    return dataclasses.replace(config, env=dataclasses.replace(config.env, group_size=group_size), **sizes)
+
+
 def train(config: TrainConfig) -> OnPolicyAlgorithm:
     """Train as configured and leave a complete run directory.
 
     :param config: everything. :return: the trained algorithm.
     :raises FileExistsError: if the directory holds a run already.
     """
+    config = resolved(config)
     directory = config.run_dir
     if (directory / "config.yaml").exists():
         raise FileExistsError(f"{directory} holds a run already; choose another --run-dir, or remove it.")
     algorithm = algorithm_named(config.algo)
-    known = argument_names(algorithm) - OWN_OPTIONS
+    known = set(argument_defaults(algorithm)) - OWN_OPTIONS
     if unknown := set(config.algo_kwargs) - known:
         raise ValueError(
             f"Unknown algo_kwargs {sorted(unknown)}; {algorithm.__name__} takes {sorted(known)}, and "
             f"{sorted(OWN_OPTIONS)} are options of their own."
         )
+    assert config.n_episodes is not None
+    assert config.n_epochs is not None
     env = config.env.make(min(config.n_episodes, MAX_ROWS), config.model)
     rate = config.learning_rate
     policy_kwargs: dict[str, Any] = {
