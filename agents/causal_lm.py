@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -24,6 +25,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.activations import NewGELUActivation
 
 from text_env.builtin import LANGUAGE_MODEL
+from text_env.constraints import Constraint, Contexts, MinimumLength, all_of, allowed_tokens, make_constraint, name_of
 
 # Logits of one chunk in float32: 2^22 values are 16 MB, large enough for full-speed matrix products.
 CHUNK_ELEMENTS = 2**22
@@ -92,6 +94,8 @@ class CausalLM(nn.Module):
     :param min_new_tokens: EOS has probability 0 before so many response tokens.
     :param autocast: dtype of the matrix products (``"bfloat16"``), while the weights keep theirs; None: no autocast.
     :param compile_forward: run whole sequences through ``torch.compile``; needs a C++ compiler on CPUs.
+    :param constraint: which tokens may follow a context; what :func:`text_env.constraints.make_constraint` takes. The
+        others have probability 0.
     :raises ValueError: if the model has fewer than V logits, or a head that is not a function of the last hidden state.
     """
 
@@ -104,12 +108,16 @@ class CausalLM(nn.Module):
         min_new_tokens: int = 0,
         autocast: str | torch.dtype | None = None,
         compile_forward: bool = False,
+        constraint: Any = None,
     ) -> None:
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"Expected temperature > 0, got {temperature}. For greedy actions use deterministic=True.")
-        if min_new_tokens > 0 and eos_token_id is None:
-            raise ValueError(f"min_new_tokens={min_new_tokens} needs eos_token_id: the token to forbid until then.")
+        minimum = None
+        if min_new_tokens > 0:
+            if eos_token_id is None:
+                raise ValueError(f"min_new_tokens={min_new_tokens} needs eos_token_id: the token to forbid until then.")
+            minimum = MinimumLength(min_new_tokens, eos_token_id)
         head = model.get_output_embeddings()
         if head is None or model.config.is_encoder_decoder:
             raise ValueError(f"Expected a causal language model (a decoder with a head), got {type(model).__name__}.")
@@ -126,6 +134,8 @@ class CausalLM(nn.Module):
         self.temperature = temperature
         self.eos_token_id = eos_token_id
         self.min_new_tokens = min_new_tokens
+        # In a tuple: a constraint that happens to be a module is none of this one's, and not to be trained.
+        self._constraint = (all_of(minimum, make_constraint(constraint)),)
         resolved = None if autocast is None else resolve_dtype(autocast)
         if isinstance(resolved, str):
             raise ValueError("Expected autocast to be 'bfloat16', 'float16' or None, got 'auto'.")
@@ -141,6 +151,11 @@ class CausalLM(nn.Module):
     def backbone(self) -> nn.Module:
         """The decoder below the language-model head: token ids in, last hidden states out."""
         return self.model.base_model
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """Which tokens may follow, ``min_new_tokens`` included."""
+        return self._constraint[0]
 
     @property
     def device(self) -> torch.device:
@@ -175,11 +190,34 @@ class CausalLM(nn.Module):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast)
 
-    def logits(self, hidden: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    def allowed(self, contexts: Contexts, action_masks: np.ndarray | torch.Tensor | None = None) -> torch.Tensor | None:
+        """The tokens that may follow.
+
+        :param contexts: N contexts. :param action_masks: further masks, true where allowed, N × V values.
+        :return: bool [N, V]; None where :meth:`logits` needs none.
+        :raises ValueError: if no token is left after some context.
+        """
+        if action_masks is None and not self._needs_masks:
+            return None
+        constraint = self.constraint
+        if action_masks is not None:
+            given = action_masks.cpu().numpy() if isinstance(action_masks, torch.Tensor) else np.asarray(action_masks)
+            given = given.astype(np.bool_).reshape(-1, self.n_tokens)
+            constraint = all_of(constraint, action_masks_given(given))
+        assert constraint is not None
+        return torch.from_numpy(allowed_tokens(constraint, contexts, self.n_tokens)).to(self.device)
+
+    @property
+    def _needs_masks(self) -> bool:
+        # A minimum length concerns one column, which needs no mask of [N, V].
+        return not (self.constraint is None or isinstance(self.constraint, MinimumLength))
+
+    def logits(self, hidden: torch.Tensor, step: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor:
         """Logits of the sampled distribution: temperature applied, forbidden tokens at minus infinity.
 
         :param hidden: [N, H] last hidden states.
         :param step: int64 [N], tokens of the response so far.
+        :param allowed: bool [N, V], what :meth:`allowed` returned for these contexts.
         :return: float32 (float64 for float64 models) [N, V].
         """
         with self.precision():
@@ -187,15 +225,25 @@ class CausalLM(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.temperature != 1.0:
             logits = logits / self.temperature
-        if self.min_new_tokens > 0:
-            assert self.eos_token_id is not None
-            # In place, one column: the logits are this call's own, and a full copy would cost as much as the softmax.
-            eos = logits[:, self.eos_token_id]
-            logits[:, self.eos_token_id] = eos.masked_fill(step < self.min_new_tokens, -torch.inf)
+        # In place: the logits are this call's own, and a full copy would cost as much as the softmax.
+        if allowed is not None:
+            logits.masked_fill_(~allowed, -torch.inf)
+        elif isinstance(self.constraint, MinimumLength):
+            eos = logits[:, self.constraint.eos_token_id]
+            too_early = step < self.constraint.min_new_tokens
+            logits[:, self.constraint.eos_token_id] = eos.masked_fill(too_early, -torch.inf)
+        elif self.constraint is not None:
+            raise ValueError(
+                f"Expected allowed=self.allowed(contexts), the masks of {name_of(self.constraint)}, got None."
+            )
         return logits
 
     def log_prob_and_entropy(
-        self, hidden: torch.Tensor, step: torch.Tensor, actions: torch.Tensor
+        self,
+        hidden: torch.Tensor,
+        step: torch.Tensor,
+        actions: torch.Tensor,
+        allowed: Callable[[slice], torch.Tensor | None] = lambda part: None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability of each action and entropy of its distribution, in chunks of positions.
 
@@ -203,17 +251,21 @@ class CausalLM(nn.Module):
         into one chunk, its logits are kept.
 
         :param hidden: [N, H]. :param step: int64 [N]. :param actions: int64 [N].
+        :param allowed: what :meth:`allowed` returns for these positions, by slices of them.
         :return: log-probabilities [N] and entropies [N] (nats), float32.
         """
 
-        def chunk(hidden: torch.Tensor, step: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            log_prob, entropy = _LogProbAndEntropy.apply(self.logits(hidden, step), actions)
+        def chunk(
+            part: slice, hidden: torch.Tensor, step: torch.Tensor, actions: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            log_prob, entropy = _LogProbAndEntropy.apply(self.logits(hidden, step, allowed(part)), actions)
             return log_prob, entropy
 
         size = max(1, CHUNK_ELEMENTS // self.n_tokens)
         if len(actions) <= size:
-            return chunk(hidden, step, actions)
-        parts = zip(hidden.split(size), step.split(size), actions.split(size), strict=True)
+            return chunk(slice(0, size), hidden, step, actions)
+        slices = [slice(start, start + size) for start in range(0, len(actions), size)]
+        parts = zip(slices, hidden.split(size), step.split(size), actions.split(size), strict=True)
         if torch.is_grad_enabled():
             done = [checkpoint(chunk, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
         else:
@@ -221,16 +273,28 @@ class CausalLM(nn.Module):
         log_probs, entropies = zip(*done, strict=True)
         return torch.cat(log_probs), torch.cat(entropies)
 
-    def evaluate(self, input_ids: torch.Tensor, at: Positions, actions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def evaluate(
+        self, input_ids: torch.Tensor, at: Positions, actions: torch.Tensor, action_masks: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
         """Score actions inside whole sequences: one forward pass per sequence.
 
         :param input_ids: int64 [B, T], right-padded.
         :param at: the N positions whose next token is scored.
         :param actions: int64 [N].
+        :param action_masks: further masks, true where allowed, [N, V].
         :return: log-probabilities [N], entropies [N], hidden states [N, H].
         """
         hidden = self.hidden_states(input_ids)[at.row, at.column]
-        log_prob, entropy = self.log_prob_and_entropy(hidden, at.step, actions)
+        if action_masks is None and not self._needs_masks:
+            log_prob, entropy = self.log_prob_and_entropy(hidden, at.step, actions)
+            return log_prob, entropy, hidden
+        ids, row, column, step = (x.cpu().numpy() for x in (input_ids, *at))
+
+        def allowed(part: slice) -> torch.Tensor | None:
+            contexts = Contexts(ids[row[part]], column[part] + 1, step[part])
+            return self.allowed(contexts, None if action_masks is None else action_masks[part])
+
+        log_prob, entropy = self.log_prob_and_entropy(hidden, at.step, actions, allowed)
         return log_prob, entropy, hidden
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -252,6 +316,17 @@ class CausalLM(nn.Module):
                 f"Expected the logits of {type(self.model).__name__} to be its output embeddings applied to the last "
                 "hidden state; they are not, so this architecture is not supported."
             )
+
+
+def action_masks_given(masks: np.ndarray) -> Constraint:
+    """
+    :param masks: bool [B, V]. :return: them as a constraint of the B contexts that they were made for.
+    """
+
+    def action_masks(contexts: Contexts, n_tokens: int) -> np.ndarray:
+        return masks
+
+    return action_masks
 
 
 def full_forward(backbone: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:

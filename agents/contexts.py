@@ -7,25 +7,13 @@ beginning of another one needs no forward pass of its own: its answer stands ins
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from agents.causal_lm import Positions
-
-
-class Contexts(NamedTuple):
-    """A batch of token contexts, on the CPU: they are compared and sorted, which a GPU should not wait for.
-
-    :param input_ids: int64 [B, L], left-aligned.
-    :param length: int64 [B], tokens in the context.
-    :param step: int64 [B], tokens of the response among them.
-    """
-
-    input_ids: np.ndarray
-    length: np.ndarray
-    step: np.ndarray
+from text_env.constraints import Contexts as Contexts
 
 
 def contexts_of(observation: Any) -> Contexts:
@@ -33,7 +21,13 @@ def contexts_of(observation: Any) -> Contexts:
     :param observation: a batch of the environment's observations, a mapping of arrays or tensors (``input_ids``,
         ``attention_mask``, ``prompt_length``).
     :return: the contexts in it.
+    :raises ValueError: for a packed batch of whole episodes.
     """
+    if "action_mask" in observation:
+        raise ValueError(
+            "Expected a batch of single observations, got a packed batch of whole episodes, which evaluate_actions "
+            "alone takes. With an algorithm that asks for more in its update, as TRPO does, leave EpisodeBuffer out."
+        )
     arrays = {name: _numpy(observation[name]) for name in ("input_ids", "attention_mask", "prompt_length")}
     length = arrays["attention_mask"].sum(axis=1, dtype=np.int64)
     step = length - arrays["prompt_length"][:, 0].astype(np.int64)

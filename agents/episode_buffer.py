@@ -75,7 +75,8 @@ class EpisodeBuffer(RolloutBuffer):
     :param observation_space: the text environment's. :param action_space: the text environment's.
     :param device: where samples go. :param gae_lambda: λ. :param gamma: discount. :param n_envs: rows.
     :param reference: the frozen model of the KL penalty, or None. A model's name stands for ``Reference.load(name)``;
-        for a policy with a temperature or a minimum length, give ``Reference.load(name, ..., temperature=...)``.
+        for a policy with a temperature, a minimum length or a constraint, give ``Reference.load(name, ...,
+        temperature=...)``.
     :param kl_coef: β; a plain attribute, so that a controller may adapt it.
     """
 

@@ -25,7 +25,7 @@ def load_policy(
     """A policy for evaluation and sampling.
 
     :param model: as for ``CausalLMPolicy``; a directory of ``save_pretrained`` is one.
-    :param env: gives the spaces, EOS and the minimum length.
+    :param env: gives the spaces, EOS, the minimum length and the constraint.
     :param device: where it runs. :param dtype: of the weights.
     :param temperature: 1 evaluates the model itself.
     :return: the policy.
@@ -38,6 +38,7 @@ def load_policy(
         dtype=dtype,
         temperature=temperature,
         min_new_tokens=env.min_new_tokens,
+        constraint=env.constraint,
         eos_token_id=env.eos_token_id,
         tokenizer=env.tokenizer,
     )
@@ -55,7 +56,7 @@ def evaluate(policy: CausalLMPolicy, reference: CausalLMPolicy, env: TextVectorE
         standard deviations of the reference's scores; None if those are all equal).
     """
     frozen = Reference(reference.lm)
-    ours, theirs = (_sampled(writer, frozen, env, n_episodes) for writer in (policy, reference))
+    ours, theirs = (measure(writer, frozen, env, n_episodes) for writer in (policy, reference))
     gain, spread = ours["score"] - theirs["score"], theirs.pop("score_std")
     del ours["score_std"], theirs["kl"]
     return {
@@ -67,7 +68,11 @@ def evaluate(policy: CausalLMPolicy, reference: CausalLMPolicy, env: TextVectorE
     }
 
 
-def _sampled(policy: CausalLMPolicy, reference: Reference, env: TextVectorEnv, n_episodes: int) -> dict[str, float]:
+def measure(policy: CausalLMPolicy, reference: Reference, env: TextVectorEnv, n_episodes: int) -> dict[str, float]:
+    """
+    :param policy: writes. :param reference: of perplexity and KL. :param env: prompts and rewards.
+    :param n_episodes: how many. :return: what :func:`describe` says of them.
+    """
     policy.set_training_mode(False)
     buffer = _buffer(policy, env, reference)
     episodes = collect_episodes(policy, env, n_episodes, buffer)

@@ -131,6 +131,7 @@ class OnPolicyAlgorithm(BaseAlgorithm):
         env = self.vector_env
         known = {
             "min_new_tokens": env.min_new_tokens,
+            "constraint": env.constraint,
             "eos_token_id": env.eos_token_id,
             "tokenizer": env.tokenizer,
         }
@@ -256,14 +257,18 @@ class OnPolicyAlgorithm(BaseAlgorithm):
         if self.missing_eos_penalty is not None:
             last_tokens = buffer.starts[1:] - 1
             buffer.rewards[last_tokens[cut]] -= self.missing_eos_penalty
-        self.estimate(buffer)
-        if self.normalize_advantage:
-            buffer.advantages = whiten(buffer.advantages).astype(np.float32)
+        self.set_advantages(buffer)
         self._log_rollout(episodes, cut, seconds)
         self.kl.update(float(buffer.episode_sums(buffer.log_ratio).mean()))
         callback.update_locals({"episodes": episodes})
         callback.on_rollout_end()
         return True
+
+    def set_advantages(self, buffer: EpisodeBuffer) -> None:
+        """As the algorithm estimates them, whitened if that was asked for."""
+        self.estimate(buffer)
+        if self.normalize_advantage:
+            buffer.advantages = whiten(buffer.advantages).astype(np.float32)
 
     def train(self) -> None:
         """Epochs of minibatches of episodes; the gradient is that of the whole minibatch, however it is split."""

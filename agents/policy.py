@@ -7,28 +7,39 @@ takes packed batches of whole episodes (an ``action_mask`` among the observation
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from safetensors.torch import load_file, save_file
 from stable_baselines3.common.distributions import CategoricalDistribution
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import (
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from agents.causal_lm import CausalLM, add_lora, load_causal_lm, load_tokenizer, sample
+from agents.causal_lm import CausalLM, add_lora, load_causal_lm, load_tokenizer, resolve_dtype, sample
 from agents.contexts import Contexts, contexts_of, packed_positions, share_prefixes
 from agents.prefix_cache import PrefixCache
+from text_env.builtin import REWARD_MODEL
 
+NORMALIZATION = {"reward_mean": 0.0, "reward_std": 1.0}  # of a reward model's config
 VALUE_HEAD_FILE = "value_head.safetensors"
+FORBIDDEN_LOGIT = -1e8  # sb3-contrib's own: its exponential is exactly 0, its gradient finite
 
 
-class CausalLMPolicy(ActorCriticPolicy):
+class CausalLMActorCritic(BasePolicy):
     """Actor: a causal language model. Critic: a linear head on the last hidden state, zero at first.
 
     :param observation_space: the environment's Dict of ``input_ids``, ``attention_mask``, ``prompt_length``.
@@ -42,10 +53,15 @@ class CausalLMPolicy(ActorCriticPolicy):
         environment when it isn't given.
     :param eos_token_id: the token that ends an episode; by default the tokenizer's, else the model config's.
     :param lora: arguments of ``peft.LoraConfig``; only the adapter and the value head are then trained.
-    :param separate_critic: the value gets a decoder of its own (a copy), instead of sharing the actor's.
+    :param separate_critic: True: the value gets a decoder of its own, a copy, instead of sharing the actor's. A
+        directory or hub name of a reward model with the same tokenizer (``"builtin"``: the built-in one): the critic
+        starts as that, as in Stiennon et al. 2020 (https://arxiv.org/abs/2009.01325).
     :param prefix_cache: remember keys and values of contexts already seen. The results are the same without.
     :param autocast: ``"bfloat16"``: matrix products in that type, weights in theirs.
     :param compile_forward: training through ``torch.compile`` (minutes to compile; for long trainings).
+    :param constraint: which tokens may follow a context: a callable ``(contexts, n_tokens) -> bool [B, n_tokens]``, its
+        name as ``"module:function"``, or a list of these (see :mod:`text_env.constraints`). The others have probability
+        0, in rollout, update and reference alike. Our algorithms take it from the environment when it isn't given.
     :param tokenizer: saved beside the model; by default the one found there.
     :param use_sde: must be False; part of SB3's signature.
     :param optimizer_class: the optimiser.
@@ -65,10 +81,11 @@ class CausalLMPolicy(ActorCriticPolicy):
         min_new_tokens: int = 0,
         eos_token_id: int | None = None,
         lora: dict[str, Any] | None = None,
-        separate_critic: bool = False,
+        separate_critic: bool | str | Path = False,
         prefix_cache: bool = True,
         autocast: str | None = None,
         compile_forward: bool = False,
+        constraint: Any = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         use_sde: bool = False,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
@@ -82,8 +99,9 @@ class CausalLMPolicy(ActorCriticPolicy):
             # Fused: one pass over the weights instead of a dozen. It excludes foreach, if that is what was asked for.
             given = optimizer_kwargs or {}
             optimizer_kwargs = {"eps": 1e-5, "fused": not given.get("foreach"), **given}
-        # ActorCriticPolicy's own constructor would build an MLP, and orthogonally re-initialise linear layers.
-        super(ActorCriticPolicy, self).__init__(
+        # SB3's actor-critic constructors would build an MLP, and orthogonally re-initialise linear layers.
+        BasePolicy.__init__(
+            self,
             observation_space,
             action_space,
             optimizer_class=optimizer_class,
@@ -102,6 +120,7 @@ class CausalLMPolicy(ActorCriticPolicy):
             "prefix_cache": prefix_cache,
             "autocast": autocast,
             "compile_forward": compile_forward,
+            "constraint": constraint,
         }
         own_tokenizer = load_tokenizer(model)
         _check_tokenizers(tokenizer, own_tokenizer, model)
@@ -111,18 +130,23 @@ class CausalLMPolicy(ActorCriticPolicy):
             eos_token_id = base.config.get_text_config().eos_token_id if self.tokenizer is None else None
             eos_token_id = self.tokenizer.eos_token_id if self.tokenizer is not None else eos_token_id
             eos_token_id = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id
-        critic = copy.deepcopy(base.base_model) if separate_critic else None
+        critic: nn.Module | None = None
+        value_head: ValueHead | None = None
+        if isinstance(separate_critic, str | Path):
+            _check_tokenizers(self.tokenizer, load_tokenizer(_critic_name(separate_critic)), separate_critic)
+            critic, value_head = _load_critic(separate_critic, dtype)
+            _check_positions(critic, observation_space)
+        elif separate_critic:
+            critic = copy.deepcopy(base.base_model)
         # Held in a tuple: the PEFT wrapper shares its modules with `lm`, and must not be registered a second time.
         self._peft_model = (add_lora(base, lora),) if lora is not None else None
         assert isinstance(action_space, spaces.Discrete)
         _check_positions(base, observation_space)
         self.lm = CausalLM(
-            base, int(action_space.n), temperature, eos_token_id, min_new_tokens, autocast, compile_forward
+            base, int(action_space.n), temperature, eos_token_id, min_new_tokens, autocast, compile_forward, constraint
         )
         self.critic = critic
-        self.value_head = nn.Linear(self.lm.hidden_size, 1)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
+        self.value_head = value_head if value_head is not None else ValueHead(self.lm.hidden_size)
         if self.lm.model.dtype == torch.float64:
             self.value_head.double()
         self._actor_memo = PrefixCache(self.lm.backbone) if prefix_cache else None
@@ -135,28 +159,31 @@ class CausalLMPolicy(ActorCriticPolicy):
 
     # ---- SB3's contract -------------------------------------------------------------------------------------------
 
-    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(
+        self, obs: PyTorchObs, deterministic: bool = False, action_masks: np.ndarray | torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Choose the next token of each context.
 
         :param obs: a batch of B observations.
         :param deterministic: the most probable token instead of a sampled one.
+        :param action_masks: what the environment's ``action_masks()`` says, [B, V], true where a token is allowed.
         :return: actions int64 [B], values [B, 1], log-probabilities [B].
         """
         contexts = contexts_of(obs)
         hidden = self._last_hidden(contexts)
-        logits = self.lm.logits(hidden, self._steps(contexts))
-        probs = torch.softmax(logits, dim=-1)
+        probs = torch.softmax(self._logits(hidden, contexts, action_masks), dim=-1)
         actions = probs.argmax(dim=-1) if deterministic else sample(probs)
         log_prob = probs.gather(-1, actions[:, None]).squeeze(-1).log()
         return actions, self._last_values(contexts, hidden), log_prob
 
     def evaluate_actions(
-        self, obs: PyTorchObs, actions: torch.Tensor
+        self, obs: PyTorchObs, actions: torch.Tensor, action_masks: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Score given actions.
 
         :param obs: B observations, or a packed batch of E whole episodes (with ``action_mask``, see ``EpisodeBuffer``).
         :param actions: [N] token ids, N = B, or the number of true entries of ``action_mask`` (in row-major order).
+        :param action_masks: [N, V], true (or 1) where a token was allowed.
         :return: values [N, 1], log-probabilities [N], entropies [N].
         """
         assert isinstance(obs, Mapping)
@@ -164,19 +191,10 @@ class CausalLMPolicy(ActorCriticPolicy):
             input_ids, at = obs["input_ids"], packed_positions(obs)
         else:
             input_ids, at = share_prefixes(contexts_of(obs), self.lm.device)
-        log_prob, entropy, hidden = self.lm.evaluate(input_ids, at, actions.long().flatten())
+        log_prob, entropy, hidden = self.lm.evaluate(input_ids, at, actions.long().flatten(), action_masks)
         if self.critic is not None:
             hidden = self.lm.run(self.critic, input_ids)[at.row, at.column]
         return self._values(hidden), log_prob, entropy
-
-    def get_distribution(self, obs: PyTorchObs) -> CategoricalDistribution:
-        """
-        :param obs: a batch of B observations.
-        :return: SB3's categorical distribution over the V tokens.
-        """
-        contexts = contexts_of(obs)
-        logits = self.lm.logits(self._last_hidden(contexts), self._steps(contexts))
-        return CategoricalDistribution(self.lm.n_tokens).proba_distribution(logits)
 
     def predict_values(self, obs: PyTorchObs) -> torch.Tensor:
         """
@@ -186,10 +204,15 @@ class CausalLMPolicy(ActorCriticPolicy):
         contexts = contexts_of(obs)
         return self._last_values(contexts, None)
 
-    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> torch.Tensor:
-        return self.forward(observation, deterministic)[0]
+    def _predict(
+        self,
+        observation: PyTorchObs,
+        deterministic: bool = False,
+        action_masks: np.ndarray | torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self.forward(observation, deterministic, action_masks)[0]
 
-    def train(self, mode: bool = True) -> CausalLMPolicy:
+    def train(self, mode: bool = True) -> Self:
         if mode:  # opens SB3's `train`: the weights are about to change
             self.clear_cache()
         super().train(mode)
@@ -199,6 +222,14 @@ class CausalLMPolicy(ActorCriticPolicy):
 
     def reset_noise(self, n_envs: int = 1) -> None:
         raise ValueError("reset_noise is for state-dependent exploration, which needs continuous actions.")
+
+    @property
+    def lstm_actor(self) -> Any:
+        raise TypeError(
+            f"{type(self).__name__} has no LSTM, which RecurrentPPO asks for: a language model's memory is its "
+            "context. Train it with PPO, or use RecurrentPPO('MultiInputLstmPolicy', env, "
+            "policy_kwargs={'features_extractor_class': TokenFeatures})."
+        )
 
     def clear_cache(self) -> None:
         """Forget every remembered context. Needed only after weights were changed behind PyTorch's back."""
@@ -220,6 +251,14 @@ class CausalLMPolicy(ActorCriticPolicy):
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(directory)
         save_file(self._critic_state(), directory / VALUE_HEAD_FILE)
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
+            own = name.removeprefix(prefix).removeprefix(".")
+            actor = parameter.requires_grad and not own.startswith(("value_head.", "critic."))
+            yield _ParameterName(name, actor), parameter
 
     def load_value_head(self, directory: str | Path) -> None:
         """Load the critic that :meth:`save_pretrained` left in a directory."""
@@ -264,8 +303,109 @@ class CausalLMPolicy(ActorCriticPolicy):
         values: torch.Tensor = self.value_head(hidden.to(self.value_head.weight.dtype))
         return values
 
+    def _logits(
+        self, hidden: torch.Tensor, contexts: Contexts, action_masks: np.ndarray | torch.Tensor | None
+    ) -> torch.Tensor:
+        return self.lm.logits(hidden, self._steps(contexts), self.lm.allowed(contexts, action_masks))
+
+    def _finite_logits(self, obs: PyTorchObs, action_masks: np.ndarray | torch.Tensor | None = None) -> torch.Tensor:
+        """For PyTorch's distributions, whose KL divergence has no gradient at minus infinity."""
+        contexts = contexts_of(obs)
+        # The fused attention kernels can be differentiated once only; whoever asks for the gradient of a distribution,
+        # as TRPO does, may well want the second. The memo, without gradient, keeps the fast ones.
+        twice = sdpa_kernel(SDPBackend.MATH) if torch.is_grad_enabled() else contextlib.nullcontext()
+        with twice:
+            hidden = self._last_hidden(contexts)
+        return self._logits(hidden, contexts, action_masks).clamp(min=FORBIDDEN_LOGIT)
+
     def _steps(self, contexts: Contexts) -> torch.Tensor:
         return torch.from_numpy(contexts.step).to(self.lm.device)
+
+
+class CausalLMPolicy(CausalLMActorCritic, ActorCriticPolicy):
+    # For SB3's PPO and A2C, sb3-contrib's TRPO, and our own algorithms.
+    __doc__ = CausalLMActorCritic.__doc__
+
+    def get_distribution(self, obs: PyTorchObs) -> CategoricalDistribution:
+        """
+        :param obs: a batch of B observations.
+        :return: SB3's categorical distribution over the V tokens; it can be differentiated twice.
+        """
+        return CategoricalDistribution(self.lm.n_tokens).proba_distribution(self._finite_logits(obs))
+
+
+class ValueHead(nn.Linear):
+    """Hidden states to values; 0 at first.
+
+    Adam moves a weight by about the learning rate at each step, whatever its gradient. At a language model's learning
+    rate a new head would need a thousand steps to reach values of order 1, so what it says is scaled up, which is the
+    same as a learning rate ``SCALE`` times as high for the head alone.
+
+    :param hidden_size: H.
+    """
+
+    SCALE = 10.0
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size, 1)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden) * self.SCALE
+
+    @torch.no_grad()
+    def set(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        """Make it the function ``hidden @ weight + bias``.
+
+        :param weight: [H]. :param bias: a single number.
+        """
+        self.weight.copy_(weight[None] / self.SCALE)
+        self.bias.copy_(bias / self.SCALE)
+
+
+def _critic_name(critic: str | Path) -> str:
+    return str(REWARD_MODEL) if critic == "builtin" else str(critic)
+
+
+def _load_critic(name: str | Path, dtype: str | torch.dtype) -> tuple[PreTrainedModel, ValueHead]:
+    """A reward model as a critic: its decoder, and its head as a value head."""
+    try:
+        classifier = AutoModelForSequenceClassification.from_pretrained(_critic_name(name), dtype=resolve_dtype(dtype))
+    except OSError as error:
+        raise ValueError(
+            "Expected separate_critic to be False, True (a copy of the model), 'builtin', or a directory or hub name "
+            f"of a reward model; {name!r} could not be loaded: {error}"
+        ) from error
+    score = getattr(classifier, "score", None)
+    if not isinstance(score, nn.Linear) or score.out_features != 1:
+        raise ValueError(
+            f"Expected the critic {name!r} to be a decoder with a `score` head of one label, as reward models have "
+            f"it; {type(classifier).__name__} has {score}."
+        )
+    head = ValueHead(score.in_features)
+    mean, std = (float(getattr(classifier.config, key, default)) for key, default in NORMALIZATION.items())
+    bias = torch.zeros(1) if score.bias is None else score.bias
+    head.set(score.weight[0].float() / std, (bias.float() - mean) / std)  # values in the units of the score
+    return classifier.base_model.eval(), head
+
+
+class _ParameterName(str):
+    """A parameter's name, which can tell sb3-contrib's TRPO what that asks: is "value" in it, so is it the critic's?
+
+    Other parts of a language model are called so (``attention.query_key_value``) and would never be trained, and frozen
+    parameters, which TRPO cannot differentiate, are as little the actor's to train as the critic is.
+    """
+
+    is_actor: bool
+
+    def __new__(cls, name: str, is_actor: bool) -> Self:
+        self = super().__new__(cls, name)
+        self.is_actor = is_actor
+        return self
+
+    def __contains__(self, part: str) -> bool:  # type: ignore[override]
+        return not self.is_actor if part == "value" else super().__contains__(part)
 
 
 def _check_positions(model: PreTrainedModel, observation_space: spaces.Space[Any]) -> None:

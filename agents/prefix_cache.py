@@ -224,7 +224,9 @@ class PrefixCache:
             raise
 
     def _fingerprint_now(self) -> list[tuple[int, int]]:
-        return [(_optimizer_steps, 0), *((p.data_ptr(), p._version) for p in self._weights)]
+        # No optimiser moves a weight without gradient: a frozen model remembers while others are trained.
+        steps = _optimizer_steps if any(p.requires_grad for p in self._weights) else 0
+        return [(steps, 0), *((p.data_ptr(), p._version) for p in self._weights)]
 
     def _memoised(self, contexts: Contexts) -> torch.Tensor:
         block, slots = self._find(contexts)
@@ -357,7 +359,8 @@ class PrefixCache:
     def _probe(self) -> float:
         """Largest relative difference between memoised and plain hidden states over a few steps with a restart."""
         self.enabled = True
-        tokens = (np.arange(3 * 8).reshape(3, 8) * 5 + 1) % 11
+        vocabulary: int = self._backbone.config.get_text_config().vocab_size  # type: ignore[operator,union-attr]
+        tokens = (np.arange(3 * 8).reshape(3, 8) * 5 + 1) % min(11, vocabulary)
         worst = 0.0
         for lengths in ([2, 3, 1], [3, 4, 2], [4, 2, 3], [5, 3, 4]):
             length = np.array(lengths)

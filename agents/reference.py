@@ -36,7 +36,9 @@ class Reference:
         """
         if policy.constructor_arguments["lora"] is not None:
             return cls(policy.lm, without_adapter=True)
-        return cls(copy.deepcopy(policy.lm).requires_grad_(False))
+        # A constraint is a function, the same for both; it may hold a model of its own.
+        shared = {id(policy.lm.constraint): policy.lm.constraint}
+        return cls(copy.deepcopy(policy.lm, shared).requires_grad_(False))
 
     @classmethod
     def load(
@@ -49,7 +51,8 @@ class Reference:
     ) -> Reference:
         """
         :param model: as for ``CausalLMPolicy``. :param n_tokens: V. :param device: where it runs.
-        :param dtype: of the weights. :param distribution: ``temperature``, ``min_new_tokens``, ``eos_token_id``.
+        :param dtype: of the weights. :param distribution: ``temperature``, ``min_new_tokens``, ``eos_token_id``,
+            ``constraint``.
         """
         if distribution.get("eos_token_id") is None:
             tokenizer = load_tokenizer(model)

@@ -68,6 +68,8 @@ class EnvConfig:
     """Response budget, in tokens."""
     min_new_tokens: int = 0
     """EOS is not sampled before so many response tokens."""
+    constraint: str | None = None
+    """'module:function' that says which tokens may follow a context."""
     stop: str | None = None
     """A string that ends the text."""
     group_size: int | None = None

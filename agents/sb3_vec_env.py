@@ -8,25 +8,33 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.vec_env import VecEnv
 
 import text_env  # noqa: F401  registers TextRLHF-v0
 from text_env.vector_env import TextVectorEnv
 
+# Methods of the vector environment whose answer has one entry a row.
+PER_ROW_METHODS = frozenset({"action_masks", "render"})
+
 
 class TextVecEnv(VecEnv):
     """A thin adapter. Finished episodes carry ``terminal_observation`` and Monitor's ``episode`` statistics.
 
-    :param vector_env: the environment; is switched to ``AutoresetMode.SAME_STEP``, the only mode SB3 knows.
+    :param vector_env: the environment, or an action wrapper around it (``TextRLHFContinuous-v0``); is switched to
+        ``AutoresetMode.SAME_STEP``, the only mode SB3 knows.
+    :raises ValueError: if it is no text environment.
     """
 
-    def __init__(self, vector_env: TextVectorEnv) -> None:
-        self.vector_env = vector_env
+    def __init__(self, vector_env: VectorEnv[Any, Any, Any]) -> None:
+        if not isinstance(vector_env.unwrapped, TextVectorEnv):
+            raise ValueError(f"Expected a text environment, for example gym.make_vec('TextRLHF-v0'), got {vector_env}.")
+        self.vector_env = vector_env.unwrapped
+        self._wrapped = vector_env  # takes the actions
         self.render_mode = vector_env.render_mode
         super().__init__(vector_env.num_envs, vector_env.single_observation_space, vector_env.single_action_space)
-        vector_env.autoreset_mode = AutoresetMode.SAME_STEP
-        self._actions = np.zeros(self.num_envs, dtype=np.int64)
+        self.vector_env.autoreset_mode = AutoresetMode.SAME_STEP
+        self._actions = np.zeros(0)
         self._returns = np.zeros(self.num_envs)
         self._lengths = np.zeros(self.num_envs, dtype=np.int64)
         self._start = time.time()
@@ -50,12 +58,12 @@ class TextVecEnv(VecEnv):
         return observation
 
     def step_async(self, actions: np.ndarray) -> None:
-        self._actions = np.asarray(actions).reshape(self.num_envs)
+        self._actions = np.asarray(actions).reshape(self.num_envs, *(self.action_space.shape or ()))
 
     def step_wait(self) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, list[dict[str, Any]]]:
         # A learner of ours may have driven the same environment in between.
         self.vector_env.autoreset_mode = AutoresetMode.SAME_STEP
-        observation, rewards, terminations, truncations, infos = self.vector_env.step(self._actions)
+        observation, rewards, terminations, truncations, infos = self._wrapped.step(self._actions)
         dones = terminations | truncations
         self._returns += rewards
         self._lengths += 1
@@ -75,10 +83,11 @@ class TextVecEnv(VecEnv):
         return observation, rewards.astype(np.float32), dones, rows
 
     def close(self) -> None:
-        self.vector_env.close()
+        self._wrapped.close()
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        return [getattr(self.vector_env, attr_name) for _ in self._get_indices(indices)]
+        owner = self._wrapped if hasattr(self._wrapped, attr_name) else self.vector_env
+        return [getattr(owner, attr_name) for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
         if len(list(self._get_indices(indices))) != self.num_envs:
@@ -86,8 +95,9 @@ class TextVecEnv(VecEnv):
         setattr(self.vector_env, attr_name, value)
 
     def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
-        result = getattr(self.vector_env, method_name)(*method_args, **method_kwargs)
-        return [result for _ in self._get_indices(indices)]
+        owner = self._wrapped if hasattr(self._wrapped, method_name) else self.vector_env
+        result = getattr(owner, method_name)(*method_args, **method_kwargs)
+        return [result[row] if method_name in PER_ROW_METHODS else result for row in self._get_indices(indices)]
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: Any = None) -> list[bool]:
         # SB3 asks this to learn whether episode statistics are there; they are, in Monitor's form.
@@ -114,7 +124,7 @@ def make_vec_env(
     vector_env = gym.make_vec(env_id, num_envs=n_envs, **(env_kwargs or {}))
     if not isinstance(vector_env.unwrapped, TextVectorEnv):
         raise ValueError(f"Expected the name of a text environment, for example 'TextRLHF-v0'; {env_id!r} is none.")
-    env = TextVecEnv(vector_env.unwrapped)
+    env = TextVecEnv(vector_env)
     env.seed(seed)
     return env
 

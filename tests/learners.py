@@ -101,9 +101,9 @@ def in_float64(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def make_policy(
-    env: TextVectorEnv, kind: str = "gpt2", lr: float = 1e-2, model: Any = None, **kwargs: Any
+    env: TextVectorEnv, kind: str = "gpt2", lr: float = 1e-2, model: Any = None, randomize: bool = True, **kwargs: Any
 ) -> CausalLMPolicy:
-    """A policy for an environment, with a value head that is not zero; random numbers start anew."""
+    """A policy for an environment, by default with a value head that is not zero; random numbers start anew."""
     torch.manual_seed(0)
     policy = CausalLMPolicy(
         env.single_observation_space,
@@ -112,7 +112,7 @@ def make_policy(
         model=make_model(kind) if model is None else model,
         **{"eos_token_id": env.eos_token_id, **kwargs},
     )
-    return randomize_value_head(policy)
+    return randomize_value_head(policy) if randomize else policy
 
 
 def randomize_value_head(policy: CausalLMPolicy) -> CausalLMPolicy:
@@ -120,8 +120,8 @@ def randomize_value_head(policy: CausalLMPolicy) -> CausalLMPolicy:
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         weight = policy.value_head.weight
-        weight.copy_(torch.randn(weight.shape, generator=generator, dtype=weight.dtype) * 0.3)
-        policy.value_head.bias.fill_(0.1)
+        random = torch.randn(weight.shape, generator=generator, dtype=weight.dtype) * 0.3
+        policy.value_head.set(random[0], torch.tensor(0.1))
     return policy
 
 

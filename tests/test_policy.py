@@ -14,6 +14,7 @@ from gymnasium import spaces
 from learners import (
     EOS,
     largest_difference,
+    length_of,
     make_env,
     make_model,
     make_policy,
@@ -24,12 +25,12 @@ from learners import (
     tensors_of,
     weights_of,
 )
-from tiny import KINDS, tiny_model, tiny_tokenizer
+from tiny import KINDS, tiny_classifier, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, T5Config, T5ForConditionalGeneration
 
 from agents.causal_lm import _LogProbAndEntropy, load_causal_lm
 from agents.evaluation import load_policy, sample_texts
-from agents.policy import CausalLMPolicy
+from agents.policy import CausalLMPolicy, ValueHead
 from agents.reference import Reference
 
 LORA = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
@@ -379,3 +380,41 @@ def test_autocast_keeps_weights_and_gives_the_gradient_of_float32_within_bfloat1
 def test_a_compiled_policy_has_the_gradient_of_the_plain_one() -> None:
     plain, compiled = (make_policy(make_env(), compile_forward=choice) for choice in (False, True))
     torch.testing.assert_close(gradients(plain), gradients(compiled), rtol=1e-4, atol=1e-6)
+
+
+def test_a_critic_that_starts_as_the_reward_model_says_what_it_says(tmp_path: Path) -> None:
+    env = make_env(reward=length_of)
+    classifier = tiny_classifier("llama", seed=3, pad_token_id=1)
+    classifier.config.reward_mean, classifier.config.reward_std = 0.5, 2.0
+    classifier.save_pretrained(tmp_path / "reward")
+    tiny_tokenizer().save_pretrained(tmp_path / "reward")
+    policy = make_policy(env, "gpt2", separate_critic=str(tmp_path / "reward"), randomize=False)
+    context = [5, 9, 17, 40]
+    with torch.no_grad():
+        expected = (classifier(torch.tensor([context])).logits[0, 0] - 0.5) / 2.0
+    actual = policy.predict_values(observation_of([context], [2]))
+    torch.testing.assert_close(actual[0, 0].detach(), expected, atol=1e-5, rtol=1e-5)
+    assert abs(float(expected)) > 0.1
+    critic = {name for name, p in policy.named_parameters() if name.startswith("critic.") and p.requires_grad}
+    assert len(critic) > 10, "it is trained"
+
+
+def test_a_critic_that_is_no_reward_model_is_refused(tmp_path: Path) -> None:
+    env = make_env()
+    with pytest.raises(ValueError, match=r"Expected separate_critic to be False, True .* could not be loaded"):
+        make_policy(env, separate_critic=str(tmp_path / "nothing"))
+    tiny_classifier("llama", num_labels=2, pad_token_id=1).save_pretrained(tmp_path / "two")
+    with pytest.raises(ValueError, match=r"a decoder with a `score` head of one label"):
+        make_policy(env, separate_critic=str(tmp_path / "two"))
+
+
+def test_the_value_head_learns_ten_times_as_fast_as_the_language_model() -> None:
+    head = ValueHead(4)
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.01, eps=1e-12)
+    hidden = torch.ones(1, 4)
+    head(hidden).sum().backward()
+    optimizer.step()
+    # Every weight and the bias have moved by the learning rate: 5 × 0.01, times the scale.
+    assert head(hidden).item() == pytest.approx(-0.05 * ValueHead.SCALE)
+    head.set(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor(0.5))
+    assert head(hidden).item() == pytest.approx(10.5)

@@ -203,3 +203,27 @@ def test_the_probe_leaves_no_trace(backbone: torch.nn.Module) -> None:
         memo.last_hidden(contexts([1, 6]))  # what the probe has seen
     assert shapes == [(1, 2)]
     assert np.isfinite(memo.last_hidden(contexts([1, 6])).numpy()).all()
+
+
+def test_a_frozen_model_remembers_while_another_is_trained() -> None:
+    frozen, trained = (make_model().base_model for _ in range(2))
+    frozen.requires_grad_(False)
+    memos = {model: PrefixCache(model) for model in (frozen, trained)}
+    optimizer = torch.optim.Adam(trained.parameters(), lr=1e-3)
+    read = {}
+    for step, context in enumerate(([5, 6, 7], [5, 6, 7, 8])):
+        observation = observation_of([context], [2])
+        for model, memo in memos.items():
+            with counted_forwards(model) as shapes:
+                memo.last_hidden(contexts_of(observation))
+            read[model, step] = shapes
+        for parameter in trained.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    assert read[frozen, 1] == [(1, 1)], "one new token"
+    assert read[trained, 1] == [(1, 4)], "the whole context again"
+
+
+def test_a_model_of_very_few_tokens_is_remembered_too() -> None:
+    memo = PrefixCache(make_model(tokenizer=4).base_model)
+    assert memo.enabled

@@ -282,6 +282,28 @@ def test_attributes_and_methods_of_the_environment_can_be_reached() -> None:
     env.close()
 
 
+def test_what_a_method_says_of_each_row_is_handed_out_by_row() -> None:
+    env = TextVecEnv(make_env(3, render_mode="ansi", min_new_tokens=1))
+    env.seed(0)
+    env.reset()
+    env.step(np.array([EOS, 6, 7]))
+    texts = env.env_method("render")
+    assert [type(text) for text in texts] == [str] * 3
+    assert texts[2] == env.vector_env.render()[2]
+    assert env.env_method("render", indices=[2]) == texts[2:]
+    masks = env.env_method("action_masks")
+    np.testing.assert_array_equal(np.stack(masks), env.vector_env.action_masks())
+    assert masks[0].shape == (env.action_space.n,)
+    assert env.has_attr("action_masks")
+
+
+def test_the_adapter_refuses_other_environments() -> None:
+    with pytest.raises(
+        ValueError, match=r"Expected a text environment, for example gym.make_vec\('TextRLHF-v0'\), got"
+    ):
+        TextVecEnv(gym.make_vec("CartPole-v1", num_envs=2))
+
+
 def test_the_adapter_puts_the_environment_back_into_the_mode_that_sb3_knows() -> None:
     env = make_env(4)
     model = make_ppo(env)

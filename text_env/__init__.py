@@ -1,19 +1,32 @@
-"""Token generation as a Gymnasium environment: ``gym.make("TextRLHF-v0")``."""
+"""Token generation as a Gymnasium environment: ``gym.make("TextRLHF-v0")``.
+
+``"TextRLHFContinuous-v0"`` is the same for algorithms with Box actions.
+"""
 
 from gymnasium.envs.registration import register
 
+from text_env.constraints import AllowedTokens, Constraint, Contexts, ForbiddenTokens, MinimumLength
 from text_env.env import TextEnv
 from text_env.episodes import NO_ACTION
 from text_env.rewards import Normalized, RewardError, SequenceClassifierReward, WeightedSum, make_reward
 from text_env.vector_env import TextVectorEnv
+from text_env.wrappers import ENTRY_POINT, NO_POINT, EmbeddingAction, VectorEmbeddingAction
 
 __all__ = [
     "NO_ACTION",
+    "NO_POINT",
+    "AllowedTokens",
+    "Constraint",
+    "Contexts",
+    "EmbeddingAction",
+    "ForbiddenTokens",
+    "MinimumLength",
     "Normalized",
     "RewardError",
     "SequenceClassifierReward",
     "TextEnv",
     "TextVectorEnv",
+    "VectorEmbeddingAction",
     "WeightedSum",
     "make_reward",
 ]
@@ -23,4 +36,9 @@ register(
     id="TextRLHF-v0",
     entry_point="text_env.env:TextEnv",
     vector_entry_point="text_env.vector_env:TextVectorEnv",
+)
+register(
+    id="TextRLHFContinuous-v0",
+    entry_point=ENTRY_POINT,
+    vector_entry_point="text_env.wrappers:make_vector_env",
 )

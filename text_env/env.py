@@ -47,6 +47,10 @@ class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
         ``"truncate_left"``, which keeps its end.
     :param render_mode: ``"ansi"``, ``"human"`` (``render()`` prints the text; nothing is printed unasked, as a copy of
         the text per token would drown it), ``"rgb_array"`` or None.
+    :param constraint: which tokens may follow a context: a callable ``(contexts, n_tokens) -> bool [B, n_tokens]`` (see
+        :mod:`text_env.constraints`), its name as ``"module:function"``, or a list of these, all of which hold.
+        :meth:`action_masks` tells it to whoever asks. The environment itself takes every token, so that algorithms
+        without masks run as well; it is the policy that never samples a forbidden one.
     :raises ValueError: if an argument is out of range or names something that is not there; it says what is.
     """
 
@@ -65,6 +69,7 @@ class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
         metrics: Mapping[str, Any] | None = None,
         overlong_prompts: OverlongPrompts = "error",
         render_mode: str | None = None,
+        constraint: Any = None,
     ) -> None:
         check_render_mode(render_mode)
         self.render_mode = render_mode
@@ -76,6 +81,7 @@ class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
             max_prompt_tokens=max_prompt_tokens,
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
+            constraint=constraint,
             stop=stop,
             group_size=group_size,
             metrics=metrics,
@@ -118,6 +124,14 @@ class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
             False,
             infos[0] if infos else {},
         )
+
+    def action_masks(self) -> NDArray[np.bool_]:
+        """
+        :return: bool [V], true where the next token may be; EOS is not before ``min_new_tokens``. The name is the one
+            that sb3-contrib's ``MaskablePPO`` asks for.
+        :raises ValueError: if the constraint forbids every token here, or answers with something else.
+        """
+        return self.episodes.action_masks()[0]
 
     def render(self) -> str | NDArray[np.uint8] | None:
         """

@@ -18,6 +18,8 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from text_env.action_spaces import Tokens
+from text_env.constraints import Constraint, Contexts, MinimumLength, all_of, allowed_tokens, make_constraint
 from text_env.prompts import OverlongPrompts, Prompt, Prompts, checked_ids
 from text_env.rewards import FinishedTexts, make_reward, score, score_parts
 from text_env.tokenization import decode, decode_completions, load_tokenizer
@@ -52,6 +54,8 @@ class Episodes:
     :param max_new_tokens: the response budget in tokens, EOS included.
     :param min_new_tokens: an EOS with fewer response tokens than this before it is an ordinary token that ends nothing
         (a policy that knows of it gives EOS probability 0 there). Stop strings and the budget end a text regardless.
+    :param constraint: which tokens may follow; what :func:`text_env.constraints.make_constraint` takes. A forbidden
+        token is not refused: :meth:`action_masks` is for the policy.
     :param stop: strings that end a text as soon as its completion contains one; the completion keeps it.
     :param group_size: so many episodes that start one after another share a prompt.
     :param metrics: name → reward. Further scores of finished texts: reported in the final info, never paid.
@@ -69,6 +73,7 @@ class Episodes:
         max_prompt_tokens: int,
         max_new_tokens: int,
         min_new_tokens: int,
+        constraint: Any,
         stop: str | Sequence[str] | None,
         group_size: int,
         metrics: Mapping[str, Any] | None,
@@ -96,6 +101,9 @@ class Episodes:
         self.max_prompt_tokens = max_prompt_tokens
         self.max_new_tokens = max_new_tokens
         self.min_new_tokens = min_new_tokens
+        self.constraint: Constraint | None = make_constraint(constraint)
+        minimum = MinimumLength(min_new_tokens, self.eos_token_id) if min_new_tokens else None
+        self._all_constraints = all_of(minimum, self.constraint)
         self.stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
         if not all(isinstance(string, str) and string for string in self.stop):
             raise ValueError(f"Expected stop to be a non-empty string or a list of them, got {stop!r}.")
@@ -133,7 +141,7 @@ class Episodes:
 
     def action_space(self) -> spaces.Discrete[np.int64]:
         """Of one row: the next token."""
-        return spaces.Discrete(self.vocabulary)
+        return Tokens(self.vocabulary)
 
     def observe(self, row: int | slice = slice(None)) -> Observation:
         """
@@ -146,6 +154,19 @@ class Episodes:
             "attention_mask": self._attention_mask[row].copy(),
             "prompt_length": self._prompt_length[row, None].copy(),
         }
+
+    def action_masks(self) -> NDArray[np.bool_]:
+        """
+        :return: bool [n, V], a fresh copy: the tokens that may follow. All of them in a row where nothing follows.
+        :raises ValueError: if the constraint forbids every token somewhere, or answers with something else.
+        """
+        masks = np.ones((self.n, self.vocabulary), np.bool_)
+        playing = np.flatnonzero(~self.finished)
+        if self._all_constraints is not None and len(playing):
+            length = self._length[playing]
+            contexts = Contexts(self._input_ids[playing], length, length - self._prompt_length[playing])
+            masks[playing] = allowed_tokens(self._all_constraints, contexts, self.vocabulary)
+        return masks
 
     def text(self, row: int) -> tuple[str, str]:
         """
@@ -369,6 +390,11 @@ class EpisodesFace:
     def min_new_tokens(self) -> int:
         """Response tokens before which EOS ends nothing."""
         return self.episodes.min_new_tokens
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """Which tokens may follow a context, beside ``min_new_tokens``; None where nothing else is forbidden."""
+        return self.episodes.constraint
 
     @property
     def group_size(self) -> int:

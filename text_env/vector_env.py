@@ -51,6 +51,7 @@ class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDAr
         overlong_prompts: OverlongPrompts = "error",
         render_mode: str | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        constraint: Any = None,
     ) -> None:
         check_render_mode(render_mode)
         self.render_mode = render_mode
@@ -65,6 +66,7 @@ class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDAr
             max_prompt_tokens=max_prompt_tokens,
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
+            constraint=constraint,
             stop=stop,
             group_size=group_size,
             metrics=metrics,
@@ -154,6 +156,13 @@ class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDAr
                 infos = self._add_info(infos, info, row)
         infos = self._start(infos, over)
         return self.episodes.observe(), rewards, terminated, np.zeros(self.num_envs, np.bool_), infos
+
+    def action_masks(self) -> NDArray[np.bool_]:
+        """
+        :return: bool [n, V]; each row is what :meth:`text_env.env.TextEnv.action_masks` returns.
+        :raises ValueError: as there.
+        """
+        return self.episodes.action_masks()
 
     def render(self) -> tuple[Any, ...]:
         """

@@ -1,18 +1,43 @@
-"""Invariant 6: what is sampled is what is scored, and every text that is started counts, the long ones too."""
+"""Invariant 6: what is sampled is what is scored, masks included, and every text that is started counts."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
+import stable_baselines3
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from learners import EOS, length_of, make_env, make_model, make_policy, observation_of, tensors_of
+from learners import (
+    EOS,
+    PROMPTS,
+    after_each_rollout,
+    even_tokens,
+    length_of,
+    make_env,
+    make_model,
+    make_policy,
+    make_ppo,
+    observation_of,
+    tensors_of,
+)
+from sb3_contrib import MaskablePPO
+from tiny import tiny_tokenizer
 
 from agents.causal_lm import sample
 from agents.collector import collect_episodes
+from agents.constraints import ReferenceTopP
 from agents.episode_buffer import EpisodeBuffer
+from agents.maskable_policy import MaskableCausalLMPolicy
 from agents.policy import CausalLMPolicy
+from agents.ppo import PPO
+from agents.sb3_vec_env import TextVecEnv
+from text_env.constraints import Contexts, ForbiddenTokens
+from text_env.episodes import NO_ACTION
+from text_env.vector_env import TextVectorEnv
 
 DRAWS = 6000
 
@@ -100,6 +125,194 @@ def test_rare_tokens_at_the_end_of_a_large_vocabulary_are_sampled() -> None:
     # Of 20,000 draws 20 ± 4.5 should be rare ones, evenly spread: a mean of 10,000 ± 5,774 / √20.
     assert 5 <= len(rare) <= 40
     assert float(rare.mean()) == pytest.approx(10_000, abs=4 * 5_774 / np.sqrt(20))
+
+
+# ---- under constraints ---------------------------------------------------------------------------------------------
+
+
+class RandomMasks:
+    """Allows a random share of the tokens, another one after every context: each token of it counts.
+
+    :param seed: of everything random. :param share: of the tokens that are allowed, about.
+    """
+
+    def __init__(self, seed: int, share: float) -> None:
+        self.seed = seed
+        self.share = share
+
+    def __call__(self, contexts: Contexts, n_tokens: int) -> np.ndarray:
+        masks = []
+        for ids, length in zip(contexts.input_ids, contexts.length, strict=True):
+            rng = np.random.default_rng([self.seed, *ids[:length]])
+            mask = rng.random(n_tokens) < self.share
+            mask[rng.integers(1, n_tokens)] = True  # one at least, and not EOS: min_new_tokens may forbid that
+            masks.append(mask)
+        return np.array(masks)
+
+
+class Watched(TextVectorEnv):
+    """Counts what is sampled, and what of it the environment's masks forbid."""
+
+    sampled = 0
+    forbidden = 0
+
+    def step(self, actions: Any) -> Any:
+        rows = np.flatnonzero(np.asarray(actions) != NO_ACTION)
+        self.sampled += len(rows)
+        self.forbidden += int((~self.action_masks()[rows, np.asarray(actions)[rows]]).sum())
+        return super().step(actions)
+
+
+def watched_env(constraint: Any, rows: int = 4, **kwargs: Any) -> Watched:
+    return Watched(
+        rows,
+        **{
+            "tokenizer": tiny_tokenizer(),
+            "prompts": PROMPTS,
+            "reward": even_tokens,
+            "max_new_tokens": 6,
+            "constraint": constraint,
+            **kwargs,
+        },
+    )
+
+
+def own_ppo(env: Watched, constraint: Any) -> None:
+    policy_kwargs = {"constraint": constraint, "min_new_tokens": env.min_new_tokens}
+    make_ppo(env, policy_kwargs=policy_kwargs, learning_rate=3e-2, n_episodes=8).learn(80)
+
+
+def stock_ppo(env: Watched, constraint: Any) -> None:
+    policy_kwargs = {"model": make_model(ends=0.2), "constraint": constraint, "min_new_tokens": env.min_new_tokens}
+    stable_baselines3.PPO(
+        CausalLMPolicy,
+        TextVecEnv(env),
+        learning_rate=3e-2,
+        n_steps=10,
+        batch_size=20,
+        n_epochs=2,
+        device="cpu",
+        policy_kwargs=policy_kwargs,
+    ).learn(80)
+
+
+def maskable_ppo(env: Watched, constraint: Any) -> None:
+    MaskablePPO(
+        MaskableCausalLMPolicy,
+        TextVecEnv(env),
+        learning_rate=3e-2,
+        n_steps=10,
+        batch_size=20,
+        n_epochs=2,
+        device="cpu",
+        policy_kwargs={"model": make_model(ends=0.2)},  # the masks are the environment's
+    ).learn(80)
+
+
+LEARNERS = [own_ppo, stock_ppo, maskable_ppo]
+
+
+@pytest.mark.parametrize("learn", LEARNERS)
+@given(
+    seed=st.integers(0, 2**31),
+    share=st.sampled_from([0.0, 0.01, 0.1, 0.5, 0.95]),
+    minimum=st.integers(0, 3),
+    forbidden=st.sets(st.integers(1, 299), max_size=5),
+)
+@settings(max_examples=8, deadline=None)
+def test_no_learner_ever_samples_a_forbidden_token(
+    learn: Callable[[Watched, Any], None], seed: int, share: float, minimum: int, forbidden: set[int]
+) -> None:
+    # A forbidden token may be the only one that the random masks allow: then it is left to them.
+    parts = [RandomMasks(seed, share)] + ([ForbiddenTokens(forbidden)] if forbidden and share > 0.05 else [])
+    env = watched_env(parts, min_new_tokens=minimum)
+    torch.manual_seed(seed)
+    learn(env, parts)
+    assert env.sampled >= 80
+    assert env.forbidden == 0
+
+
+def test_a_policy_that_is_not_told_of_the_constraint_samples_forbidden_tokens() -> None:
+    """The negative control: the environment takes every token."""
+    parts = [RandomMasks(0, 0.5)]
+    env = watched_env(parts)
+    own_ppo(env, None)
+    assert env.forbidden > 0.3 * env.sampled
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("share", [0.2, 0.8])
+def test_under_a_constraint_tokens_are_as_frequent_as_they_are_probable(kind: str, share: float) -> None:
+    model = make_model(kind, ends=0.3, sharp=0.3)
+    policy = make_policy(make_env(), model=model, constraint=RandomMasks(1, share), min_new_tokens=2)
+    assert abs(frequencies_deviate(policy, 1)) < 4
+    assert abs(frequencies_deviate(policy, 2)) < 4
+
+
+def constraints_of(name: str, kind: str) -> Any:
+    if name == "random":
+        return RandomMasks(2, 0.4)
+    return [ReferenceTopP(make_model(kind, ends=0.2), 0.8, device="cpu"), RandomMasks(3, 0.7)]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["random", "reference"])
+def test_under_a_constraint_ratios_are_one_and_the_divergence_is_zero_at_the_start(kind: str, name: str) -> None:
+    constraint = constraints_of(name, kind)
+    env = watched_env(constraint, min_new_tokens=2)
+    policy_kwargs = {"constraint": constraint, "min_new_tokens": 2}
+    model = make_ppo(env, make_model(kind, ends=0.2), policy_kwargs=policy_kwargs, n_episodes=8)
+    after_each_rollout(model, looks := Looks(model))
+    model.learn(1)
+    assert env.forbidden == 0
+    assert looks.largest_log_ratio < 1e-5
+    assert np.abs(model.buffer.log_ratio).max() < 1e-5  # to the reference
+    # After the first update the policy has moved, and the divergence is still a finite number.
+    model.learn(1)
+    assert np.isfinite(model.buffer.log_ratio).all()
+    assert np.abs(model.buffer.log_ratio).max() > 1e-3
+
+
+class Looks:
+    """The largest |log ratio| between sampling and scoring, right after a rollout."""
+
+    def __init__(self, model: PPO) -> None:
+        self.model = model
+        self.largest_log_ratio = -1.0
+
+    def __call__(self) -> None:
+        buffer, policy = self.model.buffer, self.model.policy
+        samples = buffer.pack(np.arange(buffer.n_episodes))
+        log_prob = policy.evaluate_actions(samples.observations, samples.actions)[1].detach()
+        if self.largest_log_ratio < 0:
+            self.largest_log_ratio = float((log_prob - samples.old_log_prob).abs().max())
+
+
+@pytest.mark.parametrize("name", ["random", "reference"])
+def test_under_a_constraint_the_memo_changes_nothing(name: str) -> None:
+    """Rows that grow, end and restart: with and without memo, and as one-context batches."""
+    constraint = constraints_of(name, "llama")
+    env = watched_env(constraint)
+    memoised, plain = (
+        make_policy(env, model=make_model("llama", ends=0.2), constraint=constraint, prefix_cache=choice)
+        for choice in (True, False)
+    )
+    observation, _ = env.reset(seed=0)
+    torch.manual_seed(0)
+    for _ in range(20):
+        tensors = tensors_of(observation)
+        with torch.no_grad():
+            actions, values, log_prob = memoised.forward(tensors)
+            again = plain.evaluate_actions(tensors, actions)
+            alone = [
+                plain.evaluate_actions({key: x[row : row + 1] for key, x in tensors.items()}, actions[row : row + 1])[1]
+                for row in range(4)
+            ]
+        torch.testing.assert_close(log_prob, again[1], rtol=0, atol=1e-5)
+        torch.testing.assert_close(log_prob, torch.cat(alone), rtol=0, atol=1e-5)
+        torch.testing.assert_close(values, again[0], rtol=0, atol=1e-5)
+        observation, *_ = env.step(actions.numpy())
+    assert env.forbidden == 0
 
 
 # ---- every text that is started counts -----------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""PPO and its competitors on one task: ``python -m benchmarks.algorithms``."""
