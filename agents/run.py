@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import tyro
 import yaml
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 
@@ -152,6 +153,11 @@ def algorithm_named(name: str) -> type[OnPolicyAlgorithm]:
     if not is_object_name(name):
         raise ValueError(f"Expected algo to be one of {sorted(ALGORITHMS)} or 'module:Class', got {name!r}.")
     found = import_object(name)
+    if isinstance(found, type) and issubclass(found, BaseAlgorithm) and not issubclass(found, OnPolicyAlgorithm):
+        raise ValueError(
+            f"{found.__name__} is Stable-Baselines3's: use it in Python, on agents.make_vec_env('TextRLHF-v0') or, for "
+            "continuous actions, on 'TextRLHFContinuous-v0'. The README's table of what plugs in says with which policy."
+        )
     if not (isinstance(found, type) and issubclass(found, OnPolicyAlgorithm)):
         raise ValueError(f"Expected {name!r} to be a subclass of agents.on_policy.OnPolicyAlgorithm, got {found!r}.")
     return found

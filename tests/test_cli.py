@@ -320,7 +320,9 @@ def test_unknown_names_are_refused_with_the_known_ones(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = failed(capsys, run.train(tmp_path / "a", "--algo", "dqn"))
-    assert "Expected algo to be one of ['ppo'] or 'module:Class', got 'dqn'" in message
+    assert (
+        "Expected algo to be one of ['a2c', 'grpo', 'ppo', 'reinforce', 'rloo'] or 'module:Class', got 'dqn'" in message
+    )
     message = failed(capsys, run.train(tmp_path / "b", "--reward", "bilutin"))
     assert "Known names: builtin, sentiment" in message
     message = failed(capsys, run.train(tmp_path / "c", "--model", str(tmp_path / "nothing")))
@@ -329,6 +331,9 @@ def test_unknown_names_are_refused_with_the_known_ones(
     assert "there is no file" in message
     message = failed(capsys, run.train(tmp_path / "e", "--algo", "agents.reference:Reference"))
     assert "Expected 'agents.reference:Reference' to be a subclass of agents.on_policy.OnPolicyAlgorithm" in message
+    message = failed(capsys, run.train(tmp_path / "e", "--algo", "stable_baselines3:TD3"))
+    assert "TD3 is Stable-Baselines3's: use it in Python" in message
+    assert "TextRLHFContinuous-v0" in message
     message = failed(capsys, run.train(tmp_path / "f", "--dtype", "float31"))
     assert "Expected dtype 'auto', 'float32'" in message
     assert list(tmp_path.iterdir()) == []  # nothing was begun
@@ -357,7 +362,9 @@ def test_a_config_with_an_unknown_key_is_refused_with_the_known_ones(
     message = failed(capsys, main(["train", "--config", str(path)]))
     assert "unknown ['learning_rat']; TrainConfig has ['algo', 'algo_kwargs', 'autocast', 'batch_size'" in message
     path.write_text("env: {rewards: builtin}\n")
-    assert "unknown ['rewards']; EnvConfig has ['env', 'gold'" in failed(capsys, main(["train", "--config", str(path)]))
+    assert "unknown ['rewards']; EnvConfig has ['constraint', 'env', 'gold'" in failed(
+        capsys, main(["train", "--config", str(path)])
+    )
 
 
 def test_a_config_file_that_is_not_there_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,6 @@ KL_COEF = 0.04
 BATCH_EPISODES, GROUP_SIZE = 16, 4
 PPO_EPISODES = 64
 MAX_PROMPT_TOKENS, MAX_NEW_TOKENS = 16, 48
-MEAN_TOKENS = 41  # of a text of the built-in model, about: SB3's PPO counts its minibatches in tokens
 ENV_KWARGS: dict[str, Any] = {
     "max_prompt_tokens": MAX_PROMPT_TOKENS,
     "max_new_tokens": MAX_NEW_TOKENS,
@@ -126,7 +125,7 @@ LEARNERS: dict[str, Callable[[float, int], BaseAlgorithm]] = {
     "sb3-ppo": stock(
         sb3.PPO,
         PPO_EPISODES,
-        batch_size=BATCH_EPISODES * MEAN_TOKENS,
+        batch_size=PPO_EPISODES * MAX_NEW_TOKENS // 4,  # in tokens: four minibatches
         n_epochs=4,
         clip_range=0.2,
         clip_range_vf=0.2,
