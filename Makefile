@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check format builtin peers throughput clean
+.PHONY: demo test check format builtin peers throughput algorithms clean
 
 demo: $(INSTALLED)  ## train PPO on the built-in model, print texts before and after
 	$(BIN)/textrlhf demo --run-dir runs/demo
@@ -29,6 +29,9 @@ peers:  ## the environment of the benchmarks' peers
 
 throughput: $(INSTALLED)  ## how fast this is, beside its peers (keep the machine idle)
 	$(BIN)/python -m benchmarks.throughput --quick --json benchmarks/results/throughput.json
+
+algorithms: $(INSTALLED)  ## PPO beside everybody else, 85 runs (over an hour; needs `make peers`)
+	$(BIN)/python -m benchmarks.algorithms --seeds 10 --total-timesteps 40000 --out benchmarks/results/algorithms
 
 clean:  ## remove the environment and all caches
 	rm -rf $(VENV) .venv-peers build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

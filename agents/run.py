@@ -156,7 +156,8 @@ def algorithm_named(name: str) -> type[OnPolicyAlgorithm]:
     if isinstance(found, type) and issubclass(found, BaseAlgorithm) and not issubclass(found, OnPolicyAlgorithm):
         raise ValueError(
             f"{found.__name__} is Stable-Baselines3's: use it in Python, on agents.make_vec_env('TextRLHF-v0') or, for "
-            "continuous actions, on 'TextRLHFContinuous-v0'. The README's table of what plugs in says with which policy."
+            "continuous actions, on 'TextRLHFContinuous-v0'. The README's table of what plugs in says with which "
+            "policy."
         )
     if not (isinstance(found, type) and issubclass(found, OnPolicyAlgorithm)):
         raise ValueError(f"Expected {name!r} to be a subclass of agents.on_policy.OnPolicyAlgorithm, got {found!r}.")

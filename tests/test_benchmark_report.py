@@ -264,15 +264,24 @@ def test_scores_at_equal_kl_are_brought_down_each_in_favour_of_the_other_side() 
 def test_the_goals_are_met_or_not_by_the_numbers() -> None:
     trials = {name: [{"learning_rate": 1e-4, "objective": 1.0}] for name in ("ppo", "trl-ppo")}
 
-    def goals(ours: float, seconds: float, seeds: int = 5) -> str:
+    def goals(ours: float, seconds: float, seeds: int = 5, critic: float | None = None, ratio: float = 0.0) -> str:
         runs = {"ppo": runs_of("ppo", 10, ours, 0.1), "trl-ppo": runs_of("trl-ppo", seeds, 1.0, 0.1, seconds=seconds)}
-        return report.goals(Evidence(runs, trials, {}, 0.04))
+        if critic is not None:
+            runs["ppo-reward-critic"] = runs_of("ppo-reward-critic", 5, critic, 0.1)
+        timed = {"ppo": [ratio] * 3, "trl-ppo": [1.0] * 3}
+        ratios = {"value": ratio, "low": ratio, "high": ratio}
+        wall_time = {"threads": 2, "seconds_per_token": timed, "ratio": ratios} if ratio else {}
+        return report.goals(Evidence(runs, trials, {}, 0.04), wall_time)
 
     met = goals(ours=1.5, seconds=201.0)
     assert (met.count("**met**"), met.count("above the interval")) == (6, 2)
     missed = goals(ours=0.8, seconds=199.0)
     assert (missed.count("**not met**"), missed.count("below the interval")) == (3, 2)
     assert goals(ours=1.0, seconds=201.0).count("in the interval") == 2
+    both = goals(ours=0.8, seconds=199.0, critic=1.5, ratio=0.45)
+    assert (both.count("**not met**"), both.count("above the interval")) == (3, 2)
+    assert "in turns: ratio 0.45 (quartiles 0.45 to 0.45) | 450.00 s per 1,000 tokens | 1000.00 s" in both
+    assert goals(ours=0.8, seconds=199.0, ratio=0.55).count("**not met**") == 4
     assert goals(ours=0.8, seconds=201.0, seeds=1).count("undecided (no interval from one seed)") == 2
     assert goals(ours=-1.0, seconds=201.0).count("10 of 10 | 0 of 5 | **not met**") == 1
 

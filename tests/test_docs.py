@@ -7,11 +7,22 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"\[`([^`]+)`\]\(\.\./([\w/]+\.py)#L(\d+)\)")
-LINKS = [match.groups() for match in LINK.finditer((ROOT / "docs" / "ppo.md").read_text())]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+LINKS = [match.groups() for page in PAGES for match in LINK.finditer(page.read_text())]
+REFERENCE = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 
 
 def test_every_equation_has_a_link():
-    assert len(LINKS) >= 14
+    assert len(LINKS) >= 20
+
+
+@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs"])
+def test_what_a_page_points_at_is_there(path: str):
+    pages = PAGES if path == "docs" else [ROOT / path]
+    links = [(page, name) for page in pages for name in REFERENCE.findall(page.read_text())]
+    missing = [name for page, name in links if not (page.parent / name).exists()]
+    assert links
+    assert missing == []
 
 
 @pytest.mark.parametrize(("code", "path", "line"), LINKS, ids=[f"{path}:{code[:40]}" for code, path, _ in LINKS])

@@ -28,9 +28,11 @@ from benchmarks.algorithms.sentences import (
     untrained,
 )
 
-# Okabe and Ito's colours, which colour-blind readers tell apart (https://jfly.uni-koeln.de/color/), less the yellow.
+# Okabe and Ito's colours, which colour-blind readers tell apart (https://jfly.uni-koeln.de/color/), less the yellow,
+# and an indigo.
 COLOURS = {
     "ppo": "#0072B2",
+    "ppo-reward-critic": "#332288",
     "a2c": "#E69F00",
     "reinforce": "#009E73",
     "reinforce-no-baseline": "#D55E00",

@@ -221,8 +221,10 @@ def main() -> None:
     parser.add_argument("--total-timesteps", type=int, required=True)
     parser.add_argument("--prompts", default="builtin:eval", help="to evaluate on")
     parser.add_argument("--out", type=Path, required=True)
-    torch.set_num_threads(1)  # two runs share two cores
-    run(**vars(parser.parse_args()))
+    parser.add_argument("--threads", type=int, default=1, help="two runs share two cores")
+    options = vars(parser.parse_args())
+    torch.set_num_threads(options.pop("threads"))
+    run(**options)
 
 
 if __name__ == "__main__":
