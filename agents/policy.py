@@ -338,8 +338,8 @@ class ValueHead(nn.Linear):
     """Hidden states to values; 0 at first.
 
     Adam moves a weight by about the learning rate at each step, whatever its gradient. At a language model's learning
-    rate a new head would need a thousand steps to reach values of order 1, so what it says is scaled up, which is the
-    same as a learning rate ``SCALE`` times as high for the head alone.
+    rate a new head would need a thousand steps to reach values of order 1, so what it says is ``SCALE`` times what its
+    weights say: the same as a learning rate so many times as high for the head alone.
 
     :param hidden_size: H.
     """
@@ -352,7 +352,9 @@ class ValueHead(nn.Linear):
         nn.init.zeros_(self.bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return super().forward(hidden) * self.SCALE
+        # The value is scaled, and the gradient is not: clipping, by the norm over all weights, must not see it grow.
+        weight, bias = (w + (self.SCALE - 1) * w.detach() for w in (self.weight, self.bias))
+        return nn.functional.linear(hidden, weight, bias)
 
     @torch.no_grad()
     def set(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
