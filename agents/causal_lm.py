@@ -434,6 +434,33 @@ def add_lora(model: PreTrainedModel, lora: dict[str, Any]) -> PreTrainedModel:
         return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **lora}))  # type: ignore[return-value]
 
 
+def check_positions(model: PreTrainedModel, longest: int) -> None:
+    """Learned position embeddings end somewhere; rotary ones only get worse beyond what they were trained on.
+
+    :param model: any. :param longest: tokens of a context.
+    :raises ValueError: if the model has fewer positions.
+    """
+    available = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if available is not None and longest > available:
+        raise ValueError(
+            f"Expected a model with at least {longest} positions (max_prompt_tokens + max_new_tokens of the "
+            f"environment); {type(model).__name__} has {available}. Make the environment's budgets smaller."
+        )
+
+
+def check_tokenizers(given: PreTrainedTokenizerBase | None, own: PreTrainedTokenizerBase | None, model: object) -> None:
+    """The environment's token ids must mean to the model what they mean to the environment."""
+    if given is None or own is None or given is own:
+        return
+    ids = own.get_vocab()
+    strange = [token for token, index in given.get_vocab().items() if ids.get(token) != index]
+    if strange:
+        raise ValueError(
+            f"Expected the environment to use the tokenizer of the model {model!r}; {len(strange)} of its tokens have "
+            f"another id there or none, for example {strange[:3]}. Make the environment with tokenizer={model!r}."
+        )
+
+
 def load_tokenizer(model: Any) -> PreTrainedTokenizerBase | None:
     """
     :param model: as for :func:`load_causal_lm`.

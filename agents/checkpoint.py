@@ -165,7 +165,12 @@ def _plain_arguments(model: OnPolicyAlgorithm) -> dict[str, Any]:
     """The constructor's arguments, which the algorithms keep as attributes of the same names."""
     skipped = {"policy", "env", "policy_kwargs", "device", "reference", "stats_window_size"}
     names = sorted(set(argument_defaults(type(model))) - skipped)
-    arguments = {name: _written(getattr(model, name)) for name in names if hasattr(model, name)}
+    if lost := [name for name in names if not hasattr(model, name)]:
+        raise ValueError(
+            f"Expected {type(model).__name__} to keep its arguments {lost} as attributes of the same names, which is "
+            "what a checkpoint writes down."
+        )
+    arguments = {name: _written(getattr(model, name)) for name in names}
     arguments["stats_window_size"] = model._stats_window_size
     if model.reference_was_given:
         arguments["reference"] = _NOT_PLAIN

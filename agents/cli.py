@@ -120,6 +120,7 @@ def run_sample(config: SampleConfig) -> int:
 
 
 def run_train(config: TrainConfig) -> int:
+    config = resolved(config)
     train(config)
     console.print(f"Wrote {config.run_dir}/: policy/, learning_curve.png, progress.csv, samples.jsonl, config.yaml")
     return 0
@@ -179,7 +180,8 @@ def print_evaluation(result: dict[str, Any], prompts: str) -> None:
 
 
 def _evaluate(config: EvaluateConfig, env_config: EnvConfig, reference: str) -> dict[str, Any]:
-    env = env_config.make(min(64, config.episodes), config.policy, prompts=config.prompts)
+    # As many prompts as texts, however the policy was trained.
+    env = env_config.make(min(64, config.episodes), config.policy, prompts=config.prompts, group_size=1)
     set_random_seed(config.seed)
     env.reset(seed=config.seed)
     policy, frozen = (load_policy(name, env, config.device, config.dtype) for name in (config.policy, reference))

@@ -48,6 +48,7 @@ def collect_episodes(
     buffer.reset()
     live = np.arange(min(env.num_envs, n_episodes))
     started = len(live)
+    env.episodes.begin_group()  # an interrupted rollout may have left part of one
     given = None if prompts is None else [*prompts[:started], *[None] * (env.num_envs - started)]
     observation, _ = env.reset(options={"prompt": given})
     starts = np.ones(len(live), dtype=bool)

@@ -12,10 +12,9 @@ import torch
 from stable_baselines3.common.utils import get_device
 from transformers import PretrainedConfig, PreTrainedModel
 
-from agents.causal_lm import CHUNK_ELEMENTS, CausalLM, load_causal_lm
-from agents.contexts import share_prefixes
+from agents.causal_lm import CHUNK_ELEMENTS, CausalLM, check_positions, load_causal_lm
 from agents.prefix_cache import PrefixCache
-from text_env.constraints import Constraint, Contexts, allowed_tokens
+from text_env.constraints import Constraint, Contexts, all_of, allowed_tokens
 
 
 class ReferenceTopP:
@@ -33,7 +32,8 @@ class ReferenceTopP:
     :param model: ``"builtin"``, a directory, a hub name, a ``PretrainedConfig`` or a live model, which is copied.
     :param p: between 0 and 1, both excluded.
     :param dtype: of the weights. :param device: where the model runs.
-    :param memory_bytes: of remembered nuclei, V / 8 + 100 bytes each; the oldest go first. Should hold a rollout.
+    :param memory_bytes: of remembered nuclei, V / 8 + 100 bytes each; the oldest go first. It must hold a rollout, and
+        a checkpoint doesn't hold it: a token at the edge may fall on the other side in a resumed run.
     :raises ValueError: if p is out of range, or there is no such model.
     """
 
@@ -78,10 +78,11 @@ class ReferenceTopP:
     def within(self, constraint: Constraint) -> ReferenceTopP:
         """
         :param constraint: what else has to hold.
-        :return: the same of the reference restricted to that: its most probable token is then among the allowed ones.
+        :return: the same of the reference restricted to that (and to what held before): its most probable token is
+            then among the allowed ones.
         """
         other = copy.copy(self)
-        other._within = constraint
+        other._within = all_of(self._within, constraint)
         return other
 
     @torch.no_grad()
@@ -91,12 +92,7 @@ class ReferenceTopP:
                 f"Expected {self} to have a logit for each of the {n_tokens} tokens of the environment, got "
                 f"{self._lm.n_tokens}. Use a reference with the environment's tokenizer."
             )
-        positions = getattr(self._lm.model.config.get_text_config(), "max_position_embeddings", None) or np.inf
-        if contexts.length.max() > positions:
-            raise ValueError(
-                f"Expected {self} to have a position for each of the {contexts.length.max()} tokens of a context, got "
-                f"{positions}. Use a reference with longer contexts, or smaller budgets in the environment."
-            )
+        check_positions(self._lm.model, int(contexts.length.max()))
         fixed = np.ones((len(contexts.length), n_tokens), np.bool_)
         if self._within is not None:
             fixed = allowed_tokens(self._within, contexts, n_tokens)
@@ -114,7 +110,7 @@ class ReferenceTopP:
     def _compute(self, contexts: Contexts, fixed: np.ndarray) -> np.ndarray:
         n_tokens = fixed.shape[1]
         size = max(1, CHUNK_ELEMENTS // n_tokens)
-        parts = zip(self._last_hidden(contexts).split(size), torch.from_numpy(fixed).split(size), strict=True)
+        parts = zip(self._memo.last_hidden(contexts).split(size), torch.from_numpy(fixed).split(size), strict=True)
         return np.concatenate([self._nucleus(hidden, part.to(hidden.device)) for hidden, part in parts])
 
     def _nucleus(self, hidden: torch.Tensor, fixed: torch.Tensor) -> np.ndarray:
@@ -124,10 +120,3 @@ class ReferenceTopP:
         probs, order = torch.softmax(logits, dim=-1).sort(dim=-1, descending=True, stable=True)
         before = probs.cumsum(dim=-1, dtype=torch.float64) - probs
         return torch.zeros_like(fixed).scatter_(-1, order, (before < self.p) & (probs > 0)).cpu().numpy()
-
-    def _last_hidden(self, contexts: Contexts) -> torch.Tensor:
-        sequences, at = share_prefixes(contexts, self._lm.device)
-        # A step of a rollout has rows that continue each on its own; a batch to train on has the prefixes of few texts.
-        if 2 * len(sequences) > len(contexts.length):
-            return self._memo.last_hidden(contexts)
-        return self._lm.hidden_states(sequences)[at.row, at.column]

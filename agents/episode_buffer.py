@@ -35,7 +35,6 @@ class EpisodeSamples(NamedTuple):
     :param old_values: V while sampling. :param old_log_prob: log π while sampling.
     :param advantages: as the algorithm estimates them. :param returns: targets of the value function.
     :param ref_log_prob: log π_ref; log π while sampling where there is no reference.
-    :param episodes: int64 [N], the number of each token's episode within the rollout.
     """
 
     observations: dict[str, torch.Tensor]
@@ -45,7 +44,6 @@ class EpisodeSamples(NamedTuple):
     advantages: torch.Tensor
     returns: torch.Tensor
     ref_log_prob: torch.Tensor
-    episodes: torch.Tensor
 
 
 class _Column:
@@ -181,6 +179,11 @@ class EpisodeBuffer(RolloutBuffer):
                 samples = self.pack(batch)
                 ref_log_prob = self.reference.log_probs(samples.observations, samples.actions)
                 self.log_ratio[index] = self.log_probs[index] - ref_log_prob.cpu().numpy()
+            if not np.isfinite(self.log_ratio).all():
+                raise ValueError(
+                    "The reference gives probability 0 to a token that the policy sampled, so the KL is infinite. "
+                    "Expected policy and reference under the same constraint, a pure function of contexts."
+                )
             self.rewards = self.rewards - self.kl_coef * self.log_ratio
 
     @property
@@ -278,7 +281,6 @@ class EpisodeBuffer(RolloutBuffer):
             self.to_torch(self.advantages[index]),
             self.to_torch(self.returns[index]),
             self.to_torch(self.log_probs[index] - self.log_ratio[index]),
-            self.to_torch(np.repeat(episodes, lengths)),
         )
 
     def batches(self, episodes: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:

@@ -44,15 +44,17 @@ class OnPolicyAlgorithm(BaseAlgorithm):
     :param learning_rate: or a function of the remaining progress (1 → 0).
     :param n_episodes: episodes of a rollout; all are started and finished under one set of weights.
     :param batch_size: *episodes* of a minibatch; None: all of the rollout.
-    :param n_epochs: passes over a rollout.
-    :param gamma: discount.
+    :param n_epochs: passes over a rollout. All steps but the first are off-policy, for which PPO's and GRPO's ratio
+        makes up; the other algorithms' defaults take one step.
+    :param gamma: discount; not used by algorithms whose action is the whole text (RLOO, GRPO).
     :param max_grad_norm: gradient clipping.
     :param kl_coef: β of the KL penalty; 0 measures the KL without penalising it.
     :param kl_target: nats per episode; β then adapts to hold the KL there, starting from ``kl_coef``.
     :param missing_eos_penalty: taken off the reward (never the reported score) of texts that were cut by the budget.
     :param normalize_advantage: whiten advantages over the whole rollout.
     :param micro_batch_tokens: tokens of one forward pass; less memory, same gradient.
-    :param reference: the frozen model; by default the policy as it is at the start.
+    :param reference: the frozen model; by default the policy as it is at the start. One of your own must have the
+        policy's temperature, minimum length and constraint.
     :param policy_kwargs: for the policy. :param tensorboard_log: SB3's. :param verbose: SB3's. :param seed: of
         everything random. :param device: ``"auto"``, ``"cpu"``, ``"cuda"``, … :param stats_window_size: SB3's.
     """
@@ -227,6 +229,7 @@ class OnPolicyAlgorithm(BaseAlgorithm):
             # The last rollout overshoots; a schedule should not be asked about negative progress.
             self._current_progress_remaining = max(0.0, self._current_progress_remaining)
             self.train()
+            self.kl.update(float(self.buffer.episode_sums(self.buffer.log_ratio).mean()))
             if log_interval and iteration % log_interval == 0:
                 self._dump_logs(iteration)
 
@@ -259,7 +262,6 @@ class OnPolicyAlgorithm(BaseAlgorithm):
             buffer.rewards[last_tokens[cut]] -= self.missing_eos_penalty
         self.set_advantages(buffer)
         self._log_rollout(episodes, cut, seconds)
-        self.kl.update(float(buffer.episode_sums(buffer.log_ratio).mean()))
         callback.update_locals({"episodes": episodes})
         callback.on_rollout_end()
         return True
@@ -309,11 +311,12 @@ class OnPolicyAlgorithm(BaseAlgorithm):
     def _backward(self, minibatch: np.ndarray) -> dict[str, float]:
         """Leave the gradient of the minibatch's mean loss in the parameters.
 
-        :param minibatch: int [E], episodes of the buffer. :return: what :meth:`loss` logs, mean over tokens.
+        :param minibatch: int [E], episodes of the buffer.
+        :return: what :meth:`loss` logs, mean over tokens as they count.
         """
         lengths = self.buffer.lengths
         weights = self.token_weights(lengths)
-        n_tokens, total_weight = int(lengths[minibatch].sum()), float((weights * lengths)[minibatch].sum())
+        total_weight = float((weights * lengths)[minibatch].sum())
         self.policy.optimizer.zero_grad()
         means: dict[str, float] = defaultdict(float)
         for part in self.buffer.batches(minibatch, self.micro_batch_tokens):
@@ -324,7 +327,7 @@ class OnPolicyAlgorithm(BaseAlgorithm):
             weight = torch.from_numpy(np.repeat(weights[part], lengths[part])).to(loss)
             ((weight * loss).sum() / total_weight).backward()
             for name, per_token in {"loss": loss, **logged}.items():
-                means[name] += float(per_token.detach().sum()) / n_tokens
+                means[name] += float((weight * per_token.detach()).sum()) / total_weight
         return dict(means)
 
     def _trainable(self) -> list[torch.nn.Parameter]:
@@ -385,7 +388,7 @@ class OnPolicyAlgorithm(BaseAlgorithm):
 def _as_vec_env(env: str | VecEnv | TextVectorEnv, n_episodes: int, group_size: int) -> TextVecEnv:
     if isinstance(env, str):
         grouped = {"group_size": group_size} if group_size > 1 else {}
-        return make_vec_env(env, n_envs=min(n_episodes, MAX_ROWS), env_kwargs=grouped)
+        return make_vec_env(env, n_envs=default_rows(n_episodes, group_size), env_kwargs=grouped)
     if isinstance(env, TextVectorEnv):
         return TextVecEnv(env)
     if isinstance(env, TextVecEnv):
@@ -394,6 +397,15 @@ def _as_vec_env(env: str | VecEnv | TextVectorEnv, n_episodes: int, group_size: 
         "Expected env to be a registered name ('TextRLHF-v0'), gym.make_vec('TextRLHF-v0', num_envs=...) or "
         f"agents.make_vec_env(...), got {type(env).__name__}. For single or wrapped environments use SB3's algorithms."
     )
+
+
+def default_rows(n_episodes: int, group_size: int) -> int:
+    """
+    :param n_episodes: of a rollout. :param group_size: of the environment.
+    :return: rows of an environment that is made for it: at most ``MAX_ROWS``, and whole groups.
+    """
+    rows = min(n_episodes, MAX_ROWS)
+    return max(rows // group_size, 1) * group_size
 
 
 def _check_groups(algorithm: str, env: TextVectorEnv, n_episodes: int) -> None:

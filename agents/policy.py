@@ -8,7 +8,6 @@ takes packed batches of whole episodes (an ``action_mask`` among the observation
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -22,19 +21,21 @@ from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import (
-    AutoModelForSequenceClassification,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from agents.causal_lm import (
+    CausalLM,
+    add_lora,
+    check_positions,
+    check_tokenizers,
+    load_causal_lm,
+    load_tokenizer,
+    sample,
 )
-
-from agents.causal_lm import CausalLM, add_lora, load_causal_lm, load_tokenizer, resolve_dtype, sample
 from agents.contexts import Contexts, contexts_of, packed_positions, share_prefixes
+from agents.critic import make_critic
 from agents.prefix_cache import PrefixCache
-from text_env.builtin import REWARD_MODEL
 
-NORMALIZATION = {"reward_mean": 0.0, "reward_std": 1.0}  # of a reward model's config
 VALUE_HEAD_FILE = "value_head.safetensors"
 FORBIDDEN_LOGIT = -1e8  # sb3-contrib's own: its exponential is exactly 0, its gradient finite
 
@@ -52,7 +53,7 @@ class CausalLMActorCritic(BasePolicy):
     :param min_new_tokens: EOS has probability 0 before so many response tokens. Our algorithms take it from the
         environment when it isn't given.
     :param eos_token_id: the token that ends an episode; by default the tokenizer's, else the model config's.
-    :param lora: arguments of ``peft.LoraConfig``; only the adapter and the value head are then trained.
+    :param lora: arguments of ``peft.LoraConfig``; only the adapter and the critic are then trained.
     :param separate_critic: True: the value gets a decoder of its own, a copy, instead of sharing the actor's. A
         directory or hub name of a reward model with the same tokenizer (``"builtin"``: the built-in one): the critic
         starts as that, as in Stiennon et al. 2020 (https://arxiv.org/abs/2009.01325).
@@ -123,30 +124,24 @@ class CausalLMActorCritic(BasePolicy):
             "constraint": constraint,
         }
         own_tokenizer = load_tokenizer(model)
-        _check_tokenizers(tokenizer, own_tokenizer, model)
+        check_tokenizers(tokenizer, own_tokenizer, model)
         self.tokenizer = tokenizer if tokenizer is not None else own_tokenizer
         base = load_causal_lm(model, dtype)
         if eos_token_id is None:
             eos_token_id = base.config.get_text_config().eos_token_id if self.tokenizer is None else None
             eos_token_id = self.tokenizer.eos_token_id if self.tokenizer is not None else eos_token_id
             eos_token_id = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id
-        critic: nn.Module | None = None
-        value_head: ValueHead | None = None
-        if isinstance(separate_critic, str | Path):
-            _check_tokenizers(self.tokenizer, load_tokenizer(_critic_name(separate_critic)), separate_critic)
-            critic, value_head = _load_critic(separate_critic, dtype)
-            _check_positions(critic, observation_space)
-        elif separate_critic:
-            critic = copy.deepcopy(base.base_model)
+        longest = observation_space["input_ids"].shape[0]  # type: ignore[index]
+        critic, value_head = make_critic(base, separate_critic, dtype, self.tokenizer, longest)
         # Held in a tuple: the PEFT wrapper shares its modules with `lm`, and must not be registered a second time.
         self._peft_model = (add_lora(base, lora),) if lora is not None else None
         assert isinstance(action_space, spaces.Discrete)
-        _check_positions(base, observation_space)
+        check_positions(base, longest)
         self.lm = CausalLM(
             base, int(action_space.n), temperature, eos_token_id, min_new_tokens, autocast, compile_forward, constraint
         )
         self.critic = critic
-        self.value_head = value_head if value_head is not None else ValueHead(self.lm.hidden_size)
+        self.value_head = value_head
         if self.lm.model.dtype == torch.float64:
             self.value_head.double()
         self._actor_memo = PrefixCache(self.lm.backbone) if prefix_cache else None
@@ -225,7 +220,7 @@ class CausalLMActorCritic(BasePolicy):
 
     @property
     def lstm_actor(self) -> Any:
-        raise TypeError(
+        raise TypeError(  # of an AttributeError, nn.Module would hide the text
             f"{type(self).__name__} has no LSTM, which RecurrentPPO asks for: a language model's memory is its "
             "context. Train it with PPO, or use RecurrentPPO('MultiInputLstmPolicy', env, "
             "policy_kwargs={'features_extractor_class': TokenFeatures})."
@@ -262,7 +257,13 @@ class CausalLMActorCritic(BasePolicy):
 
     def load_value_head(self, directory: str | Path) -> None:
         """Load the critic that :meth:`save_pretrained` left in a directory."""
-        self.load_state_dict(load_file(Path(directory) / VALUE_HEAD_FILE), strict=False)
+        state = load_file(Path(directory) / VALUE_HEAD_FILE)
+        if strange := sorted(set(state) ^ set(self._critic_state())):
+            raise ValueError(
+                f"Expected {directory} to hold a critic like this policy's; they differ in {strange[:3]}. Make the "
+                "policy with the separate_critic that was saved."
+            )
+        self.load_state_dict(state, strict=False)
         self.clear_cache()
 
     def _critic_state(self) -> dict[str, torch.Tensor]:
@@ -334,64 +335,6 @@ class CausalLMPolicy(CausalLMActorCritic, ActorCriticPolicy):
         return CategoricalDistribution(self.lm.n_tokens).proba_distribution(self._finite_logits(obs))
 
 
-class ValueHead(nn.Linear):
-    """Hidden states to values; 0 at first.
-
-    Adam moves a weight by about the learning rate at each step, whatever its gradient. At a language model's learning
-    rate a new head would need a thousand steps to reach values of order 1, so what it says is ``SCALE`` times what its
-    weights say: the same as a learning rate so many times as high for the head alone.
-
-    :param hidden_size: H.
-    """
-
-    SCALE = 10.0
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__(hidden_size, 1)
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        # The value is scaled, and the gradient is not: clipping, by the norm over all weights, must not see it grow.
-        weight, bias = (w + (self.SCALE - 1) * w.detach() for w in (self.weight, self.bias))
-        return nn.functional.linear(hidden, weight, bias)
-
-    @torch.no_grad()
-    def set(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        """Make it the function ``hidden @ weight + bias``.
-
-        :param weight: [H]. :param bias: a single number.
-        """
-        self.weight.copy_(weight[None] / self.SCALE)
-        self.bias.copy_(bias / self.SCALE)
-
-
-def _critic_name(critic: str | Path) -> str:
-    return str(REWARD_MODEL) if critic == "builtin" else str(critic)
-
-
-def _load_critic(name: str | Path, dtype: str | torch.dtype) -> tuple[PreTrainedModel, ValueHead]:
-    """A reward model as a critic: its decoder, and its head as a value head."""
-    try:
-        classifier = AutoModelForSequenceClassification.from_pretrained(_critic_name(name), dtype=resolve_dtype(dtype))
-    except OSError as error:
-        raise ValueError(
-            "Expected separate_critic to be False, True (a copy of the model), 'builtin', or a directory or hub name "
-            f"of a reward model; {name!r} could not be loaded: {error}"
-        ) from error
-    score = getattr(classifier, "score", None)
-    if not isinstance(score, nn.Linear) or score.out_features != 1:
-        raise ValueError(
-            f"Expected the critic {name!r} to be a decoder with a `score` head of one label, as reward models have "
-            f"it; {type(classifier).__name__} has {score}."
-        )
-    head = ValueHead(score.in_features)
-    mean, std = (float(getattr(classifier.config, key, default)) for key, default in NORMALIZATION.items())
-    bias = torch.zeros(1) if score.bias is None else score.bias
-    head.set(score.weight[0].float() / std, (bias.float() - mean) / std)  # values in the units of the score
-    return classifier.base_model.eval(), head
-
-
 class _ParameterName(str):
     """A parameter's name, which can tell sb3-contrib's TRPO what that asks: is "value" in it, so is it the critic's?
 
@@ -406,34 +349,11 @@ class _ParameterName(str):
         self.is_actor = is_actor
         return self
 
+    def __getnewargs__(self) -> tuple[str, bool]:  # type: ignore[override]
+        return str(self), self.is_actor
+
     def __contains__(self, part: str) -> bool:  # type: ignore[override]
         return not self.is_actor if part == "value" else super().__contains__(part)
-
-
-def _check_positions(model: PreTrainedModel, observation_space: spaces.Space[Any]) -> None:
-    """Learned position embeddings end somewhere; rotary ones only get worse beyond what they were trained on."""
-    longest = observation_space["input_ids"].shape[0]  # type: ignore[index]
-    available = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if available is not None and longest > available:
-        raise ValueError(
-            f"Expected a model with at least {longest} positions (max_prompt_tokens + max_new_tokens of the "
-            f"environment); {type(model).__name__} has {available}. Make the environment's budgets smaller."
-        )
-
-
-def _check_tokenizers(
-    given: PreTrainedTokenizerBase | None, own: PreTrainedTokenizerBase | None, model: object
-) -> None:
-    """The environment's token ids must mean to the model what they mean to the environment."""
-    if given is None or own is None or given is own:
-        return
-    ids = own.get_vocab()
-    strange = [token for token, index in given.get_vocab().items() if ids.get(token) != index]
-    if strange:
-        raise ValueError(
-            f"Expected the environment to use the tokenizer of the model {model!r}; {len(strange)} of its tokens have "
-            f"another id there or none, for example {strange[:3]}. Make the environment with tokenizer={model!r}."
-        )
 
 
 def _check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:

@@ -23,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from agents.causal_lm import Positions
 from agents.contexts import Contexts, share_prefixes
 
 SPARE_COLUMNS = 64
@@ -234,6 +235,11 @@ class PrefixCache:
             moved = block.keep(slots[slots >= 0])
             slots = np.where(slots >= 0, moved[slots], -1)
             self._decode(block, contexts, slots)
+        if block is None:
+            # The first step of a rollout, or the prefixes of a few texts, which are read once and not remembered.
+            input_ids, at = share_prefixes(contexts, self._weights[0].device)
+            if 2 * len(input_ids) <= len(contexts.length):
+                return self._read(input_ids, at)
         if block is None or (slots < 0).any():
             block, slots = self._prefill(block, contexts, slots)
         block.slots = slots
@@ -324,7 +330,9 @@ class PrefixCache:
         return block, slots
 
     def _plain(self, contexts: Contexts) -> torch.Tensor:
-        input_ids, at = share_prefixes(contexts, self._weights[0].device)
+        return self._read(*share_prefixes(contexts, self._weights[0].device))
+
+    def _read(self, input_ids: torch.Tensor, at: Positions) -> torch.Tensor:
         hidden: torch.Tensor = self._backbone(input_ids=input_ids, use_cache=False).last_hidden_state
         return hidden[at.row, at.column]
 

@@ -26,7 +26,7 @@ from agents.a2c import A2C
 from agents.checkpoint import argument_defaults
 from agents.evaluation import sample_texts
 from agents.grpo import GRPO
-from agents.on_policy import MAX_ROWS, OnPolicyAlgorithm
+from agents.on_policy import OnPolicyAlgorithm, default_rows
 from agents.ppo import PPO
 from agents.reinforce import REINFORCE
 from agents.rloo import RLOO
@@ -87,7 +87,8 @@ class EnvConfig:
         options = dataclasses.asdict(self)
         name, gold, tokenizer = options.pop("env"), options.pop("gold"), options.pop("tokenizer")
         options.update(tokenizer=tokenizer or model, metrics={"gold_score": gold} if gold else None, **overrides)
-        options["group_size"] = options["group_size"] or 1  # nobody has asked for groups
+        if options["group_size"] is None:  # nobody has asked for groups
+            options["group_size"] = 1
         return cast(TextVectorEnv, gym.make_vec(name, num_envs=num_envs, **options).unwrapped)
 
 
@@ -105,8 +106,8 @@ class TrainConfig:
     env: Annotated[EnvConfig, tyro.conf.arg(name="")] = field(default_factory=EnvConfig)
     total_timesteps: int = 60_000
     """Tokens to generate."""
-    run_dir: Path = Path("runs/ppo")
-    """Where everything goes; must not hold a run yet."""
+    run_dir: Path | None = None
+    """Where everything goes, by default runs/<algorithm>; must not hold a run yet."""
     seed: int = 0
     learning_rate: float = 1e-4
     lr_schedule: Literal["constant", "linear"] = "linear"
@@ -125,6 +126,9 @@ class TrainConfig:
     algo_kwargs: dict[str, str] = field(default_factory=dict)
     """Further arguments of the algorithm, for example `--algo-kwargs clip_range 0.1 gae_lambda 0.9`."""
     temperature: float = 1.0
+    critic: str | None = None
+    """A reward model that the critic starts as ('builtin', a directory, a hub name); by default the critic is a head on
+    the policy."""
     lora_r: int | None = None
     """Rank of a LoRA adapter on all linear layers; by default every weight is trained."""
     device: str = "auto"
@@ -171,9 +175,19 @@ def resolved(config: TrainConfig) -> TrainConfig:
     """
     algorithm = algorithm_named(config.algo)
     defaults = argument_defaults(algorithm)
-    sizes = {name: defaults[name] for name in ("n_episodes", "batch_size", "n_epochs") if getattr(config, name) is None}
-    group_size = config.env.group_size or algorithm.default_group_size
-    return dataclasses.replace(config, env=dataclasses.replace(config.env, group_size=group_size), **sizes)
+    if missing := sorted({"n_episodes", "batch_size", "n_epochs", "kl_coef"} - set(defaults)):
+        raise ValueError(
+            f"Expected {algorithm.__name__}.__init__ to hand on **kwargs to OnPolicyAlgorithm; it doesn't take "
+            f"{missing}."
+        )
+    changes: dict[str, Any] = {
+        name: defaults[name] for name in ("n_episodes", "batch_size", "n_epochs") if getattr(config, name) is None
+    }
+    if config.env.group_size is None:
+        changes["env"] = dataclasses.replace(config.env, group_size=algorithm.default_group_size)
+    if config.run_dir is None:
+        changes["run_dir"] = Path("runs") / config.algo.rpartition(":")[2].lower()
+    return dataclasses.replace(config, **changes)
 
 
 def train(config: TrainConfig) -> OnPolicyAlgorithm:
@@ -184,6 +198,7 @@ def train(config: TrainConfig) -> OnPolicyAlgorithm:
     """
     config = resolved(config)
     directory = config.run_dir
+    assert directory is not None
     if (directory / "config.yaml").exists():
         raise FileExistsError(f"{directory} holds a run already; choose another --run-dir, or remove it.")
     algorithm = algorithm_named(config.algo)
@@ -195,7 +210,8 @@ def train(config: TrainConfig) -> OnPolicyAlgorithm:
         )
     assert config.n_episodes is not None
     assert config.n_epochs is not None
-    env = config.env.make(min(config.n_episodes, MAX_ROWS), config.model)
+    assert config.env.group_size is not None
+    env = config.env.make(default_rows(config.n_episodes, config.env.group_size), config.model)
     rate = config.learning_rate
     policy_kwargs: dict[str, Any] = {
         "model": config.model,
@@ -203,6 +219,7 @@ def train(config: TrainConfig) -> OnPolicyAlgorithm:
         "autocast": config.autocast,
         "compile_forward": config.compile_forward,
         "temperature": config.temperature,
+        "separate_critic": config.critic or False,
         "lora": {"r": config.lora_r, "target_modules": "all-linear"} if config.lora_r else None,
     }
     model = algorithm(
@@ -269,7 +286,7 @@ def load_config(path: Path) -> TrainConfig:
         if unknown := set(given) - known:
             raise ValueError(f"{path}: unknown {sorted(unknown)}; {cls.__name__} has {sorted(known)}.")
     values = {name: _number(value) for name, value in values.items()}
-    if "run_dir" in values:
+    if values.get("run_dir") is not None:
         values["run_dir"] = Path(values["run_dir"])
     if "algo_kwargs" in values:  # on the command line they are strings, which are read as YAML later
         values["algo_kwargs"] = {

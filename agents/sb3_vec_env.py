@@ -47,8 +47,9 @@ class TextVecEnv(VecEnv):
             for key in ("prompt", "response")
             if any(key in row for row in self._options)
         }
-        observation, infos = self.vector_env.reset(
-            seed=list(self._seeds) if len(seeds) == self.num_envs else None, options=options or None
+        observation, infos = self._wrapped.reset(
+            seed=list(self._seeds) if len(seeds) == self.num_envs else None,  # type: ignore[arg-type]
+            options=options or None,
         )
         self.reset_infos = _rows_of(infos, self.num_envs)
         self._returns[:] = 0
@@ -121,10 +122,7 @@ def make_vec_env(
     :param env_kwargs: the environment's keyword arguments.
     :return: an SB3 ``VecEnv``.
     """
-    vector_env = gym.make_vec(env_id, num_envs=n_envs, **(env_kwargs or {}))
-    if not isinstance(vector_env.unwrapped, TextVectorEnv):
-        raise ValueError(f"Expected the name of a text environment, for example 'TextRLHF-v0'; {env_id!r} is none.")
-    env = TextVecEnv(vector_env)
+    env = TextVecEnv(gym.make_vec(env_id, num_envs=n_envs, **(env_kwargs or {})))
     env.seed(seed)
     return env
 

@@ -19,7 +19,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 from transformers import PreTrainedModel
 
-from agents.causal_lm import full_forward, load_causal_lm
+from agents.causal_lm import check_positions, full_forward, load_causal_lm
 from agents.contexts import Contexts, contexts_of, share_prefixes
 from agents.prefix_cache import PrefixCache
 
@@ -150,12 +150,11 @@ class _FrozenLM:
         loaded = copy.deepcopy(model) if isinstance(model, PreTrainedModel) else load_causal_lm(model)
         self._model = loaded.eval().requires_grad_(False)  # dropout off: features are a function of the context
         config = loaded.config.get_text_config()
-        available = getattr(config, "max_position_embeddings", None) or n_positions
-        if config.vocab_size < n_tokens or available < n_positions:
+        check_positions(loaded, n_positions)
+        if config.vocab_size < n_tokens:
             raise ValueError(
-                f"Expected a language model with at least {n_tokens} tokens and {n_positions} positions, as the "
-                f"environment has them; {type(loaded).__name__} has {config.vocab_size} and {available}. Use the model "
-                "whose tokenizer the environment has, or make the environment's budgets smaller."
+                f"Expected a language model with at least {n_tokens} tokens, as the environment has them; "
+                f"{type(loaded).__name__} has {config.vocab_size}. Use the model whose tokenizer the environment has."
             )
         self._backbone: nn.Module = loaded.base_model
         self._memo = PrefixCache(self._backbone)

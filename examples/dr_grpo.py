@@ -1,7 +1,8 @@
 """An algorithm of one's own: Dr. GRPO (Liu et al. 2025, https://arxiv.org/abs/2503.20783), GRPO without its two biases.
 
 GRPO divides advantages by the standard deviation of their group, which favours prompts that are too easy or too hard,
-and every text by its length, which favours long wrong answers. Dr. GRPO does neither.
+and every text by its length, which favours long wrong answers. Dr. GRPO does neither. The KL penalty is in the reward
+here, as the shared loop pays it by default, and the mean is over tokens.
 
 textrlhf train --algo examples.dr_grpo:DrGRPO --run-dir runs/dr_grpo
 """

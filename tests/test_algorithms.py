@@ -25,7 +25,7 @@ from tiny import tiny_tokenizer
 from agents.a2c import A2C
 from agents.advantages import group_relative, leave_one_out
 from agents.grpo import GRPO
-from agents.on_policy import OnPolicyAlgorithm
+from agents.on_policy import OnPolicyAlgorithm, default_rows
 from agents.ppo import PPO
 from agents.reinforce import REINFORCE
 from agents.rloo import RLOO
@@ -322,3 +322,26 @@ def test_the_example_is_grpo_without_std_and_length_normalisation(monkeypatch: p
 def test_ppo_still_has_its_own_defaults() -> None:
     model = make_ppo(n_episodes=8)
     assert (model.normalize_advantage, model.n_epochs, model.batch_size) == (True, 2, 4)
+
+
+def test_groups_stay_whole_after_an_interrupted_rollout() -> None:
+    model = make(RLOO, group_size=4)
+    model.vector_env.reset()
+    # Someone refills three rows from outside, which leaves a group of four with one place.
+    model.vector_env.reset(options={"reset_mask": np.arange(N_EPISODES) < 3})
+    rollout(model)
+    prompts = [tuple(prefix) for prefix in model.buffer._prefixes]
+    assert prompts[:4] == [prompts[0]] * 4
+    assert prompts[4:] == [prompts[4]] * 4
+
+
+def test_grpo_logs_the_loss_that_it_minimises() -> None:
+    model = rollout(make(GRPO, kl_coef=0.0))
+    means = model._backward(np.arange(N_EPISODES))
+    per_text = [model._backward(np.array([episode]))["loss"] for episode in range(N_EPISODES)]
+    assert len(set(model.buffer.lengths)) > 2
+    assert means["loss"] == pytest.approx(np.mean(per_text), abs=1e-6)
+
+
+def test_rows_made_for_an_algorithm_hold_whole_groups() -> None:
+    assert [default_rows(*sizes) for sizes in ((96, 6), (16, 4), (64, 1), (200, 1), (3, 4))] == [60, 16, 64, 64, 4]

@@ -105,16 +105,26 @@ def test_what_was_not_measured_is_undecided() -> None:
     assert found["DDPG and TD3 suit continuous actions and are hard for discrete text"] == Verdict.UNDECIDED
 
 
-def test_ddpg_and_td3_are_hard_if_both_stay_below_half_of_the_way() -> None:
+@pytest.mark.parametrize(
+    ("scores", "distinct_2", "verdict"),
+    [
+        ([0.1, 0.2, 0.1, 0.2, 0.1], 0.6, Verdict.SUPPORTED),
+        ([0.9, 0.9, 0.9, 0.9, 0.9], 0.6, Verdict.CONTRADICTED),
+        ([0.9, 0.2, 0.1, 0.2, 0.1], 0.6, Verdict.UNDECIDED),
+        ([1.9, 1.9, 1.9, 1.9, 1.9], 0.01, Verdict.SUPPORTED),  # one word repeated is no text
+        ([0.1, 0.2, 0.1, 0.2], 0.6, Verdict.UNDECIDED),  # too few
+    ],
+)
+def test_ddpg_and_td3_are_hard_if_no_seed_writes_texts(
+    scores: list[float], distinct_2: float, verdict: Verdict
+) -> None:
     text = "DDPG and TD3 suit continuous actions and are hard for discrete text"
-    runs = {"sb3-ppo": runs_of("sb3-ppo", 5, 1.0, 0.05)}
-    for ddpg, td3, verdict in (
-        (0.1, 0.2, Verdict.SUPPORTED),
-        (0.1, 0.9, Verdict.CONTRADICTED),
-        (0.1, 0.5, Verdict.UNDECIDED),
-    ):
-        both = {name: runs_of(name, 5, score, 0.1, kl=None) for name, score in (("sb3-ddpg", ddpg), ("sb3-td3", td3))}
-        assert verdicts(Evidence(runs | both, {}, {}, 0.04))[text] == verdict
+    runs = {"sb3-ppo": runs_of("sb3-ppo", 5, 1.0, 0.05), "sb3-ddpg": runs_of("sb3-ddpg", 5, 0.1, 0.05, kl=None)}
+    td3 = runs_of("sb3-td3", len(scores), 0.0, 0.1, kl=None)
+    runs["sb3-td3"] = [
+        {**run, "score": score, "distinct_2": distinct_2} for run, score in zip(td3, scores, strict=True)
+    ]
+    assert verdicts(Evidence(runs, {}, {}, 0.04))[text] == verdict
 
 
 @pytest.mark.parametrize(

@@ -69,12 +69,10 @@ def test_a_cut_rollout_is_packed_with_its_prefixes_as_context_without_loss() -> 
     assert samples.observations["action_mask"].int().tolist() == [[0, 0, 1, 1, 1], [0, 1, 1, 0, 0], [1, 0, 0, 0, 0]]
     assert samples.observations["prompt_length"].tolist() == [[2], [1], [1]]
     assert samples.actions.tolist() == [11, 12, 13, 20, 21, 31]
-    assert samples.episodes.tolist() == [0, 0, 0, 1, 1, 2]
     np.testing.assert_allclose(samples.old_values, [0.1, 0.2, 0.3, 1.0, 2.0, 3.0], rtol=1e-6)
     np.testing.assert_allclose(samples.old_log_prob, [-1, -2, -3, -0.5, -1.5, -2.5], rtol=1e-6)
     one = buffer.pack(np.array([1]))
     assert one.observations["input_ids"].tolist() == [[7, 8, 20]]
-    assert one.episodes.tolist() == [1, 1]
 
 
 def test_the_kl_is_paid_and_cut_segments_are_bootstrapped_as_worked_out_by_hand() -> None:

@@ -97,6 +97,7 @@ ORDER = [
     "agents.losses",
     "agents.prefix_cache",
     "agents.constraints",
+    "agents.critic",
     "agents.policy",
     "agents.maskable_policy",
     "agents.reference",

@@ -106,6 +106,10 @@ class MinimumLength:
     min_new_tokens: int
     eos_token_id: int
 
+    def __post_init__(self) -> None:
+        if self.min_new_tokens < 0 or self.eos_token_id < 0:
+            raise ValueError(f"Expected MinimumLength to have two integers >= 0, got {self}.")
+
     def __call__(self, contexts: Contexts, n_tokens: int) -> NDArray[np.bool_]:
         masks = np.ones((len(contexts.length), n_tokens), np.bool_)
         masks[contexts.step < self.min_new_tokens, self.eos_token_id] = False

@@ -235,7 +235,7 @@ class Episodes:
         :return: k reset infos.
         """
         if new_group:
-            self._group_left = 0
+            self.begin_group()
         infos = []
         for row, generator, opening in zip(rows, generators, openings or [Opening()] * len(rows), strict=True):
             prompt = opening.prompt or self._next_prompt(generator)
@@ -249,6 +249,10 @@ class Episodes:
             self.finished[row] = False
             infos.append({"prompt": prompt.text})
         return infos
+
+    def begin_group(self) -> None:
+        """The next episode opens a group, whatever is left of the latest one."""
+        self._group_left = 0
 
     def _next_prompt(self, generator: np.random.Generator) -> Prompt:
         if self._group_left == 0:

@@ -205,6 +205,14 @@ class Sentiment:
         ]
 
 
+def reward_normalization(config: Any) -> tuple[float, float]:
+    """
+    :param config: of a reward model.
+    :return: mean and standard deviation that its score is normalised with: ``reward_mean``, ``reward_std``, or 0 and 1.
+    """
+    return float(getattr(config, "reward_mean", 0.0)), float(getattr(config, "reward_std", 1.0))
+
+
 class SequenceClassifierReward:
     """A Hugging Face sequence classifier as reward model, with its own tokenizer: texts go to it, not token ids.
 
@@ -264,8 +272,7 @@ class SequenceClassifierReward:
         )
         self.batch_size, self.max_length = batch_size, max_length
         config = self.model.config
-        self.mean = float(getattr(config, "reward_mean", 0.0))
-        self.std = float(getattr(config, "reward_std", 1.0))
+        self.mean, self.std = reward_normalization(config)
         self._label = self._label_index(label)
         if self.tokenizer.pad_token_id is None:
             if self.tokenizer.eos_token_id is None:
