@@ -73,7 +73,7 @@ class OnPolicyAlgorithm(BaseAlgorithm):
         self,
         policy: str | type[CausalLMPolicy],
         env: str | VecEnv | TextVectorEnv,
-        learning_rate: float | Schedule = 1e-4,
+        learning_rate: float | Schedule = 3e-4,
         n_episodes: int = 16,
         batch_size: int | None = None,
         n_epochs: int = 1,

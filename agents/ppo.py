@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from stable_baselines3.common.type_aliases import Schedule
 
 from agents.episode_buffer import EpisodeBuffer, EpisodeSamples
 from agents.losses import clipped_surrogate, kl_k3, value_loss
@@ -17,6 +18,7 @@ from agents.on_policy import OnPolicyAlgorithm
 class PPO(OnPolicyAlgorithm):
     """
     :param policy: see ``OnPolicyAlgorithm``, like every argument that isn't named here. :param env: likewise.
+    :param learning_rate: lower than that of the algorithms that take one step a rollout.
     :param n_episodes: episodes of a rollout. :param batch_size: episodes of a minibatch.
     :param n_epochs: passes over a rollout. :param normalize_advantage: whiten advantages over the whole rollout.
     :param gae_lambda: λ of generalized advantage estimation.
@@ -29,6 +31,7 @@ class PPO(OnPolicyAlgorithm):
         self,
         policy: Any,
         env: Any,
+        learning_rate: float | Schedule = 1e-4,
         n_episodes: int = 64,
         batch_size: int | None = 16,
         n_epochs: int = 4,
@@ -50,6 +53,7 @@ class PPO(OnPolicyAlgorithm):
         super().__init__(
             policy,
             env,
+            learning_rate=learning_rate,
             n_episodes=n_episodes,
             batch_size=batch_size,
             n_epochs=n_epochs,

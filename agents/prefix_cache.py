@@ -236,9 +236,13 @@ class PrefixCache:
             slots = np.where(slots >= 0, moved[slots], -1)
             self._decode(block, contexts, slots)
         if block is None:
-            # The first step of a rollout, or the prefixes of a few texts, which are read once and not remembered.
+            # The first step of a rollout; or a batch to learn from, most of which are the beginnings of a few texts:
+            # these are read once, and nobody will go on from each of them.
             input_ids, at = share_prefixes(contexts, self._weights[0].device)
-            if 2 * len(input_ids) <= len(contexts.length):
+            row = at.row.cpu().numpy()
+            longest = np.zeros(len(input_ids), dtype=np.int64)
+            np.maximum.at(longest, row, contexts.length)
+            if 2 * (contexts.length < longest[row]).sum() > len(row):
                 return self._read(input_ids, at)
         if block is None or (slots < 0).any():
             block, slots = self._prefill(block, contexts, slots)

@@ -109,10 +109,11 @@ class TrainConfig:
     run_dir: Path | None = None
     """Where everything goes, by default runs/<algorithm>; must not hold a run yet."""
     seed: int = 0
-    learning_rate: float = 1e-4
+    learning_rate: float | None = None
+    """At the start; by default, like the sizes below, what the algorithm's class says."""
     lr_schedule: Literal["constant", "linear"] = "linear"
     n_episodes: int | None = None
-    """Episodes of a rollout; like the next two, by default what the algorithm's class says."""
+    """Episodes of a rollout."""
     batch_size: int | None = None
     """Episodes of a minibatch."""
     n_epochs: int | None = None
@@ -175,14 +176,13 @@ def resolved(config: TrainConfig) -> TrainConfig:
     """
     algorithm = algorithm_named(config.algo)
     defaults = argument_defaults(algorithm)
-    if missing := sorted({"n_episodes", "batch_size", "n_epochs", "kl_coef"} - set(defaults)):
+    own = ("learning_rate", "n_episodes", "batch_size", "n_epochs")
+    if missing := sorted({*own, "kl_coef"} - set(defaults)):
         raise ValueError(
             f"Expected {algorithm.__name__}.__init__ to hand on **kwargs to OnPolicyAlgorithm; it doesn't take "
             f"{missing}."
         )
-    changes: dict[str, Any] = {
-        name: defaults[name] for name in ("n_episodes", "batch_size", "n_epochs") if getattr(config, name) is None
-    }
+    changes: dict[str, Any] = {name: defaults[name] for name in own if getattr(config, name) is None}
     if config.env.group_size is None:
         changes["env"] = dataclasses.replace(config.env, group_size=algorithm.default_group_size)
     if config.run_dir is None:
@@ -213,6 +213,7 @@ def train(config: TrainConfig) -> OnPolicyAlgorithm:
     assert config.env.group_size is not None
     env = config.env.make(default_rows(config.n_episodes, config.env.group_size), config.model)
     rate = config.learning_rate
+    assert rate is not None
     policy_kwargs: dict[str, Any] = {
         "model": config.model,
         "dtype": config.dtype,

@@ -37,8 +37,9 @@ N_EPISODES = 8
 def make(cls: type[OnPolicyAlgorithm], group_size: int = 2, reward: Any = even_tokens, **kwargs: Any) -> Any:
     """An algorithm over the same tiny model and environment every time; its value head is not zero."""
     env = make_env(n=N_EPISODES, group_size=group_size, reward=reward)
-    defaults: dict[str, Any] = {"n_episodes": N_EPISODES, "kl_coef": 0.1, "seed": 0, "device": "cpu"}
-    model = cls("CausalLMPolicy", env, policy_kwargs={"model": make_model(ends=0.2)}, **{**defaults, **kwargs})
+    defaults = {"learning_rate": 1e-4, "n_episodes": N_EPISODES, "kl_coef": 0.1, "seed": 0, "device": "cpu"}
+    options: dict[str, Any] = {**defaults, **kwargs}
+    model = cls("CausalLMPolicy", env, policy_kwargs={"model": make_model(ends=0.2)}, **options)
     randomize_value_head(model.policy)
     return model
 

@@ -21,7 +21,7 @@ def test_what_a_page_points_at_is_there(path: str):
     pages = PAGES if path == "docs" else [ROOT / path]
     links = [(page, name) for page in pages for name in REFERENCE.findall(page.read_text())]
     missing = [name for page, name in links if not (page.parent / name).exists()]
-    assert links
+    assert links or path not in ("README.md", "docs")
     assert missing == []
 
 

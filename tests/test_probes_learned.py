@@ -33,11 +33,11 @@ class Allowance(NamedTuple):
 
 # The same for all algorithms, whose settings are their defaults otherwise. A rollout is 64 to 160 tokens.
 ALLOWANCES = {
-    "fixed-token": Allowance(1e-2, 4_000),
-    "increasing-numbers": Allowance(6e-3, 16_000),
-    "count-to-eos": Allowance(6e-3, 10_000),
-    "copy-prompt": Allowance(3e-3, 8_000),
-    "early-credit": Allowance(6e-3, 10_000),
+    "fixed-token": Allowance(5e-3, 8_000),
+    "increasing-numbers": Allowance(3e-3, 24_000),
+    "count-to-eos": Allowance(3e-3, 16_000),
+    "copy-prompt": Allowance(1.5e-3, 16_000),
+    "early-credit": Allowance(3e-3, 12_000),
 }
 
 
@@ -55,7 +55,7 @@ class StopWhenSolved(BaseCallback):
 
     def __init__(self, probe: Probe) -> None:
         super().__init__()
-        self.enough = towards_optimum(probe, 0.975)
+        self.enough = towards_optimum(probe, 0.985)
         self.solution: dict[str, torch.Tensor] | None = None
 
     def _on_rollout_end(self) -> None:
@@ -85,8 +85,8 @@ def make_learner(algorithm: str, name: str, seed: int = 0, **kwargs: Any) -> OnP
 
 
 def mean_score(model: OnPolicyAlgorithm, probe: Probe) -> float:
-    """Of at least 256 sampled texts, each prompt as often as any other."""
-    prompts = list(probe.prompts) * (256 // len(probe.prompts))
+    """Of at least 1,024 sampled texts, each prompt as often as any other."""
+    prompts = list(probe.prompts) * (1024 // len(probe.prompts))
     return float(np.mean([text["score"] for text in sample_texts(model.policy, model.vector_env, prompts)]))
 
 
@@ -105,6 +105,17 @@ def learned_score(model: OnPolicyAlgorithm, name: str) -> float:
 @pytest.mark.parametrize("algorithm", OWN)
 def test_every_algorithm_solves_every_probe(algorithm: str, name: str, seed: int) -> None:
     assert learned_score(make_learner(algorithm, name, seed), name) >= towards_optimum(PROBES[name], 0.95)
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_reinforce_with_a_learned_baseline_solves_every_probe(name: str) -> None:
+    assert learned_score(make_learner("reinforce", name, baseline="value"), name) >= towards_optimum(PROBES[name], 0.95)
+
+
+# Without a baseline the other two take more than their allowance with some seeds.
+@pytest.mark.parametrize("name", ["fixed-token", "count-to-eos", "early-credit"])
+def test_reinforce_without_a_baseline_solves_the_easier_probes(name: str) -> None:
+    assert learned_score(make_learner("reinforce", name, baseline="none"), name) >= towards_optimum(PROBES[name], 0.95)
 
 
 def pay_for_another_text(model: OnPolicyAlgorithm) -> OnPolicyAlgorithm:
@@ -131,5 +142,5 @@ def test_paid_for_other_texts_no_algorithm_learns_to_copy(algorithm: str) -> Non
 
 
 def test_without_credit_for_early_tokens_ppo_fails_the_probe_of_it() -> None:
-    scores = [learned_score(make_learner("ppo", "early-credit", seed, gamma=0.0), "early-credit") for seed in (0, 1, 2)]
+    scores = [learned_score(make_learner("ppo", "early-credit", seed, gamma=0.0), "early-credit") for seed in (0, 1)]
     assert np.mean(scores) < 0.5

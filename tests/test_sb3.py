@@ -314,7 +314,5 @@ def test_the_adapter_puts_the_environment_back_into_the_mode_that_sb3_knows() ->
 
 
 def test_make_vec_env_refuses_names_of_other_environments() -> None:
-    with pytest.raises(
-        ValueError, match="Expected the name of a text environment, for example 'TextRLHF-v0'; 'CartPole-v1'"
-    ):
+    with pytest.raises(ValueError, match=r"Expected a text environment, for example .*'TextRLHF-v0'.*, got CartPole"):
         make_vec_env("CartPole-v1")
