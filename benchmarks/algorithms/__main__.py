@@ -10,13 +10,14 @@ with one thread each; what is there already is not run again, so an interrupted 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -132,7 +133,31 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/algorithms"), help="where every run's files go")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/algorithms"))
     args = parser.parse_args()
-    start = time.perf_counter()
+    with measured(args.runs) as seconds_so_far:
+        run_all(args, seconds_so_far)
+
+
+@contextlib.contextmanager
+def measured(runs: Path) -> Iterator[Callable[[], float]]:
+    """Count the seconds of this benchmark, those before an interruption included.
+
+    :param runs: where all runs are. :return: a function that says how many there are so far.
+    """
+    runs.mkdir(parents=True, exist_ok=True)
+    file, start = runs / "seconds", time.perf_counter()
+    before = float(file.read_text()) if file.exists() else 0.0
+
+    def so_far() -> float:
+        return before + time.perf_counter() - start
+
+    try:
+        yield so_far
+    finally:
+        file.write_text(f"{so_far():.0f}\n")
+
+
+def run_all(args: argparse.Namespace, seconds_so_far: Callable[[], float]) -> None:
+    """Tuning, runs, gradients, report."""
     args.out.mkdir(parents=True, exist_ok=True)
     trials = tune(args.algos, args.total_timesteps, args.runs)
     write(args.out / "tuning.json", trials)
@@ -154,7 +179,7 @@ def main() -> None:
         "machine": machine(torch.device("cpu")),
         "versions": versions(),
         "command": " ".join(["python -m benchmarks.algorithms", *sys.argv[1:]]),
-        "duration": time.perf_counter() - start,
+        "duration": seconds_so_far(),
         "total_timesteps": args.total_timesteps,
         "kl_coef": KL_COEF,
     }
