@@ -130,9 +130,14 @@ def test_a_run_that_fails_for_another_reason_than_divergence_is_an_error(tmp_pat
 
 def test_the_duration_counts_what_was_before_an_interruption(tmp_path: Path) -> None:
     (tmp_path / "seconds").write_text("100\n")
-    with pytest.raises(KeyboardInterrupt), benchmark.measured(tmp_path) as seconds:
-        assert 100 <= seconds() < 110
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with benchmark.measured(tmp_path) as seconds:
+            assert 100 <= seconds() < 110
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     with benchmark.measured(tmp_path) as seconds:
         assert 100 <= seconds() < 120
     assert float((tmp_path / "seconds").read_text()) >= 100
