@@ -275,7 +275,10 @@ def test_the_goals_are_met_or_not_by_the_numbers() -> None:
     trials = {name: [{"learning_rate": 1e-4, "objective": 1.0}] for name in ("ppo", "trl-ppo")}
 
     def goals(ours: float, seconds: float, seeds: int = 5, critic: float | None = None, ratio: float = 0.0) -> str:
-        runs = {"ppo": runs_of("ppo", 10, ours, 0.1), "trl-ppo": runs_of("trl-ppo", seeds, 1.0, 0.1, seconds=seconds)}
+        runs = {
+            "ppo": runs_of("ppo", 10, ours, 0.1),
+            "trl-ppo": runs_of("trl-ppo", seeds, 1.0, 0.1, cpu_seconds=1.5 * seconds),
+        }
         if critic is not None:
             runs["ppo-reward-critic"] = runs_of("ppo-reward-critic", 5, critic, 0.1)
         timed = {"ppo": [ratio] * 3, "trl-ppo": [1.0] * 3}
@@ -324,7 +327,8 @@ def full_study() -> list[Run]:
                 for t, y in zip(bins, level + generator.normal(0, 0.12, 40), strict=True)
             ]
             start = START | ({"score": -1.2} if kl is None else {})
-            more = {"seconds": seconds * np.exp(0.05 * generator.normal()), "start": start, "curve": curve}
+            spent = seconds * np.exp(0.05 * generator.normal())
+            more = {"seconds": spent, "cpu_seconds": spent, "start": start, "curve": curve}
             results.append(run(name, seed, float(s), kl and float(kl * np.exp(0.08 * generator.normal())), **more))
     return results
 
