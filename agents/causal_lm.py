@@ -11,20 +11,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
-from text_env.builtin import LANGUAGE_MODEL
+from agents.pretrained import resolve_dtype, save_causal_lm, unwrapped
 from text_env.constraints import Constraint, Contexts, MinimumLength, all_of, allowed_tokens, make_constraint, name_of
 
 # Logits of one chunk in float32: 2^22 values are 16 MB, large enough for full-speed matrix products.
@@ -44,50 +44,10 @@ class Positions(NamedTuple):
     step: torch.Tensor
 
 
-def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
-    """
-    :param dtype: a ``torch.dtype``, its name (``"float32"``, ``"bfloat16"``, …), or ``"auto"`` (as saved on disk).
-    :return: what ``from_pretrained(dtype=...)`` takes.
-    :raises ValueError: for a name that is not a floating-point dtype.
-    """
-    if isinstance(dtype, torch.dtype) or dtype == "auto":
-        return dtype
-    resolved = getattr(torch, dtype, None)
-    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
-        raise ValueError(f"Expected dtype 'auto', 'float32', 'bfloat16', 'float16' or 'float64', got {dtype!r}.")
-    return resolved
-
-
-def load_causal_lm(
-    model: str | Path | PretrainedConfig | PreTrainedModel, dtype: str | torch.dtype = "float32"
-) -> PreTrainedModel:
-    """Load a causal language model by any of the names it goes by.
-
-    :param model: ``"builtin"``, a directory, a hub name, a ``PretrainedConfig`` (random weights) or a live model.
-    :param dtype: floating-point type of the weights; a live model keeps its own.
-    :raises ValueError: if there is no such model, or it is not a causal language model.
-    """
-    if isinstance(model, PreTrainedModel):
-        return model
-    if isinstance(model, PretrainedConfig):
-        resolved = resolve_dtype(dtype)
-        random_model = AutoModelForCausalLM.from_config(model)
-        return random_model if resolved == "auto" else random_model.to(resolved)
-    name = str(LANGUAGE_MODEL) if model == "builtin" else str(model)
-    try:
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=resolve_dtype(dtype))
-    except OSError as error:
-        raise ValueError(
-            f"Expected model to be 'builtin', a directory with config.json and weights, or a hub name; got {model!r}, "
-            f"which could not be loaded: {error}"
-        ) from error
-    return loaded
-
-
 class CausalLM(nn.Module):
     """Next-token distributions of a causal language model, restricted to the environment's tokens.
 
-    :param model: the Hugging Face model; dropout is off, always.
+    :param model: the Hugging Face model, or PEFT's wrapper around it; dropout is off, always.
     :param n_tokens: V; the model's first V logits are used, so padded embeddings are fine.
     :param temperature: divides the logits, everywhere (sampling, training, reference).
     :param eos_token_id: the token that ends an episode.
@@ -101,7 +61,7 @@ class CausalLM(nn.Module):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | PeftModel,
         n_tokens: int,
         temperature: float = 1.0,
         eos_token_id: int | None = None,
@@ -118,6 +78,9 @@ class CausalLM(nn.Module):
             if eos_token_id is None:
                 raise ValueError(f"min_new_tokens={min_new_tokens} needs eos_token_id: the token to forbid until then.")
             minimum = MinimumLength(min_new_tokens, eos_token_id)
+        # In a tuple, like the constraint below: a wrapper shares its modules with the model, which is registered once.
+        self._peft = (model,) if isinstance(model, PeftModel) else None
+        model = unwrapped(model)
         head = model.get_output_embeddings()
         if head is None or model.config.is_encoder_decoder:
             raise ValueError(f"Expected a causal language model (a decoder with a head), got {type(model).__name__}.")
@@ -146,6 +109,18 @@ class CausalLM(nn.Module):
         self._logit_scale /= float(getattr(config, "logits_scaling", None) or 1.0)
         self._logit_softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._check_head()
+
+    @property
+    def peft_model(self) -> PeftModel | None:
+        """PEFT's wrapper, where the model has an adapter inside."""
+        return None if self._peft is None else self._peft[0]
+
+    def save_pretrained(self, directory: Path) -> None:
+        """Write a directory that plain transformers loads: the model, or the adapter that was trained.
+
+        :param directory: exists.
+        """
+        save_causal_lm(self.peft_model or self.model, directory)
 
     @property
     def backbone(self) -> nn.Module:
@@ -401,78 +376,3 @@ def fuse_activations(model: nn.Module) -> None:
         for name, child in parent.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(parent, name, nn.GELU(approximate="tanh"))
-
-
-@contextlib.contextmanager
-def adapter_disabled(model: nn.Module) -> Iterator[None]:
-    """Within it, the LoRA layers inside ``model`` are the identity: the model is its base."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-
-
-def add_lora(model: PreTrainedModel, lora: dict[str, Any]) -> PreTrainedModel:
-    """Add trainable low-rank adapters in place and freeze everything else.
-
-    :param model: the base model.
-    :param lora: arguments of ``peft.LoraConfig``, for example ``{"r": 16, "target_modules": "all-linear"}``.
-    :return: the PEFT model around it (``get_base_model()`` is the same object, with adapters inside).
-    """
-    from peft import LoraConfig, get_peft_model
-
-    with warnings.catch_warnings():
-        # PEFT sees by itself that GPT-2 stores layers transposed, but warns; and it uses an old name of transformers.
-        for message in ("fan_in_fan_out is set to False", "`is_gradient_checkpointing` is deprecated"):
-            warnings.filterwarnings("ignore", message=message)
-        return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **lora}))  # type: ignore[return-value]
-
-
-def check_positions(model: PreTrainedModel, longest: int) -> None:
-    """Learned position embeddings end somewhere; rotary ones only get worse beyond what they were trained on.
-
-    :param model: any. :param longest: tokens of a context.
-    :raises ValueError: if the model has fewer positions.
-    """
-    available = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if available is not None and longest > available:
-        raise ValueError(
-            f"Expected a model with at least {longest} positions (max_prompt_tokens + max_new_tokens of the "
-            f"environment); {type(model).__name__} has {available}. Make the environment's budgets smaller."
-        )
-
-
-def check_tokenizers(given: PreTrainedTokenizerBase | None, own: PreTrainedTokenizerBase | None, model: object) -> None:
-    """The environment's token ids must mean to the model what they mean to the environment."""
-    if given is None or own is None or given is own:
-        return
-    ids = own.get_vocab()
-    strange = [token for token, index in given.get_vocab().items() if ids.get(token) != index]
-    if strange:
-        raise ValueError(
-            f"Expected the environment to use the tokenizer of the model {model!r}; {len(strange)} of its tokens have "
-            f"another id there or none, for example {strange[:3]}. Make the environment with tokenizer={model!r}."
-        )
-
-
-def load_tokenizer(model: Any) -> PreTrainedTokenizerBase | None:
-    """
-    :param model: as for :func:`load_causal_lm`.
-    :return: the tokenizer beside the model, or None for a config or a live model, which have none.
-    """
-    if isinstance(model, PretrainedConfig | PreTrainedModel):
-        return None
-    from transformers import AutoTokenizer
-
-    name = str(LANGUAGE_MODEL) if model == "builtin" else str(model)
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError):
-        return None  # a directory with weights only: saved again without a tokenizer
-    return tokenizer

@@ -36,7 +36,7 @@ def save(model: OnPolicyAlgorithm, path: str | Path) -> None:
     partial.mkdir(parents=True)
     save_model(model.policy, str(partial / "policy.safetensors"))
     assert model.reference is not None
-    if not model.reference.without_adapter:
+    if not model.reference.shares_base:
         save_model(model.reference.lm, str(partial / "reference.safetensors"))
     optimizer = model.policy.optimizer.state_dict()
     tensors = {

@@ -1,4 +1,5 @@
-"""The command line: ``textrlhf train | evaluate | sample | demo``. Thin; the work is in ``run`` and ``evaluation``."""
+"""The command line: ``textrlhf train | evaluate | sample | reward-model | demo``. Thin; the work is in ``run``,
+``evaluation`` and ``reward_model``."""
 
 from __future__ import annotations
 
@@ -21,8 +22,13 @@ from stable_baselines3.common.utils import set_random_seed
 from transformers.utils import logging as transformers_logging
 
 from agents.evaluation import evaluate, load_policy, sample_texts
+from agents.policy import CausalLMPolicy
+from agents.reward_model import RewardModelConfig, train_reward_model
+from agents.reward_report import report_table
 from agents.run import EnvConfig, TrainConfig, load_config, resolved, train
+from text_env.prompts import Prompts
 from text_env.rewards import RewardError
+from text_env.tokenization import load_tokenizer
 
 console = Console(emoji=False)  # texts of a model are printed as they are
 
@@ -32,18 +38,24 @@ MIN_SCORE_GAIN_STD, MIN_GOLD_GAIN, MAX_KL, MIN_DISTINCT_RATIO = 1.5, 0.4, 15.0, 
 
 @dataclass
 class EvaluateConfig:
-    """Compare a policy with its reference on held-out prompts."""
+    """Compare a policy with its reference, or with another policy, on held-out prompts."""
 
     policy: str
     """Directory of a trained policy (or any model's name)."""
     reference: str | None = None
-    """What to compare with; by default the model that the run started from."""
+    """Measures KL and perplexity, and is what to compare with; by default the model that the run started from."""
+    against: str | None = None
+    """Another policy to compare with, instead of the reference."""
     reward: str | None = None
     """By default the run's."""
     prompts: str = "builtin:eval"
     """Held-out prompts."""
     episodes: int = 256
-    """Texts of each."""
+    """Texts of each, for the same prompts."""
+    texts: int = 0
+    """Show so many texts of both side by side."""
+    temperature: float = 1.0
+    """Of policy and reference; 1 evaluates the models themselves."""
     json: Path | None = None
     """Write the figures here."""
     seed: int = 0
@@ -93,6 +105,7 @@ def run_evaluate(config: EvaluateConfig) -> int:
     reference = config.reference or run.model  # type: ignore[union-attr]
     result = _evaluate(config, env_config, reference)
     print_evaluation(result, config.prompts)
+    print_pairs(result)
     if config.json is not None:
         config.json.write_text(json.dumps(result, indent=2) + "\n")
     return 0
@@ -100,12 +113,12 @@ def run_evaluate(config: EvaluateConfig) -> int:
 
 def run_sample(config: SampleConfig) -> int:
     run = run_of(config.policy)
-    longest = max(len(prompt.encode()) for prompt in config.prompt) + 8  # a token is a byte at least, or special
     env_config = dataclasses.replace(
-        run.env if run is not None else EnvConfig(),
-        max_new_tokens=config.max_new_tokens,
-        max_prompt_tokens=longest,
+        run.env if run is not None else EnvConfig(), max_new_tokens=config.max_new_tokens
     )
+    tokenizer = load_tokenizer(env_config.tokenizer or config.policy)
+    encoded = Prompts(config.prompt, tokenizer, sys.maxsize, chat_template=env_config.chat_template)
+    env_config.max_prompt_tokens = max(len(prompt.token_ids) for prompt in encoded)
     prompts = [prompt for prompt in config.prompt for _ in range(config.n)]
     env = env_config.make(len(prompts), config.policy, prompts=prompts)
     set_random_seed(config.seed)
@@ -123,6 +136,14 @@ def run_train(config: TrainConfig) -> int:
     config = resolved(config)
     train(config)
     console.print(f"Wrote {config.run_dir}/: policy/, learning_curve.png, progress.csv, samples.jsonl, config.yaml")
+    return 0
+
+
+def run_reward_model(config: RewardModelConfig) -> int:
+    console.print(report_table(train_reward_model(config)))
+    console.print(
+        f"Wrote {config.out}/: use it as --reward {config.out}; reward_model.json, calibration.png, margins.png"
+    )
     return 0
 
 
@@ -169,13 +190,37 @@ def run_of(policy: str) -> TrainConfig | None:
 
 def print_evaluation(result: dict[str, Any], prompts: str) -> None:
     """Print an evaluation on these prompts as a table."""
-    title = f"{result['episodes']} episodes each, prompts: {prompts}"
-    table = Table("", "reference", "policy", "change", title=title)
+    other = result["compared_with"]
+    table = Table(
+        *("", other, "policy", "change" if other == "reference" else "difference", "win rate"),
+        title=f"{result['episodes']} episodes each, prompts: {escape(prompts)}",
+        caption="In brackets: 95 % intervals. Win rate: how often the policy's text scores higher than the other's for "
+        "the same prompt; ties count half.",
+    )
     for name, after in result["policy"].items():
-        before = result["reference"][name]
-        table.add_row(name, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
+        before, compared = result[other][name], result["comparison"].get(name)
+        change, win_rate = f"{after - before:+.3f}", ""
+        if compared is not None:
+            change += " [{:.2f}, {:.2f}]".format(*compared["difference_interval"])
+            percent = [100 * rate for rate in (compared["win_rate"], *compared["win_rate_interval"])]
+            win_rate = "{:.0f}% [{:.0f}, {:.0f}]".format(*percent)
+        table.add_row(escape(name), f"{before:.3f}", f"{after:.3f}", change, win_rate)
     table.add_row("score gain (std)", "", "", f"{result['score_gain_std'] or 0:+.3f}", style="bold")
-    table.add_row("KL (nats per episode)", "", f"{result['kl']:.2f}", "", style="bold")
+    kl_of_other = f"{result['kl_against']:.2f}" if other == "against" else ""
+    table.add_row("KL (nats/episode)", kl_of_other, f"{result['kl']:.2f}", "", style="bold")
+    console.print(table)
+
+
+def print_pairs(result: dict[str, Any]) -> None:
+    """Print the texts of an evaluation, if it has any: what both wrote for each prompt, with the scores."""
+    if "texts" not in result:
+        return
+    other = result["compared_with"]
+    table = Table(*(("before", "after") if other == "reference" else (other, "policy")), show_lines=True)
+    for pair in result["texts"]:
+        prompt = f"[bold]{escape(pair['prompt'])}[/bold]"
+        texts = (pair[other], pair["policy"])
+        table.add_row(*(f"[dim]{t['score']:+.2f}[/dim] {prompt}{escape(t['completion'])}" for t in texts))
     console.print(table)
 
 
@@ -183,9 +228,12 @@ def _evaluate(config: EvaluateConfig, env_config: EnvConfig, reference: str) -> 
     # As many prompts as texts, however the policy was trained.
     env = env_config.make(min(64, config.episodes), config.policy, prompts=config.prompts, group_size=1)
     set_random_seed(config.seed)
-    env.reset(seed=config.seed)
-    policy, frozen = (load_policy(name, env, config.device, config.dtype) for name in (config.policy, reference))
-    return evaluate(policy, frozen, env, config.episodes)
+
+    def load(name: str) -> CausalLMPolicy:
+        return load_policy(name, env, config.device, config.dtype, config.temperature)
+
+    against = None if config.against is None else load(config.against)
+    return evaluate(load(config.policy), load(reference), env, config.episodes, against, config.seed, config.texts)
 
 
 def _print_texts(path: Path) -> None:
@@ -205,6 +253,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "train": (TrainConfig, run_train),
     "evaluate": (EvaluateConfig, run_evaluate),
     "sample": (SampleConfig, run_sample),
+    "reward-model": (RewardModelConfig, run_reward_model),
     "demo": (DemoConfig, run_demo),
 }
 
@@ -223,7 +272,7 @@ def main(args: Sequence[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()  # for models this small, loading is over before it is read
     if not args or args[0] not in COMMANDS:
         for name, (config_type, _) in COMMANDS.items():
-            console.print(f"  textrlhf {name:9} {(config_type.__doc__ or '').splitlines()[0]}", highlight=False)
+            console.print(f"  textrlhf {name:12} {(config_type.__doc__ or '').splitlines()[0]}", highlight=False)
         console.print("`textrlhf COMMAND --help` lists its options.", highlight=False)
         asked = bool(args) and args[0] in ("-h", "--help")
         return 0 if asked else 2
@@ -240,7 +289,7 @@ def main(args: Sequence[str] | None = None) -> int:
                 default = load_config(Path(rest[at + 1]))
                 rest = rest[:at] + rest[at + 2 :]
         return function(tyro.cli(config_type, args=rest, default=default, prog=f"textrlhf {command}"))
-    except (ValueError, TypeError, OSError, RewardError, FloatingPointError, gym.error.Error) as error:
+    except (ValueError, TypeError, OSError, ImportError, RewardError, FloatingPointError, gym.error.Error) as error:
         console.print(f"[red]{type(error).__name__}[/red]: {escape(str(error))}", highlight=False, soft_wrap=True)
         return 1
 

@@ -26,7 +26,7 @@ def collect_episodes(
     n_episodes: int,
     buffer: EpisodeBuffer,
     deterministic: bool = False,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[Any] | None = None,
     on_step: Callable[[int, dict[str, Any]], bool] | None = None,
 ) -> list[dict[str, Any]]:
     """Start exactly ``n_episodes`` episodes and finish them all.
@@ -37,7 +37,7 @@ def collect_episodes(
     :param policy: chooses the tokens. :param env: is switched to ``AutoresetMode.DISABLED``.
     :param n_episodes: how many. :param buffer: is emptied, then filled; episode i of it is the i-th that was started.
     :param deterministic: greedy actions.
-    :param prompts: one an episode; by default the environment draws them.
+    :param prompts: one an episode, as a reset takes them; by default the environment draws them.
     :param on_step: called after each step with the number of live rows and the step's infos; False stops.
     :return: one dict an episode, in the order of their start: ``score``, ``completion``, … (the environment's final
         info), ``length`` in tokens.

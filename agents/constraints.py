@@ -12,8 +12,9 @@ import torch
 from stable_baselines3.common.utils import get_device
 from transformers import PretrainedConfig, PreTrainedModel
 
-from agents.causal_lm import CHUNK_ELEMENTS, CausalLM, check_positions, load_causal_lm
+from agents.causal_lm import CHUNK_ELEMENTS, CausalLM
 from agents.prefix_cache import PrefixCache
+from agents.pretrained import check_positions, load_causal_lm, unwrapped
 from text_env.constraints import Constraint, Contexts, all_of, allowed_tokens
 
 
@@ -50,7 +51,7 @@ class ReferenceTopP:
         self.p = p
         self._name = str(model) if isinstance(model, str | Path) else type(model).__name__
         self._memory_bytes = memory_bytes
-        loaded = load_causal_lm(copy.deepcopy(model) if isinstance(model, PreTrainedModel) else model, dtype)
+        loaded = unwrapped(load_causal_lm(copy.deepcopy(model) if isinstance(model, PreTrainedModel) else model, dtype))
         self._lm = CausalLM(loaded, loaded.get_output_embeddings().weight.shape[0]).requires_grad_(False)
         self._lm.to(get_device(device))
         self._memo = PrefixCache(self._lm.backbone)

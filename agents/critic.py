@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from agents.causal_lm import check_positions, check_tokenizers, fuse_activations, load_tokenizer, resolve_dtype
+from agents.causal_lm import fuse_activations
+from agents.pretrained import check_positions, check_tokenizers, load_tokenizer, resolve_dtype
 from text_env.builtin import REWARD_MODEL
 from text_env.rewards import reward_normalization
 

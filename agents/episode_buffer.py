@@ -5,13 +5,14 @@ or the rest of one that an n-step rollout cut (its context so far is then prefix
 over, one stable sort lays the segments out one after the other; a minibatch is a packed batch of whole segments.
 
 The buffer is a drop-in ``rollout_buffer_class`` for SB3's on-policy algorithms, and pays the KL penalty to both worlds:
-r_t = −β (log π_old − log π_ref), plus the score on the last token.
+r_t = −β k(log π_old − log π_ref), plus the score on the last token. The estimator k is k1, the log-ratio itself, unless
+another is asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +21,10 @@ from stable_baselines3.common.buffers import RolloutBuffer
 
 from agents.advantages import gae
 from agents.contexts import contexts_of
+from agents.losses import KL_ESTIMATORS
 from agents.reference import Reference
+
+KLEstimator = Literal["k1", "k2", "k3"]
 
 # Tokens of one micro-batch through the reference, in inference only.
 REFERENCE_TOKENS = 2048
@@ -75,7 +79,10 @@ class EpisodeBuffer(RolloutBuffer):
     :param reference: the frozen model of the KL penalty, or None. A model's name stands for ``Reference.load(name)``;
         for a policy with a temperature, a minimum length or a constraint, give ``Reference.load(name, ...,
         temperature=...)``.
-    :param kl_coef: β; a plain attribute, so that a controller may adapt it.
+    :param kl_coef: β; a plain attribute, so that a controller may adapt it. 0 measures the KL and pays nothing.
+    :param kl_estimator: k, the estimator of each token's KL that the reward pays for: ``"k1"``, ``"k2"`` or ``"k3"``
+        (see ``agents.losses``). Only k1 makes the policy gradient that of the KL (``docs/ppo.md``).
+    :raises ValueError: for another estimator.
     """
 
     def __init__(
@@ -89,12 +96,16 @@ class EpisodeBuffer(RolloutBuffer):
         n_envs: int = 1,
         reference: Reference | str | None = None,
         kl_coef: float = 0.04,
+        kl_estimator: KLEstimator = "k1",
     ) -> None:
+        if kl_estimator not in KL_ESTIMATORS:
+            raise ValueError(f"Expected kl_estimator to be one of {sorted(KL_ESTIMATORS)}, got {kl_estimator!r}.")
         if isinstance(reference, str):
             assert isinstance(action_space, spaces.Discrete)
             reference = Reference.load(reference, n_tokens=int(action_space.n), device=device)
         self.reference = reference
         self.kl_coef = kl_coef
+        self.kl_estimator = kl_estimator
         super().__init__(buffer_size, observation_space, action_space, device, gae_lambda, gamma, n_envs)
 
     # ---- filling --------------------------------------------------------------------------------------------------
@@ -184,7 +195,15 @@ class EpisodeBuffer(RolloutBuffer):
                     "The reference gives probability 0 to a token that the policy sampled, so the KL is infinite. "
                     "Expected policy and reference under the same constraint, a pure function of contexts."
                 )
-            self.rewards = self.rewards - self.kl_coef * self.log_ratio
+            self.rewards = self.rewards - self.kl_coef * self.token_kl(self.kl_estimator)
+
+    def token_kl(self, estimator: KLEstimator) -> np.ndarray:
+        """
+        :param estimator: ``"k1"``, ``"k2"`` or ``"k3"``.
+        :return: float32 [N], that estimate of each token's KL(π_old ‖ π_ref), nats; 0 where there is no reference.
+        """
+        log_ratio = torch.from_numpy(self.log_ratio).double()  # rounding then cannot make k3 negative
+        return KL_ESTIMATORS[estimator](log_ratio).float().numpy()
 
     @property
     def n_episodes(self) -> int:

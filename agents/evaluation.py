@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from stable_baselines3.common.utils import get_device
 
 from agents.collector import collect_episodes
 from agents.episode_buffer import EpisodeBuffer
+from agents.intervals import bootstrap_interval, wilson_interval, wins
 from agents.policy import CausalLMPolicy
 from agents.reference import Reference
 from text_env.vector_env import TextVectorEnv
@@ -45,38 +47,145 @@ def load_policy(
     return policy.to(get_device(device))
 
 
-def evaluate(policy: CausalLMPolicy, reference: CausalLMPolicy, env: TextVectorEnv, n_episodes: int) -> dict[str, Any]:
-    """Sample from both at temperature 1, score and compare.
+class Written(NamedTuple):
+    """What one policy wrote, one text for each of n prompts.
 
-    :param policy: what was trained. :param reference: what it started from. :param env: prompts and rewards.
-    :param n_episodes: of each.
-    :return: ``policy`` and ``reference`` (means over episodes: ``score``, every metric of the environment such as
-        ``gold_score``, ``distinct_2``, ``mean_length``, ``terminated_ratio``, ``perplexity`` under the reference),
-        ``kl`` (mean per-episode Σ log π − log π_ref of the policy's own texts, nats), ``score_gain_std`` (gain in
-        standard deviations of the reference's scores; None if those are all equal).
+    :param means: over the texts: what :func:`describe` says, without ``kl`` and ``score_std``.
+    :param kl: to the reference, nats per text. :param scores: ``score`` and every metric, float64 [n] each.
+    :param infos: n final infos.
     """
-    frozen = Reference(reference.lm)
-    ours, theirs = (measure(writer, frozen, env, n_episodes) for writer in (policy, reference))
-    gain, spread = ours["score"] - theirs["score"], theirs.pop("score_std")
-    del ours["score_std"], theirs["kl"]
+
+    means: dict[str, float]
+    kl: float
+    scores: dict[str, np.ndarray]
+    infos: list[dict[str, Any]]
+
+
+def evaluate(
+    policy: CausalLMPolicy,
+    reference: CausalLMPolicy,
+    env: TextVectorEnv,
+    n_episodes: int,
+    against: CausalLMPolicy | None = None,
+    seed: int = 0,
+    n_texts: int = 0,
+) -> dict[str, Any]:
+    """Let a policy and its reference, or another policy, write for the same prompts; score and compare the texts.
+
+    In what is returned, ``policy`` and ``reference`` are means over texts: ``score``, every metric of the environment
+    (such as ``gold_score``) and every part of a weighted reward; ``distinct_1``, ``distinct_2``, ``mean_length``,
+    ``terminated_ratio``, and ``perplexity`` under the reference. These five of the policy are at the top level too, and
+    ``kl``: the mean per-episode Σ log π − log π_ref of its texts, nats. Of the two writers:
+
+    - ``score_gain_std``: the gain in score, in standard deviations of the other's scores; None if those are all equal.
+    - ``win_rate``, ``win_rate_interval``: share of prompts for which the policy's text scores higher; ties count half.
+    - ``comparison``: for the score and each metric what :func:`compare` says.
+    - ``intervals``: for each writer, the intervals of these means.
+    - ``episodes`` of each, ``prompts`` that are different, ``compared_with``; ``texts``, if they were asked for.
+
+    With ``against``, that policy's figures stand under ``against`` and ``kl_against``, nothing under ``reference``, and
+    ``compared_with`` is ``"against"``, not ``"reference"``. Intervals are [low, high] of 95 %, clustered by prompt.
+
+    :param policy: what was trained. :param reference: what it started from; KL and perplexity are measured by it.
+    :param env: prompts and rewards; its prompts are gone through in random order, again and again if they are few.
+    :param n_episodes: of each, at least 2. :param against: another policy, which writes in the reference's stead.
+    :param seed: of the prompts and of the bootstrap; the texts are drawn from torch's generator.
+    :param n_texts: how many pairs of texts to return, the first.
+    :return: a plain dict, ready for JSON.
+    :raises ValueError: for fewer than 2 episodes.
+    """
+    if n_episodes < 2:
+        raise ValueError(f"Expected at least 2 episodes, since one says nothing of the spread, got {n_episodes}.")
+    role, other = ("reference", reference) if against is None else ("against", against)
+    drawn = draw_prompts(len(env.prompts), n_episodes, seed)
+    prompts, frozen = [env.prompts[i] for i in drawn], Reference(reference.lm)
+    ours, theirs = (write(writer, frozen, env, prompts) for writer in (policy, other))
+    result = {"policy": ours.means, role: theirs.means, "kl": ours.kl, "compared_with": role}
+    if against is not None:
+        result["kl_against"] = theirs.kl
+    result |= {"episodes": n_episodes, "prompts": len(set(drawn.tolist()))}
+    result |= {name: mean for name, mean in ours.means.items() if name not in ours.scores}
+    result |= _contest(ours, theirs, drawn, seed)
+    result["intervals"] = {"policy": _intervals(ours, drawn, seed), role: _intervals(theirs, drawn, seed)}
+    if n_texts:
+        result["texts"] = side_by_side({role: theirs.infos[:n_texts], "policy": ours.infos[:n_texts]})
+    return result
+
+
+def _contest(ours: Written, theirs: Written, clusters: np.ndarray, seed: int) -> dict[str, Any]:
+    comparison = {name: compare(ours.scores[name], theirs.scores[name], clusters, seed) for name in ours.scores}
+    on_score, spread = comparison["score"], float(theirs.scores["score"].std())
     return {
-        "kl": ours.pop("kl"),
-        "policy": ours,
-        "reference": theirs,
-        "score_gain_std": gain / spread if spread > 0 else None,
-        "episodes": n_episodes,
+        "score_gain_std": on_score["difference"] / spread if spread > 0 else None,
+        "win_rate": on_score["win_rate"],
+        "win_rate_interval": on_score["win_rate_interval"],
+        "comparison": comparison,
     }
+
+
+def _intervals(written: Written, clusters: np.ndarray, seed: int) -> dict[str, list[float]]:
+    return {name: list(bootstrap_interval(values, clusters, seed)) for name, values in written.scores.items()}
+
+
+def draw_prompts(n_prompts: int, n_episodes: int, seed: int) -> np.ndarray:
+    """Go through a set of prompts in random order, as often as it takes: none is used twice before all were used once.
+
+    :param n_prompts: in the set. :param n_episodes: how many to draw. :param seed: of the order.
+    :return: int [n_episodes], indices of the set.
+    """
+    return np.resize(np.random.default_rng(seed).permutation(n_prompts), n_episodes)
+
+
+def write(policy: CausalLMPolicy, reference: Reference, env: TextVectorEnv, prompts: Sequence[Any]) -> Written:
+    """
+    :param policy: writes. :param reference: of perplexity and KL. :param env: scores.
+    :param prompts: n, as a reset takes them; entries of ``env.prompts`` keep their columns.
+    :return: one text for each.
+    """
+    buffer, infos = _collect(policy, env, len(prompts), reference, prompts=prompts)
+    scores = {name: np.array([info[name] for info in infos]) for name in metrics_of(infos[0])}
+    figures = describe(buffer, infos)
+    kl, _ = figures.pop("kl"), figures.pop("score_std")
+    return Written(figures, kl, scores, infos)
+
+
+def compare(ours: np.ndarray, theirs: np.ndarray, clusters: np.ndarray, seed: int = 0) -> dict[str, Any]:
+    """
+    :param ours: [n], scores of one policy's texts. :param theirs: [n], of the other's for the same prompts.
+    :param clusters: int [n], which prompts those are. :param seed: of the bootstrap.
+    :return: ``difference`` of the means and ``win_rate``, each with its ``…_interval``.
+    """
+    outcomes = wins(ours, theirs)
+    return {
+        "difference": float((ours - theirs).mean()),
+        "difference_interval": list(bootstrap_interval(ours - theirs, clusters, seed)),
+        "win_rate": float(outcomes.mean()),
+        "win_rate_interval": list(wilson_interval(outcomes, clusters)),
+    }
+
+
+def side_by_side(infos: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """
+    :param infos: for each writer n final infos, of the same prompts.
+    :return: n times ``prompt``, and under each writer's name ``completion``, ``finish_reason``, ``score`` and metrics.
+    """
+    return [
+        {"prompt": pair[0]["prompt"], **{writer: _text(info) for writer, info in zip(infos, pair, strict=True)}}
+        for pair in zip(*infos.values(), strict=True)
+    ]
+
+
+def _text(info: Mapping[str, Any]) -> dict[str, Any]:
+    numbers = {name: float(info[name]) for name in metrics_of(info)}
+    return {"completion": info["completion"], "finish_reason": info["finish_reason"], **numbers}
 
 
 def measure(policy: CausalLMPolicy, reference: Reference, env: TextVectorEnv, n_episodes: int) -> dict[str, float]:
     """
-    :param policy: writes. :param reference: of perplexity and KL. :param env: prompts and rewards.
+    :param policy: writes. :param reference: of perplexity and KL. :param env: draws the prompts, and scores.
     :param n_episodes: how many. :return: what :func:`describe` says of them.
     """
-    policy.set_training_mode(False)
-    buffer = _buffer(policy, env, reference)
-    episodes = collect_episodes(policy, env, n_episodes, buffer)
-    return describe(buffer, episodes)
+    return describe(*_collect(policy, env, n_episodes, reference))
 
 
 def describe(buffer: EpisodeBuffer, episodes: list[dict[str, Any]]) -> dict[str, float]:
@@ -86,8 +195,7 @@ def describe(buffer: EpisodeBuffer, episodes: list[dict[str, Any]]) -> dict[str,
         ``mean_length``, ``terminated_ratio``, ``perplexity`` of the texts under the reference, and ``kl`` to it.
     """
     buffer.finalize()
-    metrics = [k for k, v in episodes[0].items() if isinstance(v, float | np.floating)]
-    means = {name: float(np.mean([episode[name] for episode in episodes])) for name in metrics}
+    means = {name: float(np.mean([episode[name] for episode in episodes])) for name in metrics_of(episodes[0])}
     ref_log_probs = buffer.log_probs - buffer.log_ratio
     texts = [episode["completion"] for episode in episodes]
     return {
@@ -100,6 +208,14 @@ def describe(buffer: EpisodeBuffer, episodes: list[dict[str, Any]]) -> dict[str,
         "kl": float(buffer.episode_sums(buffer.log_ratio).mean()),
         "score_std": float(np.std([episode["score"] for episode in episodes])),
     }
+
+
+def metrics_of(info: Mapping[str, Any]) -> list[str]:
+    """
+    :param info: the final info of an episode.
+    :return: names of the numbers in it that somebody gave the text: ``score``, ``reward/<part>``, metrics.
+    """
+    return [name for name, value in info.items() if isinstance(value, float | np.floating)]
 
 
 def distinct_n(texts: list[str], n: int) -> float:
@@ -119,10 +235,13 @@ def sample_texts(
     :param policy: writes. :param env: scores. :param prompts: openings. :param deterministic: greedy.
     :return: each episode's final info (``prompt``, ``completion``, ``score``, …).
     """
-    policy.set_training_mode(False)
-    return collect_episodes(policy, env, len(prompts), _buffer(policy, env), deterministic, prompts=prompts)
+    return _collect(policy, env, len(prompts), deterministic=deterministic, prompts=prompts)[1]
 
 
-def _buffer(policy: CausalLMPolicy, env: TextVectorEnv, reference: Reference | None = None) -> EpisodeBuffer:
+def _collect(
+    policy: CausalLMPolicy, env: TextVectorEnv, n_episodes: int, reference: Reference | None = None, **options: Any
+) -> tuple[EpisodeBuffer, list[dict[str, Any]]]:
     spaces = env.single_observation_space, env.single_action_space
-    return EpisodeBuffer(0, *spaces, policy.device, n_envs=env.num_envs, reference=reference)
+    buffer = EpisodeBuffer(0, *spaces, policy.device, n_envs=env.num_envs, reference=reference)
+    policy.set_training_mode(False)
+    return buffer, collect_episodes(policy, env, n_episodes, buffer, **options)

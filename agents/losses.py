@@ -51,16 +51,28 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: 
 def kl_k1(log_ratio: Tensor) -> Tensor:
     """Unbiased estimator of KL(p‖q) from samples of p: log p − log q (http://joschu.net/blog/kl-approx.html).
 
+    Its mean is the KL, but a single value may have either sign, and most of them cancel: high variance near p = q.
+
     :param log_ratio: [N], log p − log q of the sampled tokens.
+    :return: [N], nats.
     """
     return log_ratio
 
 
 def kl_k2(log_ratio: Tensor) -> Tensor:
-    """Biased, low-variance estimator: ½ (log p − log q)²."""
+    """Biased estimator of low variance, never negative: ½ (log p − log q)². The bias vanishes as p approaches q.
+
+    :param log_ratio: [N], as for :func:`kl_k1`. :return: [N], nats.
+    """
     return 0.5 * log_ratio**2
 
 
 def kl_k3(log_ratio: Tensor) -> Tensor:
-    """Unbiased and never negative: q/p − 1 − log(q/p)."""
+    """Unbiased and never negative: q/p − 1 − log(q/p). Of low variance near p = q, of high where p ≪ q.
+
+    :param log_ratio: [N], as for :func:`kl_k1`. :return: [N], nats.
+    """
     return torch.expm1(-log_ratio) + log_ratio
+
+
+KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}

@@ -27,7 +27,7 @@ from agents import checkpoint
 from agents.advantages import whiten
 from agents.callbacks import ProgressBar
 from agents.collector import Interrupted, collect_episodes
-from agents.episode_buffer import EpisodeBuffer, EpisodeSamples
+from agents.episode_buffer import EpisodeBuffer, EpisodeSamples, KLEstimator
 from agents.policy import CausalLMPolicy
 from agents.reference import AdaptiveKL, FixedKL, KLController, Reference
 from agents.sb3_vec_env import TextVecEnv, make_vec_env
@@ -50,6 +50,8 @@ class OnPolicyAlgorithm(BaseAlgorithm):
     :param max_grad_norm: gradient clipping.
     :param kl_coef: β of the KL penalty; 0 measures the KL without penalising it.
     :param kl_target: nats per episode; β then adapts to hold the KL there, starting from ``kl_coef``.
+    :param kl_estimator: the estimator of each token's KL that the reward pays for: ``"k1"``, the log-ratio, ``"k2"`` or
+        ``"k3"`` (see ``agents.losses`` and ``docs/ppo.md``). ``kl_target`` is of k1, whatever is paid.
     :param missing_eos_penalty: taken off the reward (never the reported score) of texts that were cut by the budget.
     :param normalize_advantage: whiten advantages over the whole rollout.
     :param micro_batch_tokens: tokens of one forward pass; less memory, same gradient.
@@ -81,6 +83,7 @@ class OnPolicyAlgorithm(BaseAlgorithm):
         max_grad_norm: float = 1.0,
         kl_coef: float = 0.04,
         kl_target: float | None = None,
+        kl_estimator: KLEstimator = "k1",
         missing_eos_penalty: float | None = None,
         normalize_advantage: bool = False,
         micro_batch_tokens: int = 4096,
@@ -96,6 +99,11 @@ class OnPolicyAlgorithm(BaseAlgorithm):
         for name, value in (("n_episodes", n_episodes), ("batch_size", batch_size), ("n_epochs", n_epochs)):
             if value < 1:
                 raise ValueError(f"Expected {name} >= 1, got {value}.")
+        if kl_estimator != "k1" and not self.kl_in_reward:
+            raise ValueError(
+                f"kl_estimator={kl_estimator!r} chooses the KL penalty in the reward, where {type(self).__name__} has "
+                "none: its penalty is a term of its loss. Leave kl_estimator out."
+            )
         vec_env = _as_vec_env(env, n_episodes, self.default_group_size)
         if self.default_group_size > 1:
             _check_groups(type(self).__name__, vec_env.vector_env, n_episodes)
@@ -119,6 +127,7 @@ class OnPolicyAlgorithm(BaseAlgorithm):
         self.max_grad_norm = max_grad_norm
         self.kl_coef = kl_coef
         self.kl_target = kl_target
+        self.kl_estimator = kl_estimator
         self.missing_eos_penalty = missing_eos_penalty
         self.normalize_advantage = normalize_advantage
         self.micro_batch_tokens = micro_batch_tokens
@@ -150,6 +159,7 @@ class OnPolicyAlgorithm(BaseAlgorithm):
             gamma=self.gamma,
             n_envs=self.n_envs,
             reference=self.reference,
+            kl_estimator=self.kl_estimator,
         )
 
     @property
@@ -344,6 +354,8 @@ class OnPolicyAlgorithm(BaseAlgorithm):
         record("objective/scores", float(scores.mean()))
         record("objective/scores_std", float(scores.std()))
         record("objective/kl", float(kl.mean()))
+        record("objective/kl_k2", float(buffer.episode_sums(buffer.token_kl("k2")).mean()))
+        record("objective/kl_k3", float(buffer.episode_sums(buffer.token_kl("k3")).mean()))
         record("objective/kl_coef", self.kl.coef)
         record("objective/rlhf_reward", float(buffer.episode_sums(buffer.rewards).mean()))
         record("objective/entropy", float(-buffer.log_probs.mean()))

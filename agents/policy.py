@@ -23,18 +23,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from agents.causal_lm import (
-    CausalLM,
-    add_lora,
-    check_positions,
-    check_tokenizers,
-    load_causal_lm,
-    load_tokenizer,
-    sample,
-)
+from agents.causal_lm import CausalLM, sample
 from agents.contexts import Contexts, contexts_of, packed_positions, share_prefixes
 from agents.critic import make_critic
 from agents.prefix_cache import PrefixCache
+from agents.pretrained import add_lora, check_positions, check_tokenizers, load_causal_lm, load_tokenizer, unwrapped
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 FORBIDDEN_LOGIT = -1e8  # sb3-contrib's own: its exponential is exactly 0, its gradient finite
@@ -46,8 +39,8 @@ class CausalLMActorCritic(BasePolicy):
     :param observation_space: the environment's Dict of ``input_ids``, ``attention_mask``, ``prompt_length``.
     :param action_space: ``Discrete(V)``, one action a token.
     :param lr_schedule: learning rate as a function of the remaining progress (1 → 0).
-    :param model: ``"builtin"``, a directory, a hub name, a ``PretrainedConfig`` (random weights) or a live model (which
-        is then trained in place).
+    :param model: ``"builtin"``, a directory, a hub name, a GGUF file, the directory of a PEFT adapter (which is then
+        trained on), a ``PretrainedConfig`` (random weights) or a live model (which is then trained in place).
     :param dtype: type of the weights: ``"float32"``, ``"bfloat16"``, … or ``"auto"``. The value head is float32 always.
     :param temperature: of the policy's distribution, in rollout, update and reference alike.
     :param min_new_tokens: EOS has probability 0 before so many response tokens. Our algorithms take it from the
@@ -126,19 +119,21 @@ class CausalLMActorCritic(BasePolicy):
         own_tokenizer = load_tokenizer(model)
         check_tokenizers(tokenizer, own_tokenizer, model)
         self.tokenizer = tokenizer if tokenizer is not None else own_tokenizer
-        base = load_causal_lm(model, dtype)
+        loaded = load_causal_lm(model, dtype)
+        base = unwrapped(loaded)
         if eos_token_id is None:
             eos_token_id = base.config.get_text_config().eos_token_id if self.tokenizer is None else None
             eos_token_id = self.tokenizer.eos_token_id if self.tokenizer is not None else eos_token_id
             eos_token_id = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id
         longest = observation_space["input_ids"].shape[0]  # type: ignore[index]
         critic, value_head = make_critic(base, separate_critic, dtype, self.tokenizer, longest)
-        # Held in a tuple: the PEFT wrapper shares its modules with `lm`, and must not be registered a second time.
-        self._peft_model = (add_lora(base, lora),) if lora is not None else None
+        if lora is not None:
+            loaded = add_lora(loaded, lora)
         assert isinstance(action_space, spaces.Discrete)
         check_positions(base, longest)
+        n_tokens = int(action_space.n)
         self.lm = CausalLM(
-            base, int(action_space.n), temperature, eos_token_id, min_new_tokens, autocast, compile_forward, constraint
+            loaded, n_tokens, temperature, eos_token_id, min_new_tokens, autocast, compile_forward, constraint
         )
         self.critic = critic
         self.value_head = value_head
@@ -241,8 +236,7 @@ class CausalLMActorCritic(BasePolicy):
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        model = self._peft_model[0] if self._peft_model is not None else self.lm.model
-        model.save_pretrained(directory)
+        self.lm.save_pretrained(directory)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(directory)
         save_file(self._critic_state(), directory / VALUE_HEAD_FILE)

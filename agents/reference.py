@@ -13,29 +13,34 @@ from typing import Any, Protocol
 import torch
 from stable_baselines3.common.utils import get_device
 
-from agents.causal_lm import CausalLM, adapter_disabled, load_causal_lm, load_tokenizer
+from agents.causal_lm import CausalLM
 from agents.contexts import packed_positions
+from agents.pretrained import freeze_copy_of_adapter, load_causal_lm, load_tokenizer, reference_adapter
 
 
 class Reference:
     """Log-probabilities under the frozen model, of the same distribution as the policy's (temperature, masks).
 
     :param lm: the frozen model.
-    :param without_adapter: ``lm`` is the policy's own model, and the reference is it without its LoRA adapter.
+    :param shares_base: ``lm`` is the policy's own model, and the reference is it without its LoRA adapter, or with the
+        adapter that it started from.
     """
 
-    def __init__(self, lm: CausalLM, without_adapter: bool = False) -> None:
+    def __init__(self, lm: CausalLM, shares_base: bool = False) -> None:
         self.lm = lm
-        self.without_adapter = without_adapter
+        self.shares_base = shares_base
 
     @classmethod
     def of(cls, policy: Any) -> Reference:
-        """The policy as it is now: a frozen copy, or the base model under its LoRA adapter (no second copy).
+        """The policy as it is now: a frozen copy, or with LoRA the base model that both share (no second copy).
 
         :param policy: a ``CausalLMPolicy``.
         """
-        if policy.constructor_arguments["lora"] is not None:
-            return cls(policy.lm, without_adapter=True)
+        if policy.lm.peft_model is not None:
+            if policy.constructor_arguments["lora"] is None:  # it goes on from an adapter, which is no longer zero
+                freeze_copy_of_adapter(policy.lm.peft_model)
+                policy.clear_cache()
+            return cls(policy.lm, shares_base=True)
         # A constraint is a function, the same for both; it may hold a model of its own.
         shared = {id(policy.lm.constraint): policy.lm.constraint}
         return cls(copy.deepcopy(policy.lm, shared).requires_grad_(False))
@@ -68,7 +73,7 @@ class Reference:
         """
         device = self.lm.device
         packed = {name: x.to(device) for name, x in observations.items()}
-        with adapter_disabled(self.lm) if self.without_adapter else contextlib.nullcontext():
+        with reference_adapter(self.lm) if self.shares_base else contextlib.nullcontext():
             return self.lm.evaluate(packed["input_ids"], packed_positions(packed), actions.to(device))[0]
 
 
@@ -110,6 +115,8 @@ class AdaptiveKL:
     def __init__(self, coef: float, target: float, gain: float = 0.5) -> None:
         if target <= 0:
             raise ValueError(f"Expected a target KL > 0 nats per episode, got {target}.")
+        if coef <= 0:
+            raise ValueError(f"Expected a kl_coef > 0 to start from, got {coef}: β is multiplied, and 0 would stay 0.")
         self.coef = coef
         self._target = target
         self._gain = gain

@@ -32,12 +32,13 @@ from agents.reinforce import REINFORCE
 from agents.rloo import RLOO
 from text_env.names import import_object, is_object_name
 from text_env.prompts import load_prompts
+from text_env.shaping import PotentialShaping
 from text_env.vector_env import TextVectorEnv
 
 # Arguments of the algorithms that `TrainConfig` has fields for, or that are made from them.
 OWN_OPTIONS = {
     *("policy", "env", "learning_rate", "n_episodes", "batch_size", "n_epochs", "kl_coef", "kl_target"),
-    *("missing_eos_penalty", "policy_kwargs", "seed", "device", "reference"),
+    *("kl_estimator", "missing_eos_penalty", "policy_kwargs", "seed", "device", "reference"),
 }
 
 ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {
@@ -77,16 +78,33 @@ class EnvConfig:
     """So many episodes in a row share a prompt; by default what the algorithm needs: 4 for RLOO and GRPO, else 1."""
     overlong_prompts: Literal["error", "truncate_left"] = "error"
     """What happens to a prompt that is too long."""
+    chat_template: bool | None = None
+    """Whether a string prompt is the user's turn in the tokenizer's chat template; by default if it has one."""
+    reward_kwargs: dict[str, str] = field(default_factory=dict)
+    """For the classifiers among the rewards, for example `--reward-kwargs batch_size 64 dtype bfloat16`."""
+    shaping: str | None = None
+    """A potential, named as a reward is: pays every token of training for what it promises, and leaves the optimum."""
+    shaping_every: int = 1
+    """Ask the potential after so many tokens."""
 
-    def make(self, num_envs: int, model: str, **overrides: Any) -> TextVectorEnv:
+    def make(self, num_envs: int, model: str, gamma: float | None = None, **overrides: Any) -> TextVectorEnv:
         """
         :param num_envs: rows. :param model: whose tokenizer is used, if none is named.
+        :param gamma: the discount of the algorithm that learns in it, which shaping must share; None: nothing learns,
+            so nothing is shaped.
         :param overrides: keyword arguments of the environment that differ.
         :return: the vector environment.
         """
         options = dataclasses.asdict(self)
         name, gold, tokenizer = options.pop("env"), options.pop("gold"), options.pop("tokenizer")
-        options.update(tokenizer=tokenizer or model, metrics={"gold_score": gold} if gold else None, **overrides)
+        potential, every = options.pop("shaping"), options.pop("shaping_every")
+        options.update(
+            tokenizer=tokenizer or model,
+            metrics={"gold_score": gold} if gold else None,
+            shaping=None if potential is None or gamma is None else PotentialShaping(potential, gamma, every),
+            reward_kwargs=_parsed(self.reward_kwargs),
+        )
+        options.update(overrides)
         if options["group_size"] is None:  # nobody has asked for groups
             options["group_size"] = 1
         return cast(TextVectorEnv, gym.make_vec(name, num_envs=num_envs, **options).unwrapped)
@@ -102,7 +120,7 @@ class TrainConfig:
     algo: str = "ppo"
     """'ppo', 'a2c', 'reinforce', 'rloo', 'grpo', or 'module:Class' for an algorithm of your own."""
     model: str = "builtin"
-    """'builtin', a directory or a hub name."""
+    """'builtin', a directory, a hub name, a GGUF file, or a PEFT adapter's directory (which is trained on)."""
     env: Annotated[EnvConfig, tyro.conf.arg(name="")] = field(default_factory=EnvConfig)
     total_timesteps: int = 60_000
     """Tokens to generate."""
@@ -119,9 +137,11 @@ class TrainConfig:
     n_epochs: int | None = None
     """Passes over a rollout."""
     kl_coef: float = 0.04
-    """β of the KL penalty."""
+    """β of the KL penalty; 0 measures the KL without penalising it."""
     kl_target: float | None = None
     """Nats per episode: β adapts to hold the KL there."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Of each token's KL, for the penalty: k1 is the log-ratio; k2 and k3 have another gradient (docs/ppo.md)."""
     missing_eos_penalty: float | None = None
     """Taken off the reward of texts that the budget cut."""
     algo_kwargs: dict[str, str] = field(default_factory=dict)
@@ -131,7 +151,11 @@ class TrainConfig:
     """A reward model that the critic starts as ('builtin', a directory, a hub name); by default the critic is a head on
     the policy."""
     lora_r: int | None = None
-    """Rank of a LoRA adapter on all linear layers; by default every weight is trained."""
+    """Rank of a LoRA adapter; by default every weight is trained."""
+    lora_alpha: int = 16
+    """Its scale: the adapter's output counts lora_alpha / lora_r."""
+    lora_target_modules: str = "all-linear"
+    """The layers that get one: 'all-linear', or names with commas ('q_proj,v_proj' trains half as fast again)."""
     device: str = "auto"
     dtype: str = "float32"
     """Of the weights."""
@@ -211,7 +235,9 @@ def train(config: TrainConfig) -> OnPolicyAlgorithm:
     assert config.n_episodes is not None
     assert config.n_epochs is not None
     assert config.env.group_size is not None
-    env = config.env.make(default_rows(config.n_episodes, config.env.group_size), config.model)
+    algo_kwargs = _parsed(config.algo_kwargs)
+    gamma = algo_kwargs.get("gamma", argument_defaults(algorithm).get("gamma", 1.0))
+    env = config.env.make(default_rows(config.n_episodes, config.env.group_size), config.model, gamma)
     rate = config.learning_rate
     assert rate is not None
     policy_kwargs: dict[str, Any] = {
@@ -221,7 +247,7 @@ def train(config: TrainConfig) -> OnPolicyAlgorithm:
         "compile_forward": config.compile_forward,
         "temperature": config.temperature,
         "separate_critic": config.critic or False,
-        "lora": {"r": config.lora_r, "target_modules": "all-linear"} if config.lora_r else None,
+        "lora": lora_kwargs(config),
     }
     model = algorithm(
         "CausalLMPolicy",
@@ -232,11 +258,12 @@ def train(config: TrainConfig) -> OnPolicyAlgorithm:
         n_epochs=config.n_epochs,
         kl_coef=config.kl_coef,
         kl_target=config.kl_target,
+        kl_estimator=config.kl_estimator,
         missing_eos_penalty=config.missing_eos_penalty,
         policy_kwargs=policy_kwargs,
         seed=config.seed,
         device=config.device,
-        **{name: _number(yaml.safe_load(value)) for name, value in config.algo_kwargs.items()},
+        **algo_kwargs,
     )
     callbacks: list[BaseCallback] = [SampleTexts(directory / "samples.jsonl", config)]
     directory.mkdir(parents=True, exist_ok=True)
@@ -257,6 +284,25 @@ def _number(value: Any) -> Any:
         with contextlib.suppress(ValueError):
             return float(value)
     return value
+
+
+def lora_kwargs(config: TrainConfig) -> dict[str, Any] | None:
+    """
+    :return: arguments of ``peft.LoraConfig``; None where every weight is trained.
+    """
+    if config.lora_r is None:
+        return None
+    targets = config.lora_target_modules
+    return {
+        "r": config.lora_r,
+        "lora_alpha": config.lora_alpha,
+        "target_modules": targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
+    }
+
+
+def _parsed(given: dict[str, str]) -> dict[str, Any]:
+    """Arguments from the command line, where each value is YAML."""
+    return {name: _number(yaml.safe_load(value)) for name, value in given.items()}
 
 
 def dump_config(config: Any) -> str:
@@ -289,10 +335,9 @@ def load_config(path: Path) -> TrainConfig:
     values = {name: _number(value) for name, value in values.items()}
     if values.get("run_dir") is not None:
         values["run_dir"] = Path(values["run_dir"])
-    if "algo_kwargs" in values:  # on the command line they are strings, which are read as YAML later
-        values["algo_kwargs"] = {
-            k: v if isinstance(v, str) else json.dumps(v) for k, v in values["algo_kwargs"].items()
-        }
+    for options, name in ((values, "algo_kwargs"), (env, "reward_kwargs")):
+        if name in options:  # on the command line they are strings, which are read as YAML later
+            options[name] = {k: v if isinstance(v, str) else json.dumps(v) for k, v in options[name].items()}
     return TrainConfig(env=EnvConfig(**env), **values)
 
 

@@ -19,9 +19,10 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 from transformers import PreTrainedModel
 
-from agents.causal_lm import check_positions, full_forward, load_causal_lm
+from agents.causal_lm import full_forward
 from agents.contexts import Contexts, contexts_of, share_prefixes
 from agents.prefix_cache import PrefixCache
+from agents.pretrained import check_positions, load_causal_lm, unwrapped
 
 # The observations' entries, in the order in which Gymnasium flattens them.
 NAMES = ("attention_mask", "input_ids", "prompt_length")
@@ -147,7 +148,7 @@ class _FrozenLM:
 
     def __init__(self, model: str | Path | PreTrainedModel, n_tokens: int, n_positions: int) -> None:
         self._asked_for = model  # kept alive: a live model is known by its address
-        loaded = copy.deepcopy(model) if isinstance(model, PreTrainedModel) else load_causal_lm(model)
+        loaded = copy.deepcopy(model) if isinstance(model, PreTrainedModel) else unwrapped(load_causal_lm(model))
         self._model = loaded.eval().requires_grad_(False)  # dropout off: features are a function of the context
         config = loaded.config.get_text_config()
         check_positions(loaded, n_positions)

@@ -18,6 +18,8 @@ import json
 import math
 import os
 import re
+import shutil
+import tempfile
 import time
 import unicodedata
 from collections import Counter
@@ -692,40 +694,6 @@ def build_preferences(config: Build) -> Record:
 # ---------------------------------------------------------------------------------------------- reward model
 
 
-@torch.no_grad()
-def reward_logits(model: Any, tokenizer: Any, texts: list[str]) -> np.ndarray:
-    """Score texts as the environment does: the text as it stands, no special token added.
-
-    :param model: a sequence classifier with one output
-    :param tokenizer: its tokenizer
-    :param texts: finished texts, prompt included
-    :return: float64, raw logits
-    """
-    model.eval()
-    sequences = tokenizer(texts)["input_ids"]
-    logits = np.zeros(len(texts))
-    for batch in batches_of_tokens([len(sequence) for sequence in sequences], 8192, rng=None):
-        ids = pad_right([sequences[i] for i in batch], tokenizer.pad_token_id)
-        mask = (ids != tokenizer.pad_token_id).long()
-        logits[batch] = model(input_ids=ids, attention_mask=mask).logits[:, 0].float().numpy()
-    return logits
-
-
-def pair_accuracy(model: Any, tokenizer: Any, pairs: list[Record]) -> float:
-    """The share of pairs in which the chosen text scores higher.
-
-    :param model: a sequence classifier with one output
-    :param tokenizer: its tokenizer
-    :param pairs: records with prompt, chosen, rejected
-    :return: between 0 and 1
-    """
-    chosen, rejected = (
-        reward_logits(model, tokenizer, [pair["prompt"] + pair[key] for pair in pairs])
-        for key in ("chosen", "rejected")
-    )
-    return float((chosen > rejected).mean())
-
-
 def ranks(values: np.ndarray) -> np.ndarray:
     """Ranks from 1, equal values sharing the mean of theirs.
 
@@ -736,95 +704,55 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[inverse])
 
 
-def pair_tokens(tokenizer: Any, pairs: list[Record]) -> dict[str, list[list[int]]]:
-    """Tokenize pairs for TRL's RewardTrainer.
-
-    Given text, the trainer would append eos. The environment scores prompt + completion as it stands, whether it
-    ended by itself or by the budget, so the trainer is given exactly those tokens.
-
-    :param tokenizer: the tokenizer
-    :param pairs: records with prompt, chosen, rejected
-    :return: the columns chosen_ids and rejected_ids
-    """
-    return {
-        f"{key}_ids": tokenizer([pair["prompt"] + pair[key] for pair in pairs])["input_ids"]
-        for key in ("chosen", "rejected")
-    }
-
-
 def build_reward_model(config: Build) -> Record:
-    """Train the reward model on the pairs with TRL's RewardTrainer, then normalise it.
+    """Train the reward model on the pairs as ``textrlhf reward-model`` does, and keep what a reward needs of it.
 
     :param config: the settings
     :return: figures for the report
     """
-    import tempfile
-
-    from datasets import Dataset
-    from trl import RewardConfig, RewardTrainer
+    from agents.reward_model import RewardModelConfig, train_reward_model
+    from text_env.rewards import SequenceClassifierReward
 
     path = config.out / "reward_model"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(config.out / "language_model")
-    pairs = read_jsonl(config.out / "preferences.jsonl.gz")
-    train, held_out = ([pair for pair in pairs if pair["split"] == split] for split in ("train", "eval"))
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        config.out / "language_model", num_labels=1, dtype=torch.float32
-    )
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = RewardTrainer(
-            model=model,
-            processing_class=tokenizer,
-            train_dataset=Dataset.from_dict(pair_tokens(tokenizer, train)),
-            args=RewardConfig(
-                output_dir=scratch,
-                num_train_epochs=config.reward_epochs,
-                per_device_train_batch_size=config.reward_batch_pairs,
+        trained = Path(scratch) / "reward_model"
+        report = train_reward_model(
+            RewardModelConfig(
+                preferences=str(config.out / "preferences.jsonl.gz"),
+                base=str(config.out / "language_model"),
+                out=trained,
+                epochs=config.reward_epochs,
                 learning_rate=config.reward_learning_rate,
-                lr_scheduler_type="cosine",
-                warmup_steps=20,
-                weight_decay=0.1,
-                max_length=None,
+                batch_size=config.reward_batch_pairs,
+                save_dtype="float16",
+                device="cpu",
                 seed=config.seed,
-                use_cpu=True,
-                bf16=False,
-                gradient_checkpointing=False,  # on by default in TRL, to save memory that is not short here
-                dataloader_pin_memory=False,
-                report_to="none",
-                save_strategy="no",
-                logging_steps=20,
-            ),
+                n_normalisation_texts=config.n_normalisation_texts,
+                max_new_tokens=config.max_new_tokens,
+            )
         )
-        trainer.train()
-    save_fp16(trainer.model, path)
-    tokenizer.save_pretrained(path)
+        path.mkdir(parents=True, exist_ok=True)
+        for file in trained.iterdir():
+            # Plots and figures of the training, with this machine's paths in them, don't ship.
+            if file.suffix in {".json", ".safetensors"} and file.name != "reward_model.json":
+                shutil.copy(file, path)
 
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config.out / "language_model")
     policy = transformers.AutoModelForCausalLM.from_pretrained(config.out / "language_model", dtype=torch.float32)
-
-    def untrained_policy_texts(split: str) -> list[str]:
-        prompts = load_prompts(config.out, split)
-        prompts = [prompts[i % len(prompts)] for i in range(config.n_normalisation_texts)]
-        completions = sample(policy, tokenizer, prompts, config.max_new_tokens)
-        return [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-
-    logits = reward_logits(model, tokenizer, untrained_policy_texts("train"))
-    mean, std = float(logits.mean()), float(logits.std())
-    model_config = json.loads((path / "config.json").read_text())
-    model_config |= {"reward_mean": mean, "reward_std": std}
-    (path / "config.json").write_text(json.dumps(model_config, indent=2) + "\n")
-
-    texts = untrained_policy_texts("eval")
-    proxy, gold = (reward_logits(model, tokenizer, texts) - mean) / std, lexicon_scores(texts)
+    eval_prompts = load_prompts(config.out, "eval")
+    prompts = [eval_prompts[i % len(eval_prompts)] for i in range(config.n_normalisation_texts)]
+    completions = sample(policy, tokenizer, prompts, config.max_new_tokens)
+    proxy = np.array(SequenceClassifierReward(path, device="cpu")(prompts=prompts, completions=completions))
+    gold = lexicon_scores([prompt + completion for prompt, completion in zip(prompts, completions, strict=True)])
     # Best of 16 by the reward model: does the lexicon follow where the reward model is pushed?
-    n_prompts = len(load_prompts(config.out, "eval"))
-    groups = [range(start, len(texts), n_prompts)[:16] for start in range(n_prompts)]
+    groups = [range(start, len(prompts), len(eval_prompts))[:16] for start in range(len(eval_prompts))]
     best = [max(group, key=lambda i: proxy[i]) for group in groups]
     return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "train_accuracy": pair_accuracy(model, tokenizer, train),
-        "held_out_accuracy": pair_accuracy(model, tokenizer, held_out),
-        "reward_mean": mean,
-        "reward_std": std,
+        "parameters": report["parameters"],
+        "train_accuracy": report["train"]["accuracy"],
+        "held_out_accuracy": report["held_out"]["accuracy"],
+        "reward_mean": report["normalisation"]["mean"],
+        "reward_std": report["normalisation"]["std"],
         "held_out_prompts": {
             "pearson": float(np.corrcoef(proxy, gold)[0, 1]),
             "spearman": float(np.corrcoef(ranks(proxy), ranks(gold))[0, 1]),

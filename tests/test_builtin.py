@@ -17,7 +17,11 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agents.reward_model import pair_margins, pair_tokens
+from agents.reward_report import describe_margins
 from text_env.builtin import LANGUAGE_MODEL, PREFERENCES, REWARD_MODEL, prompts
+from text_env.preferences import Preference, load_preferences
+from text_env.rewards import SequenceClassifierReward
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPT = REPOSITORY / "data" / "build_builtin.py"
@@ -53,8 +57,13 @@ def reward_model() -> Any:
 
 
 @pytest.fixture(scope="module")
-def held_out_pairs(script: ModuleType) -> list[dict[str, str]]:
-    return [pair for pair in script.read_jsonl(PREFERENCES) if pair["split"] == "eval"]
+def reward() -> SequenceClassifierReward:
+    return SequenceClassifierReward(REWARD_MODEL)
+
+
+@pytest.fixture(scope="module")
+def held_out_pairs() -> list[Preference]:
+    return load_preferences("builtin").held_out
 
 
 # --------------------------------------------------------------------------------------------------- what ships
@@ -161,10 +170,10 @@ def test_the_held_out_loss_of_the_shipped_language_model_is_the_reported_one(
 
 
 def test_the_held_out_accuracy_of_the_reward_model_is_the_reported_one_and_within_eight_points_of_the_ceiling(
-    script: ModuleType, tokenizer: Any, reward_model: Any, held_out_pairs: list[dict[str, str]]
+    reward: SequenceClassifierReward, held_out_pairs: list[Preference]
 ) -> None:
     assert len(held_out_pairs) == REPORT["preferences"]["eval"]["pairs"]
-    accuracy = script.pair_accuracy(reward_model, tokenizer, held_out_pairs)
+    accuracy = describe_margins(pair_margins(reward, held_out_pairs))["accuracy"]
     assert accuracy == pytest.approx(REPORT["reward_model"]["held_out_accuracy"], abs=0.005)
     annotator = REPORT["preferences"]["eval"]["annotator_ceiling"]
     assert 0.8 < annotator < 0.9
@@ -172,10 +181,11 @@ def test_the_held_out_accuracy_of_the_reward_model_is_the_reported_one_and_withi
 
 
 def test_the_annotator_ceiling_follows_from_the_shipped_pairs_and_the_stated_scale(
-    script: ModuleType, held_out_pairs: list[dict[str, str]]
+    script: ModuleType, held_out_pairs: list[Preference]
 ) -> None:
     chosen, rejected = (
-        script.lexicon_scores([pair["prompt"] + pair[key] for pair in held_out_pairs]) for key in ("chosen", "rejected")
+        script.lexicon_scores([pair.prompt + getattr(pair, key) for pair in held_out_pairs])
+        for key in ("chosen", "rejected")
     )
     reported, scale = REPORT["preferences"]["eval"], REPORT["preferences"]["scale"]
     assert len(held_out_pairs) == reported["pairs"]
@@ -196,36 +206,35 @@ def test_the_pairs_are_completions_of_the_prompts_of_their_split(script: ModuleT
 
 
 def test_the_reward_model_was_trained_on_the_tokens_that_the_environment_scores(
-    script: ModuleType, tokenizer: Any, held_out_pairs: list[dict[str, str]]
+    tokenizer: Any, held_out_pairs: list[Preference]
 ) -> None:
-    columns = script.pair_tokens(tokenizer, held_out_pairs[:50])
+    columns = pair_tokens(tokenizer, held_out_pairs[:50])
     for key in ("chosen", "rejected"):
         for pair, ids in zip(held_out_pairs, columns[f"{key}_ids"], strict=False):
-            assert ids == tokenizer(pair["prompt"] + pair[key])["input_ids"]
+            assert ids == tokenizer(pair.prompt + getattr(pair, key))["input_ids"]
             assert tokenizer.eos_token_id not in ids
 
 
 def test_a_text_scores_the_same_alone_and_padded_in_a_batch(
-    script: ModuleType, tokenizer: Any, reward_model: Any
+    tokenizer: Any, reward_model: Any, reward: SequenceClassifierReward
 ) -> None:
     texts = ["The film was wonderful.", "The film was", "I watched this film last night and it was a bore, a mess."]
     alone = [reward_model(**tokenizer(text, return_tensors="pt")).logits.item() for text in texts]
     with torch.no_grad():
         batch = reward_model(**tokenizer(texts, padding=True, return_tensors="pt")).logits[:, 0]
     np.testing.assert_allclose(batch.numpy(), alone, atol=1e-5)
-    np.testing.assert_allclose(script.reward_logits(reward_model, tokenizer, texts), alone, atol=1e-5)
+    scores = np.array(reward(prompts=[""] * len(texts), completions=texts))
+    np.testing.assert_allclose(scores * reward.std + reward.mean, alone, atol=1e-5)
 
 
 def test_texts_of_the_untrained_policy_score_mean_zero_and_standard_deviation_one(
-    script: ModuleType, tokenizer: Any, language_model: Any, reward_model: Any
+    script: ModuleType, tokenizer: Any, language_model: Any, reward: SequenceClassifierReward
 ) -> None:
     transformers.set_seed(1)
     starts = [prompts()[i % len(prompts())] for i in range(256)]
     completions = script.sample(language_model, tokenizer, starts, max_new_tokens=48)
     texts = [start + completion for start, completion in zip(starts, completions, strict=True)]
-    config = json.loads((REWARD_MODEL / "config.json").read_text())
-    logits = script.reward_logits(reward_model, tokenizer, texts)
-    scores = (logits - config["reward_mean"]) / config["reward_std"]
+    scores = np.array(reward(prompts=starts, completions=completions))
     assert abs(scores.mean()) < 4 / 256**0.5
     assert 0.85 < scores.std() < 1.15
     # The proxy follows the gold score on texts that neither has seen.
@@ -302,11 +311,14 @@ def test_one_command_rebuilds_everything_from_the_corpus_in_miniature(script: Mo
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "reward_model")
     assert len(tokenizer) == 320
     policy = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "language_model")
-    reward_model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward_model")
+    assert {file.name for file in (tmp_path / "reward_model").iterdir()} == {
+        file.name for file in REWARD_MODEL.iterdir()
+    }
     start = script.load_prompts(tmp_path, "train")[:2]
     completions = script.sample(policy, tokenizer, start, max_new_tokens=4)
-    scores = script.reward_logits(reward_model, tokenizer, [a + b for a, b in zip(start, completions, strict=True)])
-    assert np.isfinite(scores).all()
+    reward = SequenceClassifierReward(tmp_path / "reward_model")
+    assert reward.std != 1.0
+    assert np.isfinite(reward(prompts=start, completions=completions)).all()
 
 
 def test_a_later_stage_runs_again_by_itself(script: ModuleType, tmp_path: Path) -> None:

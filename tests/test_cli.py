@@ -141,9 +141,11 @@ def test_arguments_of_the_algorithm_reach_it(run: Run, tmp_path: Path, monkeypat
 
     monkeypatch.setattr(PPO, "learn", look)
     options = ["--algo-kwargs", "clip_range", "0.07", "clip_range_vf", "null", "--kl-target", "2.0", "--lora-r", "2"]
+    options += ["--kl-estimator", "k3"]
     assert run.train(tmp_path / "run", *options, "--lr-schedule", "constant", "--temperature", "0.9") == 0
     [model] = seen
     assert (model.clip_range, model.clip_range_vf, model.kl_target) == (0.07, None, 2.0)
+    assert model.kl_estimator == model.buffer.kl_estimator == "k3"
     assert model.lr_schedule(0.0) == model.lr_schedule(1.0) == 1e-4
     assert model.policy.lm.temperature == 0.9
     # The adapter that was left is a policy like any other.
@@ -170,7 +172,9 @@ def test_evaluate_writes_the_json_that_was_promised(
 ) -> None:
     assert run.evaluate(run.directory / "policy", "--episodes", "12", "--json", str(tmp_path / "out.json")) == 0
     result = json.loads((tmp_path / "out.json").read_text())
-    assert set(result) == {"policy", "reference", "kl", "score_gain_std", "episodes"}
+    assert set(result) >= {"policy", "reference", "kl", "score_gain_std", "episodes", "win_rate", "perplexity"}
+    assert set(result["comparison"]) == {"score", "gold_score"}
+    assert "texts" not in result
     for name in ("policy", "reference"):
         assert set(result[name]) >= {"score", "gold_score", "distinct_2", "mean_length"}
     assert result["episodes"] == 12
@@ -178,6 +182,46 @@ def test_evaluate_writes_the_json_that_was_promised(
     shown = capsys.readouterr().out
     assert "12 episodes each" in shown
     assert "score gain (std)" in shown
+    low, high = result["win_rate_interval"]
+    assert f"{100 * result['win_rate']:.0f}% [{100 * low:.0f}, {100 * high:.0f}]" in shown
+    assert "change" in shown
+
+
+def test_evaluate_shows_texts_side_by_side(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--episodes", "6", "--texts", "2", "--json", str(tmp_path / "out.json")]
+    assert run.evaluate(run.directory / "policy", *options) == 0
+    texts = json.loads((tmp_path / "out.json").read_text())["texts"]
+    assert len(texts) == 2
+    shown = "".join(capsys.readouterr().out.split())
+    for pair in texts:
+        assert pair["prompt"] in PROMPTS
+        for name in ("policy", "reference"):
+            assert f"{pair[name]['score']:+.2f}{pair['prompt']}".replace(" ", "")[:8] in shown
+
+
+def test_evaluate_compares_two_policies_against_each_other(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy, json_path = str(run.directory / "policy"), tmp_path / "out.json"
+    assert run.evaluate(policy, "--against", run.model, "--episodes", "8", "--json", str(json_path)) == 0
+    result = json.loads(json_path.read_text())
+    assert result["compared_with"] == "against"
+    assert abs(result["kl"]) > 0.01
+    assert result["kl_against"] == pytest.approx(0, abs=1e-4)  # this one is the reference itself
+    shown = capsys.readouterr().out
+    assert "difference" in shown
+    assert "against" in shown
+    assert re.search(rf"KL \(nats/episode\) +│ -?0\.00 +│ {result['kl']:.2f} ", shown)
+
+
+def test_evaluate_may_sharpen_both_by_a_temperature(run: Run, tmp_path: Path) -> None:
+    entropy = {}
+    for temperature in ("1.0", "0.1"):
+        path = tmp_path / f"{temperature}.json"
+        options = ["--temperature", temperature, "--episodes", "16", "--json", str(path)]
+        assert run.evaluate(run.directory / "policy", *options) == 0
+        entropy[temperature] = json.loads(path.read_text())["reference"]["perplexity"]
+    assert entropy["0.1"] < 0.5 * entropy["1.0"]
 
 
 def test_evaluate_with_the_policy_itself_as_reference_finds_no_kl(run: Run, tmp_path: Path) -> None:
@@ -246,7 +290,7 @@ def run_demo_with(monkeypatch: pytest.MonkeyPatch, run_dir: Path, **changed: flo
     """The demo without its training: everything is as it should be, except for what is changed."""
     reference = {"score": 0.0, "gold_score": 0.1, "distinct_2": 0.8}
     policy = {"score": 2.0, "gold_score": 0.9, "distinct_2": 0.7}
-    figures = {"kl": 9.0, "score_gain_std": 2.0, "episodes": 256}
+    figures = {"kl": 9.0, "score_gain_std": 2.0, "episodes": 256, "compared_with": "reference", "comparison": {}}
     for name, value in changed.items():
         (policy if name in policy else figures)[name] = value
 

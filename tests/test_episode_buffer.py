@@ -96,6 +96,50 @@ def test_the_kl_is_paid_and_cut_segments_are_bootstrapped_as_worked_out_by_hand(
     assert buffer.episode_sums(buffer.log_ratio).tolist() == [0.0, 2.0, -0.5]
 
 
+@pytest.mark.parametrize(
+    ("estimator", "token_kl"),
+    # x = log π_old + 2, which is 1, 0, −1 in row 0, and 1.5, 0.5 | −0.5 in row 1.
+    [
+        ("k1", [1, 0, -1, 1.5, 0.5, -0.5]),
+        # ½ x²
+        ("k2", [0.5, 0, 0.5, 1.125, 0.125, 0.125]),
+        # e^−x − 1 + x:  1/e;  0;  e − 2;  e^−1.5 + 0.5;  e^−0.5 − 0.5;  e^0.5 − 1.5
+        ("k3", [0.3678794, 0, 0.7182818, 0.7231302, 0.1065307, 0.1487213]),
+    ],
+)
+def test_the_kl_is_paid_by_the_estimator_that_was_asked_for(estimator: Any, token_kl: list[float]) -> None:
+    buffer = make_buffer(2, steps=3, reference=ConstantReference(), kl_coef=0.1, kl_estimator=estimator)
+    three_steps_of_two_rows(buffer)
+    buffer.finalize()
+    np.testing.assert_allclose(buffer.token_kl(estimator), token_kl, atol=1e-6)
+    expected = np.array([0, 0, 0, 0, 4, 0]) - 0.1 * np.array(token_kl)
+    np.testing.assert_allclose(buffer.rewards, expected, atol=1e-6)
+    assert buffer.rewards.dtype == np.float32
+    # Whatever is paid: log π_ref, which other losses want, is what the reference said.
+    np.testing.assert_allclose(buffer.pack(np.arange(3)).ref_log_prob, [-2.0] * 6, atol=1e-6)
+
+
+def test_a_kl_coefficient_of_zero_pays_nothing_and_measures_all_three_estimates() -> None:
+    buffer = make_buffer(2, steps=3, reference=ConstantReference(), kl_coef=0.0, kl_estimator="k3")
+    three_steps_of_two_rows(buffer)
+    buffer.finalize()
+    assert buffer.rewards.tolist() == [0, 0, 0, 0, 4, 0]
+    assert [float(buffer.token_kl(name).sum()) for name in ("k1", "k2", "k3")] == pytest.approx(
+        [1.5, 2.375, 2.0645434], abs=1e-6
+    )
+
+
+def test_without_a_reference_every_estimate_is_zero() -> None:
+    buffer = three_steps_of_two_rows(make_buffer(2, steps=3))
+    buffer.finalize()
+    assert all(buffer.token_kl(name).tolist() == [0] * 6 for name in ("k1", "k2", "k3"))
+
+
+def test_an_unknown_estimator_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"Expected kl_estimator to be one of \['k1', 'k2', 'k3'\], got 'k4'"):
+        make_buffer(2, kl_estimator="k4")
+
+
 def test_a_segment_that_ended_with_the_rollout_is_not_bootstrapped() -> None:
     buffer = three_steps_of_two_rows(make_buffer(2, steps=3, gamma=1.0, gae_lambda=1.0))
     buffer.compute_returns_and_advantage(torch.tensor([[8.0], [6.0]]), np.array([True, False]))

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents.losses import clipped_surrogate, kl_k1, kl_k2, kl_k3, policy_gradient, value_loss
+from agents.losses import KL_ESTIMATORS, clipped_surrogate, kl_k1, kl_k2, kl_k3, policy_gradient, value_loss
 
 
 def log(*probabilities: float) -> torch.Tensor:
@@ -104,6 +104,62 @@ def test_k1_and_k3_have_the_true_kl_as_their_mean_and_k2_has_not() -> None:
 def test_with_the_ratio_the_wrong_way_round_k3_misses_by_a_lot() -> None:
     wrong = float((P * kl_k3((Q / P).log())).sum())
     assert abs(wrong - 0.2748872) > 0.05
+
+
+class FourTokens:
+    """A policy with logits, the reference's probabilities, and exact expectations and gradients (of the logits)."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.ref = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+        away = torch.tensor([0.9, -0.7, 0.1, -0.3], dtype=torch.float64)
+        self.logits = (self.ref.log() + scale * away).requires_grad_()
+        self.log_prob = self.logits.log_softmax(-1)
+        self.prob = self.log_prob.detach().exp()
+        self.log_ratio = self.log_prob - self.ref.log()
+
+    def gradient(self, expression: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(expression.sum(), self.logits, retain_graph=True)[0]
+
+    def reverse_kl(self) -> torch.Tensor:
+        """∇ KL(π ‖ π_ref)."""
+        return self.gradient(self.log_prob.exp() * self.log_ratio)
+
+    def forward_kl(self) -> torch.Tensor:
+        """∇ KL(π_ref ‖ π)."""
+        return self.gradient(-self.ref * self.log_prob)
+
+    def in_reward(self, name: str) -> torch.Tensor:
+        """E[∇ log π · k(x)]: the policy gradient of a penalty that is a constant to it."""
+        return self.gradient(self.prob * self.log_prob * KL_ESTIMATORS[name](self.log_ratio).detach())
+
+    def in_loss(self, name: str) -> torch.Tensor:
+        """E[∇ k(x)]: the gradient of a penalty that is differentiated, over tokens that π itself has written."""
+        return self.gradient(self.prob * KL_ESTIMATORS[name](self.log_ratio))
+
+
+def test_in_the_reward_only_k1_makes_the_policy_gradient_that_of_the_kl() -> None:
+    four = FourTokens()
+    kl = four.reverse_kl()
+    torch.testing.assert_close(four.in_reward("k1"), kl, atol=1e-12, rtol=0)
+    torch.testing.assert_close(four.in_reward("k3"), kl - four.forward_kl(), atol=1e-12, rtol=0)
+    k2 = four.gradient(four.log_prob.exp() * kl_k2(four.log_ratio))  # of its expectation
+    torch.testing.assert_close(four.in_reward("k2"), k2 - kl, atol=1e-12, rtol=0)
+    for wrong in ("k2", "k3"):
+        assert float((four.in_reward(wrong) - kl).norm()) > 0.5 * float(kl.norm())
+
+
+def test_in_the_loss_it_is_k2_whose_gradient_is_that_of_the_kl_and_k3s_is_that_of_the_other_direction() -> None:
+    four = FourTokens()
+    torch.testing.assert_close(four.in_loss("k1"), torch.zeros(4, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(four.in_loss("k2"), four.reverse_kl(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(four.in_loss("k3"), four.forward_kl(), atol=1e-12, rtol=0)
+    assert float((four.forward_kl() - four.reverse_kl()).norm()) > 0.05
+
+
+@pytest.mark.parametrize(("name", "order"), [("k1", 1), ("k2", 2), ("k3", 2)])
+def test_near_the_reference_k2_and_k3_in_the_reward_hardly_pull(name: str, order: int) -> None:
+    far, near = (FourTokens(scale).in_reward(name).norm() for scale in (1e-2, 1e-3))
+    assert float(far / near) == pytest.approx(10**order, rel=0.05)
 
 
 @given(st.lists(st.floats(-3, 3), min_size=1, max_size=20))

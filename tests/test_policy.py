@@ -28,10 +28,11 @@ from learners import (
 from tiny import KINDS, tiny_classifier, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, T5Config, T5ForConditionalGeneration
 
-from agents.causal_lm import _LogProbAndEntropy, load_causal_lm
+from agents.causal_lm import _LogProbAndEntropy
 from agents.critic import ValueHead
 from agents.evaluation import load_policy, sample_texts
 from agents.policy import CausalLMPolicy
+from agents.pretrained import load_causal_lm
 from agents.reference import Reference
 
 LORA = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}

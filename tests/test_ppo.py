@@ -232,6 +232,8 @@ LOGGED = {
     "objective/entropy",
     "objective/kl",
     "objective/kl_coef",
+    "objective/kl_k2",
+    "objective/kl_k3",
     "objective/rlhf_reward",
     "objective/scores",
     "rollout/ep_len_mean",
@@ -394,7 +396,59 @@ def test_ppo_adapts_its_kl_coefficient_to_the_target(target: float, direction: i
 def test_a_kl_coefficient_of_zero_still_measures_the_kl() -> None:
     rows = logged(make_ppo(kl_coef=0.0, learning_rate=1e-2), 100)
     assert rows[-1]["objective/kl"] > 0.01
+    assert rows[-1]["objective/kl_k2"] > 0.01
+    assert rows[-1]["objective/kl_k3"] > 0.01
     assert rows[-1]["objective/rlhf_reward"] == pytest.approx(rows[-1]["objective/scores"], abs=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_the_reward_pays_the_estimator_that_was_asked_for_and_the_log_names_each(estimator: str) -> None:
+    reference = Reference(make_ppo(model=make_model(sharp=0.1)).policy.lm)
+    model = make_ppo(make_env(4, reward=length_of), kl_coef=0.5, kl_estimator=estimator, reference=reference)
+    [row] = logged(model, 1)
+    x = model.buffer.log_ratio.astype(np.float64)
+    by_hand = {"k1": x, "k2": 0.5 * x**2, "k3": np.exp(-x) - 1 + x}
+    for name, values in by_hand.items():
+        logged_as = "objective/kl" if name == "k1" else f"objective/kl_{name}"
+        assert row[logged_as] == pytest.approx(values.sum() / 8, rel=1e-4)
+    paid = 0.5 * by_hand[estimator].sum() / 8
+    assert row["objective/rlhf_reward"] == pytest.approx(row["objective/scores"] - paid, rel=1e-4)
+    assert len({round(values.sum(), 2) for values in by_hand.values()}) == 3  # so that a wrong one would be seen
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_the_kl_target_is_of_k1_per_episode_whatever_is_paid(estimator: str) -> None:
+    reference = Reference(make_ppo(model=make_model(sharp=0.1)).policy.lm)
+    model = make_ppo(kl_coef=0.1, kl_target=5.0, kl_estimator=estimator, reference=reference)
+    seen: list[float] = []
+    update = model.kl.update
+    model.kl.update = lambda kl: seen.append(kl) or update(kl)  # type: ignore[method-assign,func-returns-value]
+    [row] = logged(model, 1)
+    assert seen == [pytest.approx(row["objective/kl"])]
+    assert seen[0] == pytest.approx(model.buffer.log_ratio.sum() / 8, rel=1e-4)
+    assert abs(seen[0] - row["objective/kl_k3"]) > 0.1
+    assert model.kl.coef == pytest.approx(0.1 * (1 + 0.5 * np.clip(seen[0] / 5.0 - 1, -0.2, 0.2)))
+
+
+def test_a_checkpoint_carries_the_estimator(tmp_path: Any) -> None:
+    make_ppo(model=save_model(tmp_path / "model"), kl_estimator="k2").save(tmp_path / "checkpoint")
+    loaded = PPO.load(tmp_path / "checkpoint", env=make_env(), device="cpu")
+    assert loaded.kl_estimator == loaded.buffer.kl_estimator == "k2"
+
+
+def test_an_estimator_that_would_be_ignored_or_does_not_exist_is_refused() -> None:
+    class PenaltyInTheLoss(PPO):
+        kl_in_reward = False
+
+    with pytest.raises(ValueError, match="where PenaltyInTheLoss has none: its penalty is a term of its loss"):
+        PenaltyInTheLoss("CausalLMPolicy", make_env(), policy_kwargs={"model": make_model()}, kl_estimator="k3")
+    with pytest.raises(ValueError, match="Expected kl_estimator to be one of"):
+        make_ppo(kl_estimator="k0")
+
+
+def test_a_kl_target_needs_a_coefficient_to_start_from() -> None:
+    with pytest.raises(ValueError, match=r"Expected a kl_coef > 0 to start from, got 0\.0"):
+        make_ppo(kl_target=5.0, kl_coef=0.0)
 
 
 def test_another_model_can_be_the_reference(tmp_path: Any) -> None:

@@ -9,6 +9,7 @@ from text_env.constraints import AllowedTokens, Constraint, Contexts, ForbiddenT
 from text_env.env import TextEnv
 from text_env.episodes import NO_ACTION
 from text_env.rewards import Normalized, RewardError, SequenceClassifierReward, WeightedSum, make_reward
+from text_env.shaping import PotentialShaping
 from text_env.vector_env import TextVectorEnv
 from text_env.wrappers import ENTRY_POINT, NO_POINT, EmbeddingAction, VectorEmbeddingAction
 
@@ -22,6 +23,7 @@ __all__ = [
     "ForbiddenTokens",
     "MinimumLength",
     "Normalized",
+    "PotentialShaping",
     "RewardError",
     "SequenceClassifierReward",
     "TextEnv",

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from text_env.episodes import NO_ACTION, Observation
 from text_env.rewards import FinishedTexts, score
-from text_env.tokenization import decode
+from text_env.shaping import PotentialShaping
+from text_env.tokenization import decode, decode_completions
 
 # Scores may come from a model whose last digits depend on what else is in the batch.
 _TOLERANCE = 1e-4
@@ -138,10 +139,37 @@ def _play(env: gym.Env[Any, Any], tokens: list[int]) -> list[_Step]:
     return steps
 
 
+def _shaping(face: Any) -> PotentialShaping | None:
+    # Somebody else's environment need not know of it.
+    return getattr(face, "shaping", None)
+
+
+def _text_is_all(face: Any) -> bool:
+    """Whether rewards see nothing of a prompt but its text, which the info holds."""
+    return not face.prompts.columns and all(prompt.messages is None for prompt in face.prompts)
+
+
+def _shaped(face: Any, shaping: PotentialShaping, prompt: str, before: Observation, step: _Step) -> float:
+    """What a step must be paid: γ Φ(s') − Φ(s), with Φ = 0 at the end, and there the score besides."""
+
+    def potential(obs: Observation) -> float:
+        start = int(obs["prompt_length"][0])
+        context = _context(obs)
+        context = context[: start + int(shaping.seen(np.array(len(context) - start)))]
+        spelt = decode(face.tokenizer, [context[:start]])
+        completions = decode_completions(face.tokenizer, [context], [start], spelt)
+        return float(shaping.potentials(FinishedTexts([prompt], completions, [context[start:]]))[0])
+
+    if step.terminated:
+        return float(step.info.get("score", np.nan)) - potential(before)
+    return shaping.gamma * potential(step.obs) - potential(before)
+
+
 def _check_episode(env: gym.Env[Any, Any]) -> None:
     """What a token does, and when the score is paid."""
     face: Any = env.unwrapped
     obs, info = env.reset()
+    prompt, shaping = str(info.get("prompt")), _shaping(face)
     _check_observation(face, obs, env.observation_space)
     assert isinstance(info.get("prompt"), str), "The info of a reset must hold the prompt as a string."
     assert len(_response(obs)) == 0, "A reset must start with the prompt alone."
@@ -164,9 +192,15 @@ def _check_episode(env: gym.Env[Any, Any]) -> None:
         seen.append((obs, deepcopy(obs)))
         assert isinstance(reward, float), f"The reward must be a float, not {type(reward).__name__}."
         assert truncated is False, "Nothing in the environment truncates: EOS, stop strings and the budget terminate."
+        if shaping is not None and _text_is_all(face):
+            step = _Step(obs, float(reward), terminated, truncated, info)
+            expected = _shaped(face, shaping, prompt, previous, step)
+            assert np.isclose(reward, expected, rtol=_TOLERANCE, atol=_TOLERANCE), (
+                f"A shaped reward must be γ Φ(s') − Φ(s), at the end with the score, {expected}, but it is {reward}."
+            )
         if terminated:
             break
-        assert reward == 0.0, f"The reward must be 0 before the last token, but it is {reward}."
+        assert shaping is not None or reward == 0.0, f"The reward must be 0 before the last token, but it is {reward}."
         assert not set(FINAL_KEYS) & set(info), "The final info must not appear before the last step."
     assert terminated is True, (
         f"The budget of {face.max_new_tokens} tokens is spent, but the episode did not terminate."
@@ -184,7 +218,9 @@ def _check_episode(env: gym.Env[Any, Any]) -> None:
 def _check_final(face: Any, obs: Observation, reward: float, info: dict[str, Any]) -> None:
     assert set(FINAL_KEYS) <= set(info), f"The final info must hold {FINAL_KEYS}, but it holds {sorted(info)}."
     response = _response(obs)
-    assert reward == info["score"], f"The last reward must be the score {info['score']}, but it is {reward}."
+    assert _shaping(face) is not None or reward == info["score"], (
+        f"The last reward must be the score {info['score']}, but it is {reward}."
+    )
     written = decode(face.tokenizer, [response])[0]
     assert info["completion"].strip() == written.strip(), (
         f"The completion must be all of the response, its last token included: {written!r}, not {info['completion']!r}."
@@ -195,11 +231,11 @@ def _check_final(face: Any, obs: Observation, reward: float, info: dict[str, Any
     assert right.get(reason, False), (
         f"The finish reason is {reason!r} after {len(response)} of {face.max_new_tokens} tokens, EOS last: {eos}."
     )
-    if not face.prompts.columns:
+    if _text_is_all(face):
         texts = FinishedTexts([info["prompt"]], [info["completion"]], [response])
         expected = score(face.reward, texts)[0]
-        assert np.isclose(reward, expected, rtol=_TOLERANCE, atol=_TOLERANCE), (
-            f"The score must be what the reward says of the finished text, {expected}, but it is {reward}."
+        assert np.isclose(info["score"], expected, rtol=_TOLERANCE, atol=_TOLERANCE), (
+            f"The score must be what the reward says of the finished text, {expected}, but it is {info['score']}."
         )
 
 
@@ -253,6 +289,10 @@ def _check_openings(env: gym.Env[Any, Any]) -> None:
         assert len(rest) == len(written) - given, "A response given at reset must count against the budget."
         assert rest[-1].info["completion"] == written[-1].info["completion"], (
             "A response given at reset belongs to the completion that is scored."
+        )
+        rewards = [step.reward for step in rest]
+        assert _equivalent(rewards, [step.reward for step in written[given:]]), (
+            f"An episode that starts with a response must be paid as one that wrote it, but it is paid {rewards}."
         )
 
 

@@ -24,7 +24,7 @@ class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
     **Observation**: ``Dict`` of ``input_ids`` int64 [L] (prompt, response so far, padding), ``attention_mask`` int8 [L]
     and ``prompt_length`` int64 [1], with L = ``max_prompt_tokens + max_new_tokens``.
     **Action**: ``Discrete(V)``, the next token, with V = ``len(tokenizer)``.
-    **Reward**: 0 until the last step, then the score of the text.
+    **Reward**: 0 until the last step, then the score of the text; ``shaping`` pays the steps before it too.
     **End**: EOS, a stop string and a spent budget all *terminate*, since the budget is part of the task; nothing here
     truncates. The info of the last step holds ``score``, ``prompt``, ``completion``, ``finish_reason`` (``"eos"``,
     ``"stop"`` or ``"length"``), the ``metrics``, and ``reward/<name>`` for each part of a weighted sum. The info of a
@@ -33,7 +33,9 @@ class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
     :param tokenizer: ``"builtin"``, a directory, a hub name, or a live Hugging Face tokenizer with an eos token. Here
         and below, names are the better form: Gymnasium deep-copies live objects when a wrapper's ``spec`` is read.
     :param prompts: ``"builtin"``, ``"builtin:eval"``, a file (.jsonl, .json, .csv, .txt), ``"module:function"``, a list
-        of strings, a list of mappings with the key ``"prompt"``, or a ``datasets.Dataset``. Columns go to the reward.
+        of strings, a list of mappings with the key ``"prompt"``, or a ``datasets.Dataset``. Columns go to the reward. A
+        prompt may be a conversation, a list of messages ``{"role": ..., "content": ...}``: it is written in the
+        tokenizer's chat template, and rewards get prompts and completions as messages too, as TRL gives them.
     :param reward: ``"builtin"``, ``"sentiment"``, directory or hub name of a sequence classifier,
         ``"module:function"``, a callable ``(prompts, completions, completion_ids, **columns) -> list[float]``, or a
         weighted sum of these, as ``{"builtin": 1.0, "sentiment": 0.5}`` or ``"builtin+0.5*sentiment"``.
@@ -51,6 +53,14 @@ class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
         :mod:`text_env.constraints`), its name as ``"module:function"``, or a list of these, all of which hold.
         :meth:`action_masks` tells it to whoever asks. The environment itself takes every token, so that algorithms
         without masks run as well; it is the policy that never samples a forbidden one.
+    :param chat_template: whether a string prompt is the user's turn in a conversation, written in the tokenizer's chat
+        template; None: if the tokenizer has one, as those of instruct models do. Lists of messages always are.
+    :param shaping: what pays the tokens before the last as well: a :class:`text_env.shaping.PotentialShaping`, its name
+        as ``"module:object"``, or whatever ``reward`` may be, for the potential of one. The best policy stays the same.
+        ``info["score"]`` is the score as ever; an episode's rewards sum to it minus the potential of its start (γ = 1).
+    :param reward_kwargs: ``batch_size``, ``device``, ``dtype``, ``max_length``, ``label`` and ``chat_template`` of
+        :class:`text_env.rewards.SequenceClassifierReward`, for every classifier that ``reward``, ``metrics`` and
+        ``shaping`` name.
     :raises ValueError: if an argument is out of range or names something that is not there; it says what is.
     """
 
@@ -70,6 +80,9 @@ class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
         overlong_prompts: OverlongPrompts = "error",
         render_mode: str | None = None,
         constraint: Any = None,
+        chat_template: bool | None = None,
+        shaping: Any = None,
+        reward_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         check_render_mode(render_mode)
         self.render_mode = render_mode
@@ -86,6 +99,9 @@ class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
             group_size=group_size,
             metrics=metrics,
             overlong_prompts=overlong_prompts,
+            chat_template=chat_template,
+            shaping=shaping,
+            reward_kwargs=reward_kwargs,
         )
         self.observation_space = self.episodes.observation_space()
         self.action_space = self.episodes.action_space()

@@ -22,6 +22,7 @@ from text_env.action_spaces import Tokens
 from text_env.constraints import Constraint, Contexts, MinimumLength, all_of, allowed_tokens, make_constraint
 from text_env.prompts import OverlongPrompts, Prompt, Prompts, checked_ids
 from text_env.rewards import FinishedTexts, make_reward, score, score_parts
+from text_env.shaping import PotentialShaping, make_shaping
 from text_env.tokenization import decode, decode_completions, load_tokenizer
 
 if TYPE_CHECKING:
@@ -60,6 +61,11 @@ class Episodes:
     :param group_size: so many episodes that start one after another share a prompt.
     :param metrics: name → reward. Further scores of finished texts: reported in the final info, never paid.
     :param overlong_prompts: ``"error"`` or ``"truncate_left"``.
+    :param chat_template: whether string prompts are the user's turn in the tokenizer's chat template; None: if it has
+        one.
+    :param shaping: what :func:`text_env.shaping.make_shaping` takes. Changes what steps are paid, never a score.
+    :param reward_kwargs: for every classifier that reward, metrics and shaping name; see
+        :func:`text_env.rewards.make_reward`.
     :raises ValueError: for arguments outside their range, and for what tokenizer, prompts and rewards refuse.
     """
 
@@ -78,6 +84,9 @@ class Episodes:
         group_size: int,
         metrics: Mapping[str, Any] | None,
         overlong_prompts: OverlongPrompts,
+        chat_template: bool | None,
+        shaping: Any,
+        reward_kwargs: Mapping[str, Any] | None,
     ) -> None:
         for name, value, least in [
             ("num_envs", n, 1),
@@ -108,9 +117,11 @@ class Episodes:
         if not all(isinstance(string, str) and string for string in self.stop):
             raise ValueError(f"Expected stop to be a non-empty string or a list of them, got {stop!r}.")
         self.group_size = group_size
-        self.prompts = Prompts(prompts, self.tokenizer, max_prompt_tokens, overlong_prompts)
-        self.reward = make_reward(reward)
-        self.metrics = {name: make_reward(metric) for name, metric in (metrics or {}).items()}
+        self.prompts = Prompts(prompts, self.tokenizer, max_prompt_tokens, overlong_prompts, chat_template)
+        options = dict(reward_kwargs or {})
+        self.reward = make_reward(reward, **options)
+        self.metrics = {name: make_reward(metric, **options) for name, metric in (metrics or {}).items()}
+        self.shaping: PotentialShaping | None = make_shaping(shaping, **options)
         if clash := sorted(name for name in self.metrics if name in RESERVED_INFO or name.startswith(("_", "reward/"))):
             raise ValueError(f"Expected metrics to have names that the final info does not use yet, got {clash}.")
 
@@ -121,6 +132,7 @@ class Episodes:
         self._input_ids = np.full((n, columns), self.pad_token_id, np.int64)
         self._attention_mask = np.zeros((n, columns), np.int8)
         self._prompt: list[Prompt] = [self.prompts[0]] * n
+        self._potential = np.full(n, np.nan)  # of the state that a row is in; NaN until its next step asks for it
         self.finished = np.ones(n, np.bool_)  # a row plays only after its first `start`
         self._group_prompt = self.prompts[0]
         self._group_left = 0
@@ -180,7 +192,8 @@ class Episodes:
         """Check what a user asks of ``count`` episodes to be started. Draws nothing and changes nothing.
 
         :param options: ``"prompt"`` and ``"response"``, either may be missing or None: one entry per episode, each
-            text, token ids or None (a drawn prompt, an empty response).
+            text, token ids or None (a drawn prompt, an empty response); a prompt may be an entry of ``prompts`` too,
+            and keeps its columns then.
         :raises ValueError: for another option or another number of entries, if a prompt is empty or overlong, or if a
             response is finished already.
         """
@@ -198,9 +211,13 @@ class Episodes:
                     f"reset (None: nothing special), got {values!r}."
                 )
         return [
-            Opening(None if prompt is None else self.prompts.make(prompt), self._opening_response(response))
+            Opening(self._opening_prompt(prompt), self._opening_response(response))
             for prompt, response in zip(entries["prompt"], entries["response"], strict=True)
         ]
+
+    def _opening_prompt(self, prompt: Any) -> Prompt | None:
+        # An entry of the set keeps its columns, which a text from outside has none of.
+        return prompt if prompt is None or isinstance(prompt, Prompt) else self.prompts.make(prompt)
 
     def _opening_response(self, response: str | Sequence[int] | None) -> list[int]:
         if response is None:
@@ -246,6 +263,7 @@ class Episodes:
             self._input_ids[row, len(ids) :] = self.pad_token_id
             self._attention_mask[row] = 0
             self._attention_mask[row, : len(ids)] = 1
+            self._potential[row] = np.nan
             self.finished[row] = False
             infos.append({"prompt": prompt.text})
         return infos
@@ -275,14 +293,14 @@ class Episodes:
     def append(
         self, rows: NDArray[np.int64], tokens: NDArray[np.integer[Any]]
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_], list[dict[str, Any]]]:
-        """Append a token to each of these rows; score the texts that it finishes.
+        """Append a token to each of these rows; score the texts that it finishes, and shape the rewards.
 
         :param rows: int64 [k], different indices.
         :param tokens: integers [k].
         :return: rewards float64 [k], terminated bool [k], and one final info for each row that terminated, in order.
         :raises ValueError: if a token is outside the vocabulary.
         :raises gymnasium.error.ResetNeeded: if one of the episodes has ended already.
-        :raises text_env.rewards.RewardError: if a reward fails. In all these cases nothing has changed.
+        :raises text_env.rewards.RewardError: if a reward or a potential fails. In all these cases nothing has changed.
         """
         if len(rows) and (tokens.min() < 0 or tokens.max() >= self.vocabulary):
             wrong = (tokens < 0) | (tokens >= self.vocabulary)
@@ -310,6 +328,10 @@ class Episodes:
         if terminated.any():
             reasons = np.where(eos, "eos", np.where(stopped, "stop", "length"))[terminated].tolist()
             rewards[terminated], infos = self.finish(rows[terminated], tokens[terminated], reasons)
+        if self.shaping is not None:
+            shaped, potentials = self._shape(self.shaping, rows, tokens, terminated)
+            rewards += shaped
+            self._potential[rows] = potentials  # nothing below can fail
 
         self._input_ids[rows, columns] = tokens
         self._attention_mask[rows, columns] = 1
@@ -328,14 +350,7 @@ class Episodes:
         :return: scores float64 [k], and k final infos.
         :raises text_env.rewards.RewardError: if a reward fails.
         """
-        prompts = [self._prompt[row] for row in rows]
-        contexts = [self._context(row, token) for row, token in zip(rows, tokens, strict=True)]
-        texts = FinishedTexts(
-            prompts=[prompt.text for prompt in prompts],
-            completions=self._completions(contexts, prompts),
-            completion_ids=[ids[len(prompt.token_ids) :] for ids, prompt in zip(contexts, prompts, strict=True)],
-            columns={name: [prompt.columns[name] for prompt in prompts] for name in self.prompts.columns},
-        )
+        texts = self._texts(rows, [self._context(row, token) for row, token in zip(rows, tokens, strict=True)])
         numbers = score_parts(self.reward, texts)
         numbers |= {name: score(metric, texts) for name, metric in self.metrics.items()}
         infos = [
@@ -348,6 +363,46 @@ class Episodes:
             for index, reason in enumerate(reasons)
         ]
         return numbers["score"], infos
+
+    def _shape(
+        self,
+        shaping: PotentialShaping,
+        rows: NDArray[np.int64],
+        tokens: NDArray[np.integer[Any]],
+        terminated: NDArray[np.bool_],
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """What these tokens, which are not appended yet, earn by shaping; it calls the potential once at most.
+
+        :return: F float64 [k], and the potential of the state that follows, float64 [k].
+        """
+        before = self._length[rows] - self._prompt_length[rows]
+        known = self._potential[rows]
+        # Of the state that an episode starts from: `start`, which cannot fail, didn't ask for it.
+        unknown = np.isnan(known)
+        # A potential that sees only every k-th token has nothing new to say in between.
+        due = ~terminated & (shaping.seen(before + 1) == before + 1)
+        kept = self._prompt_length[rows] + shaping.seen(before)
+        contexts = [self._context(row)[:length] for row, length in zip(rows[unknown], kept[unknown], strict=True)]
+        contexts += [self._context(row, token) for row, token in zip(rows[due], tokens[due], strict=True)]
+        asked = np.zeros(0)
+        if contexts:
+            asked = shaping.potentials(self._texts(np.concatenate([rows[unknown], rows[due]]), contexts))
+        known[unknown], latest = np.split(asked, [int(unknown.sum())])
+        following = np.where(terminated, 0.0, known)
+        following[due] = latest
+        return shaping.rewards(known, following), following
+
+    def _texts(self, rows: NDArray[np.int64], contexts: Sequence[Sequence[int]]) -> FinishedTexts:
+        """These contexts of these rows, as rewards see them."""
+        prompts = [self._prompt[row] for row in rows]
+        return FinishedTexts(
+            prompts=[prompt.text for prompt in prompts],
+            completions=self._completions(contexts, prompts),
+            completion_ids=[list(ids[len(prompt.token_ids) :]) for ids, prompt in zip(contexts, prompts, strict=True)],
+            columns={name: [prompt.columns[name] for prompt in prompts] for name in self.prompts.columns},
+            # All of them have some or none has: `Prompts` sees to it.
+            messages=[prompt.messages for prompt in prompts if prompt.messages is not None] or None,
+        )
 
     def _context(self, row: int, *more: int) -> list[int]:
         return [*self._input_ids[row, : self._length[row]].tolist(), *map(int, more)]
@@ -414,3 +469,8 @@ class EpisodesFace:
     def reward(self) -> Any:
         """The resolved reward, a callable on batches of texts."""
         return self.episodes.reward
+
+    @property
+    def shaping(self) -> PotentialShaping | None:
+        """How the steps' rewards are shaped, with its resolved potential; None: they are not."""
+        return self.episodes.shaping

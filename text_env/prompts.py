@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from text_env.names import import_object, is_object_name
-from text_env.tokenization import decode
+from text_env.tables import FORMATS, read_rows, table_format
+from text_env.tokenization import Message, chat_ids, decode, is_conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,16 +22,19 @@ RESERVED_COLUMNS = frozenset({"prompts", "completions", "completion_ids", "compl
 class Prompt(NamedTuple):
     """One prompt, ready to start an episode.
 
-    :param text: as the user gave it, or what is left of it after truncation. This is what rewards get.
+    :param text: as the user gave it, or what is left of it after truncation; of a conversation, what was said in it.
     :param token_ids: at least one, at most ``max_prompt_tokens``.
     :param decoded: the ids decoded again, which need not equal ``text`` (a tokenizer may change case or spaces).
     :param columns: whatever else the data set says of this prompt; rewards get it by keyword.
+    :param messages: the conversation that the token ids are the template of; None: a plain text. Rewards get these
+        where there are any, else ``text``.
     """
 
     text: str
     token_ids: list[int]
     decoded: str
     columns: Mapping[str, Any]
+    messages: list[Message] | None = None
 
 
 def _builtin(split: str) -> Callable[[], list[str]]:
@@ -52,26 +53,17 @@ KNOWN_PROMPTS: dict[str, Callable[[], list[str]]] = {
 }
 
 
-def _read_lines(file: IO[str]) -> list[str]:
-    return [line.rstrip("\r\n") for line in file if line.strip()]
-
-
-READERS: dict[str, Callable[[IO[str]], Any]] = {
-    ".jsonl": lambda file: [json.loads(line) for line in _read_lines(file)],
-    ".json": json.load,
-    ".csv": lambda file: list(csv.DictReader(file)),
-    ".txt": _read_lines,
-}
-
-
 def load_prompts(spec: str | Path | Iterable[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Read a set of prompts.
 
     :param spec: ``"builtin"`` (the training split), ``"builtin:eval"``; a ``.jsonl``, ``.json``, ``.csv`` or ``.txt``
-        file (``.gz`` after it is understood); ``"module:function"``, called without arguments; a list of strings; a
-        list of mappings with the key ``"prompt"``, or a ``datasets.Dataset``, which iterates as one.
+        file (``.gz`` after it is understood) or a ``.parquet`` file; ``"module:function"``, called without arguments;
+        a list of strings; a list of mappings with the key ``"prompt"``, or a ``datasets.Dataset``, which iterates as
+        one. A prompt is a string or, as TRL's conversational format has it, a list of messages
+        ``{"role": ..., "content": ...}``.
     :return: mappings with the key ``"prompt"``.
-    :raises ValueError: for an unknown name or file, an empty list, or an entry without a prompt.
+    :raises ValueError: for an unknown name or file, an empty list, an entry without a prompt, or plain and
+        conversational prompts in one list.
     """
     entries: Any = spec
     if isinstance(spec, str | Path):
@@ -83,10 +75,12 @@ def load_prompts(spec: str | Path | Iterable[str | Mapping[str, Any]]) -> list[d
         )
     prompts: list[dict[str, Any]] = []
     for number, entry in enumerate(entries):
-        row = {"prompt": entry} if isinstance(entry, str) else entry
-        if not isinstance(row, Mapping) or not isinstance(row.get("prompt"), str):
+        row = {"prompt": entry} if isinstance(entry, str) or is_conversation(entry) else entry
+        prompt = row.get("prompt") if isinstance(row, Mapping) else None
+        if not isinstance(prompt, str) and not is_conversation(prompt):
             raise ValueError(
-                f"Expected prompt {number} to be a string or a mapping with a string 'prompt', got {entry!r}."
+                f"Expected prompt {number} to be a string or a mapping with a string 'prompt' (or, in place of the "
+                f"string, a list of messages {{'role': ..., 'content': ...}}), got {entry!r}."
             )
         if clash := RESERVED_COLUMNS.intersection(row):
             raise ValueError(
@@ -95,6 +89,11 @@ def load_prompts(spec: str | Path | Iterable[str | Mapping[str, Any]]) -> list[d
         prompts.append(dict(row))
     if not prompts:
         raise ValueError(f"Expected at least one prompt, got none from {spec!r}.")
+    if len({isinstance(row["prompt"], str) for row in prompts}) > 1:
+        raise ValueError(
+            f"Expected prompts to be either all strings or all lists of messages; {spec!r} has both. Write a string as "
+            "[{'role': 'user', 'content': string}]."
+        )
     return prompts
 
 
@@ -102,22 +101,13 @@ def _load_by_name(spec: str | Path) -> Any:
     name, path = str(spec), Path(spec)
     if name in KNOWN_PROMPTS:
         return KNOWN_PROMPTS[name]()
-    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    if suffix in READERS:
-        if not path.is_file():
-            raise ValueError(
-                f"Expected prompts to name a file, but there is no file {name!r} (looked in {Path.cwd()})."
-            )
-        try:
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-                return READERS[suffix](file)
-        except ValueError as error:  # malformed JSON, or not UTF-8
-            raise ValueError(f"Expected {name!r} to be a well-formed {suffix} file: {error}") from error
+    if table_format(path) is not None:
+        return read_rows(path, "prompts")
     if is_object_name(name):
         return import_object(name)()
     raise ValueError(
         f"Unknown prompts {name!r}. Known names: {', '.join(KNOWN_PROMPTS)}. Otherwise give a file "
-        f"({', '.join(READERS)}, with or without .gz), 'module:function', or a list of strings."
+        f"({', '.join(FORMATS)}; all but the last with or without .gz), 'module:function', or a list of strings."
     )
 
 
@@ -127,9 +117,12 @@ class Prompts(Sequence[Prompt]):
     :param spec: what :func:`load_prompts` takes.
     :param tokenizer: gives the token ids; called on the text as it stands, so that it adds its own BOS if it has one.
     :param max_prompt_tokens: the longest prompt allowed.
+    :param chat_template: whether a string becomes the user's turn in a conversation, written in the tokenizer's chat
+        template; None: if the tokenizer has one, as those of instruct models do. Lists of messages always use it.
     :param overlong: what happens to a longer one: ``"error"``, or ``"truncate_left"``, which keeps its last
         ``max_prompt_tokens`` tokens (a leading BOS is lost then).
-    :raises ValueError: as :func:`load_prompts`, and for an empty or overlong prompt.
+    :raises ValueError: as :func:`load_prompts`, for an empty or overlong prompt, and if there is no chat template for
+        those that need it.
     """
 
     def __init__(
@@ -138,6 +131,7 @@ class Prompts(Sequence[Prompt]):
         tokenizer: PreTrainedTokenizerBase,
         max_prompt_tokens: int,
         overlong: OverlongPrompts = "error",
+        chat_template: bool | None = None,
     ) -> None:
         if overlong not in get_args(OverlongPrompts):
             raise ValueError(f"Expected overlong_prompts to be one of {get_args(OverlongPrompts)}, got {overlong!r}.")
@@ -145,14 +139,14 @@ class Prompts(Sequence[Prompt]):
         self.max_prompt_tokens = max_prompt_tokens
         self.overlong = overlong
         rows = load_prompts(spec)
+        uses_template = tokenizer.chat_template is not None if chat_template is None else chat_template
+        self.conversational = uses_template or not isinstance(rows[0]["prompt"], str)
         # Rewards get the same columns whatever the batch holds, so a row that lacks one has None there.
         self.columns = tuple(dict.fromkeys(key for row in rows for key in row if key != "prompt"))
-        texts = [row["prompt"] for row in rows]
-        fitted = [self._fit_text(text, ids) for text, ids in zip(texts, tokenizer(texts)["input_ids"], strict=True)]
-        decoded = decode(tokenizer, [ids for _, ids in fitted])
+        prompts = [row["prompt"] for row in rows]
         self._prompts = [
-            Prompt(text, ids, spelt, {column: row.get(column) for column in self.columns})
-            for (text, ids), spelt, row in zip(fitted, decoded, rows, strict=True)
+            self._made(prompt, ids, {column: row.get(column) for column in self.columns})
+            for prompt, ids, row in zip(prompts, self._encode(prompts), rows, strict=True)
         ]
 
     def __len__(self) -> int:
@@ -161,22 +155,35 @@ class Prompts(Sequence[Prompt]):
     def __getitem__(self, index: Any) -> Any:
         return self._prompts[index]
 
-    def make(self, prompt: str | Sequence[int]) -> Prompt:
+    def make(self, prompt: str | Sequence[int] | list[Message]) -> Prompt:
         """A prompt from outside the set, held to the same rules; its columns are all None.
 
-        :param prompt: text or token ids.
+        :param prompt: text, messages, or token ids; what these spell is then the whole conversation, if it is one.
         :raises ValueError: if it is empty, overlong or outside the vocabulary.
         """
-        if isinstance(prompt, str):
-            text, ids = self._fit_text(prompt, self.tokenizer(prompt)["input_ids"])
-        else:
-            ids = checked_ids(prompt, len(self.tokenizer), "prompt")
-            text, ids = self._fit(decode(self.tokenizer, [ids])[0], ids)
-        return Prompt(text, ids, decode(self.tokenizer, [ids])[0], dict.fromkeys(self.columns))
+        columns = dict.fromkeys(self.columns)
+        if isinstance(prompt, str) or is_conversation(prompt):
+            return self._made(prompt, self._encode([prompt])[0], columns)
+        ids = checked_ids(prompt, len(self.tokenizer), "prompt")  # type: ignore[arg-type]
+        return self._made(decode(self.tokenizer, [ids])[0], ids, columns)
 
-    def _fit_text(self, text: str, ids: list[int]) -> tuple[str, list[int]]:
+    def _encode(self, prompts: Sequence[Any]) -> list[list[int]]:
+        if self.conversational:
+            return [chat_ids(self.tokenizer, _messages(prompt)) if prompt else [] for prompt in prompts]
+        if conversations := [prompt for prompt in prompts if not isinstance(prompt, str)]:
+            raise ValueError(
+                f"Expected a string or token ids as a prompt, since the others are plain texts; got {conversations[0]}."
+            )
         # An empty text is empty even if the tokenizer puts a BOS before it; whoever means the BOS can give its id.
-        return self._fit(text, ids if text else [])
+        encoded = self.tokenizer(list(prompts))["input_ids"]
+        return [list(ids) if prompt else [] for prompt, ids in zip(prompts, encoded, strict=True)]
+
+    def _made(self, prompt: Any, ids: list[int], columns: Mapping[str, Any]) -> Prompt:
+        messages = _messages(prompt) if self.conversational else None
+        text = prompt if messages is None else "\n".join(message["content"] for message in messages)
+        fitted, ids = self._fit(text, ids)
+        text = fitted if messages is None else text
+        return Prompt(text, ids, decode(self.tokenizer, [ids])[0], columns, messages)
 
     def _fit(self, text: str, ids: list[int]) -> tuple[str, list[int]]:
         if not ids:
@@ -186,12 +193,18 @@ class Prompts(Sequence[Prompt]):
         if len(ids) <= self.max_prompt_tokens:
             return text, ids
         if self.overlong == "error":
+            template = ", its chat template's included," if self.conversational else ""
             raise ValueError(
-                f"Expected prompts of at most max_prompt_tokens={self.max_prompt_tokens} tokens, got {len(ids)} in "
-                f"{text!r}: raise max_prompt_tokens, shorten it, or pass overlong_prompts='truncate_left'."
+                f"Expected prompts of at most max_prompt_tokens={self.max_prompt_tokens} tokens, got {len(ids)}"
+                f"{template} in {text!r}: raise max_prompt_tokens, shorten it, or pass "
+                "overlong_prompts='truncate_left'."
             )
         ids = ids[-self.max_prompt_tokens :]
         return decode(self.tokenizer, [ids])[0], ids
+
+
+def _messages(prompt: str | Sequence[Mapping[str, str]]) -> list[Message]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
 
 
 def checked_ids(token_ids: Sequence[int], vocabulary: int, what: str) -> list[int]:

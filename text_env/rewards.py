@@ -1,15 +1,17 @@
 """Rewards: what a finished text is worth.
 
 A reward is any callable that takes a whole batch by keyword and returns one number per text, the signature that TRL's
-reward functions have: ``reward(prompts=[str], completions=[str], completion_ids=[list[int]], **columns)``. What it
-returns goes through :func:`score`, so that a NaN, a wrong length or an exception never becomes a silent 0.
+reward functions have: ``reward(prompts=[str], completions=[str], completion_ids=[list[int]], **columns)``. Of
+conversations, prompts and completions are lists of messages, again as TRL hands them out. What a reward returns goes
+through :func:`score`, so that a NaN, a wrong length or an exception never becomes a silent 0.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,9 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from text_env.names import import_object, is_object_name
+from text_env.tokenization import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Messages = list[Message]
+"""A conversation."""
+
+ASSISTANT = "assistant"
 
 
 class Reward(Protocol):
@@ -29,8 +37,9 @@ class Reward(Protocol):
 
     def __call__(self, **batch: Any) -> Iterable[float]:
         """
-        :param prompts: B texts.
-        :param completions: B texts, what the policy wrote after each prompt.
+        :param prompts: B texts, or B conversations.
+        :param completions: B texts, what the policy wrote after each prompt; of conversations B lists of one
+            assistant's message each. Where the prompt ends with an assistant's message, the completion continues it.
         :param completion_ids: B lists of token ids of the environment's tokenizer, EOS included.
         :param columns: whatever other columns the prompts have, B values each.
         :return: B finite numbers.
@@ -44,24 +53,83 @@ class RewardError(RuntimeError):
 
 @dataclass(frozen=True)
 class FinishedTexts:
-    """A batch of B finished texts, as rewards see it."""
+    """A batch of B finished texts (or, for a potential, of prefixes), as rewards see it.
+
+    :param prompts: B texts; of conversations, what was said in them.
+    :param completions: B texts.
+    :param completion_ids: B lists of token ids.
+    :param columns: name → B values.
+    :param messages: B conversations, if the prompts are some; rewards get them instead of ``prompts``.
+    """
 
     prompts: list[str]
     completions: list[str]
     completion_ids: list[list[int]]
     columns: dict[str, list[Any]] = field(default_factory=dict)
+    messages: list[Messages] | None = None
 
     def as_keywords(self) -> dict[str, Any]:
         """Fresh lists each time, so that a reward which edits its arguments harms nobody else."""
+        texts: dict[str, Any] = {"prompts": list(self.prompts), "completions": list(self.completions)}
+        if self.messages is not None:
+            texts["prompts"] = deepcopy(self.messages)
+            texts["completions"] = [[{"role": ASSISTANT, "content": text}] for text in self.completions]
         return {
-            "prompts": list(self.prompts),
-            "completions": list(self.completions),
+            **texts,
             "completion_ids": [list(ids) for ids in self.completion_ids],
             **{column: list(values) for column, values in self.columns.items()},
         }
 
+    @classmethod
+    def from_keywords(
+        cls,
+        prompts: Sequence[str | Messages],
+        completions: Sequence[str | Messages],
+        completion_ids: list[list[int]],
+        **columns: list[Any],
+    ) -> FinishedTexts:
+        """The inverse of :meth:`as_keywords`, for rewards that hand on to others what they were called with."""
+        messages = [prompt for prompt in prompts if not isinstance(prompt, str)]
+        return cls(
+            [prompt if isinstance(prompt, str) else "\n".join(_contents(prompt)) for prompt in prompts],
+            _written(completions),
+            completion_ids,
+            columns,
+            messages or None,
+        )
+
     def show(self, index: int) -> str:
-        return f"prompt {self.prompts[index]!r}, completion {self.completions[index]!r}"
+        prompt = self.prompts[index] if self.messages is None else self.messages[index]
+        return f"prompt {prompt!r}, completion {self.completions[index]!r}"
+
+
+def assistant_texts(prompts: Sequence[str | Messages], completions: Sequence[str | Messages]) -> list[str]:
+    """What there is to judge for a scorer that knows nothing of roles.
+
+    :param prompts: B texts or B conversations, as a reward gets them.
+    :param completions: B texts or B lists of messages.
+    :return: B texts: of a plain one prompt and completion together; of a conversation the assistant's last turn, with
+        its opening words if the prompt gave some.
+    """
+    openings = [prompt if isinstance(prompt, str) else _split_opening(prompt)[1] for prompt in prompts]
+    return [opening + text for opening, text in zip(openings, _written(completions), strict=True)]
+
+
+def _written(completions: Sequence[str | Messages]) -> list[str]:
+    return [text if isinstance(text, str) else "".join(_contents(text)) for text in completions]
+
+
+def _contents(messages: Messages) -> list[str]:
+    return [message["content"] for message in messages]
+
+
+def _split_opening(messages: Messages) -> tuple[Messages, str]:
+    """
+    :return: a conversation up to the assistant's turn that is still open at its end, and what that turn holds already.
+    """
+    if messages and messages[-1]["role"] == ASSISTANT:
+        return messages[:-1], messages[-1]["content"]
+    return messages, ""
 
 
 def reward_name(reward: Any) -> str:
@@ -143,14 +211,8 @@ class WeightedSum:
             raise ValueError(f"Expected finite weights, got {wrong}.")
         self.name = "+".join(f"{weight:g}*{name}" for name, weight in self.weights.items())
 
-    def __call__(
-        self,
-        prompts: list[str],
-        completions: list[str],
-        completion_ids: list[list[int]],
-        **columns: list[Any],
-    ) -> list[float]:
-        texts = FinishedTexts(prompts, completions, completion_ids, columns)
+    def __call__(self, **batch: Any) -> list[float]:
+        texts = FinishedTexts.from_keywords(**batch)
         return self.combine({name: score(part, texts) for name, part in self.rewards.items()}).tolist()
 
     def combine(self, parts: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
@@ -174,21 +236,15 @@ class Normalized:
         self.mean, self.std = mean, std
         self.name = f"normalized({reward_name(self.reward)})"
 
-    def __call__(
-        self,
-        prompts: list[str],
-        completions: list[str],
-        completion_ids: list[list[int]],
-        **columns: list[Any],
-    ) -> list[float]:
-        values = score(self.reward, FinishedTexts(prompts, completions, completion_ids, columns))
+    def __call__(self, **batch: Any) -> list[float]:
+        values = score(self.reward, FinishedTexts.from_keywords(**batch))
         return ((values - self.mean) / self.std).tolist()
 
 
 class Sentiment:
     """How positive a text sounds by the vaderSentiment lexicon: its compound score of prompt and completion together.
 
-    A heuristic, in [−1, 1]. Hutto & Gilbert (2014), https://github.com/cjhutto/vaderSentiment.
+    Of a conversation only what the assistant wrote last counts. A heuristic, in [−1, 1]. Hutto & Gilbert (2014), https://github.com/cjhutto/vaderSentiment.
     """
 
     name = "sentiment"
@@ -198,10 +254,11 @@ class Sentiment:
 
         self._analyzer = SentimentIntensityAnalyzer()
 
-    def __call__(self, prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    def __call__(
+        self, prompts: Sequence[str | Messages], completions: Sequence[str | Messages], **_: Any
+    ) -> list[float]:
         return [
-            float(self._analyzer.polarity_scores(prompt + completion)["compound"])
-            for prompt, completion in zip(prompts, completions, strict=True)
+            float(self._analyzer.polarity_scores(text)["compound"]) for text in assistant_texts(prompts, completions)
         ]
 
 
@@ -228,7 +285,12 @@ class SequenceClassifierReward:
     :param max_length: cut texts to so many tokens (on the tokenizer's truncation side); None cuts nothing, so that a
         text which the model cannot hold is an error rather than a score of something else.
     :param label: name or index of the label whose log-odds count; may be left out with two labels (the second).
-    :raises ValueError: if there is no such model, the label is missing or unknown, or the tokenizer can't pad.
+    :param chat_template: None: a conversation is spelt out by the chat template of the reward model's own tokenizer,
+        and where that has none, what the assistant wrote is scored; other texts are scored as they are. True: other
+        texts go through the template as well, as the turns of a user and an assistant. False: the template is never
+        used. What the template gives is tokenised as it is, without further special tokens, as TRL does.
+    :raises ValueError: if there is no such model, the label is missing or unknown, the tokenizer can't pad, or it has
+        no chat template and one is asked for.
     """
 
     def __init__(
@@ -241,15 +303,22 @@ class SequenceClassifierReward:
         dtype: str = "auto",
         max_length: int | None = None,
         label: str | int | None = None,
+        chat_template: bool | None = None,
     ) -> None:
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        if batch_size < 1:
-            raise ValueError(f"Expected batch_size of at least 1, got {batch_size}.")
+        for argument, number in (("batch_size", batch_size), ("max_length", 1 if max_length is None else max_length)):
+            if not isinstance(number, int | np.integer) or number < 1:
+                raise ValueError(f"Expected {argument} to be an integer of at least 1, got {number!r}.")
+        if dtype != "auto" and not isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype):
+            raise ValueError(f"Expected dtype to be 'auto' or one of PyTorch's, such as 'bfloat16', got {dtype!r}.")
         if isinstance(model, str | Path):
             self.name = Path(model).name
-            target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+            try:
+                target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+            except RuntimeError as error:
+                raise ValueError(f"Expected device to be 'auto' or one of PyTorch's; {device!r}: {error}") from error
             if dtype == "auto" and target.type == "cpu":
                 dtype = "float32"
             try:
@@ -270,7 +339,12 @@ class SequenceClassifierReward:
         self.tokenizer: PreTrainedTokenizerBase = (
             AutoTokenizer.from_pretrained(str(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
         )
-        self.batch_size, self.max_length = batch_size, max_length
+        self.batch_size, self.max_length, self.chat_template = batch_size, max_length, chat_template
+        if chat_template and not self.tokenizer.chat_template:
+            raise ValueError(
+                f"Expected the tokenizer of reward {self.name!r} to have a chat template, since chat_template=True "
+                f"asks for it; it has none. Leave chat_template out to score texts as they are."
+            )
         config = self.model.config
         self.mean, self.std = reward_normalization(config)
         self._label = self._label_index(label)
@@ -299,10 +373,27 @@ class SequenceClassifierReward:
             )
         return index
 
-    def __call__(self, prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    @staticmethod
+    def _turns(prompt: str | Messages, completion: str) -> Messages:
+        """The whole conversation, its last turn the assistant's and complete."""
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        before, opening = _split_opening(messages)
+        return [*before, {"role": ASSISTANT, "content": opening + completion}]
+
+    def __call__(
+        self, prompts: Sequence[str | Messages], completions: Sequence[str | Messages], **_: Any
+    ) -> list[float]:
         import torch
 
-        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        conversational = any(not isinstance(prompt, str) for prompt in prompts)
+        template = bool(self.tokenizer.chat_template) if self.chat_template is None else self.chat_template
+        templated = template and (conversational or self.chat_template is True)
+        texts: list[str]
+        if templated:
+            turns = [self._turns(prompt, text) for prompt, text in zip(prompts, _written(completions), strict=True)]
+            texts = self.tokenizer.apply_chat_template(turns, tokenize=False)  # type: ignore[assignment]
+        else:
+            texts = assistant_texts(prompts, completions)
         # Neighbours of similar length waste little on padding.
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         scores = np.empty(len(texts))
@@ -314,6 +405,7 @@ class SequenceClassifierReward:
                 padding_side="right",
                 truncation=self.max_length is not None,
                 max_length=self.max_length,
+                add_special_tokens=not templated,  # the template writes its own
                 return_tensors="pt",
             ).to(self.model.device)
             with torch.inference_mode():
@@ -329,47 +421,59 @@ class SequenceClassifierReward:
 
 
 # Classifiers made by name are shared while somebody holds them: 64 scalar environments need one reward model, not 64.
-_shared: WeakValueDictionary[str, SequenceClassifierReward] = WeakValueDictionary()
+_shared: WeakValueDictionary[tuple[str, str], SequenceClassifierReward] = WeakValueDictionary()
+
+REWARD_KWARGS = ("batch_size", "device", "dtype", "max_length", "label", "chat_template")
+"""What :func:`make_reward` hands to a classifier that it makes by name."""
 
 
-def _classifier(model: str | Path, name: str | None = None) -> SequenceClassifierReward:
-    reward = _shared.get(str(model))
+def _classifier(model: str | Path, name: str | None = None, **kwargs: Any) -> SequenceClassifierReward:
+    key = (str(model), repr(sorted(kwargs.items())))
+    reward = _shared.get(key)
     if reward is None:
-        reward = _shared[str(model)] = SequenceClassifierReward(model)
+        reward = _shared[key] = SequenceClassifierReward(model, **kwargs)
         reward.name = name or reward.name
     return reward
 
 
-def _builtin() -> SequenceClassifierReward:
+def _builtin(**kwargs: Any) -> SequenceClassifierReward:
     from text_env.builtin import REWARD_MODEL
 
-    return _classifier(REWARD_MODEL, "builtin")
+    return _classifier(REWARD_MODEL, "builtin", **kwargs)
 
 
-KNOWN_REWARDS: dict[str, Callable[[], Any]] = {"builtin": _builtin, "sentiment": Sentiment}
+def _sentiment(**_: Any) -> Sentiment:
+    return Sentiment()
 
 
-def make_reward(spec: Any) -> Any:
+KNOWN_REWARDS: dict[str, Callable[..., Any]] = {"builtin": _builtin, "sentiment": _sentiment}
+
+
+def make_reward(spec: Any, **kwargs: Any) -> Any:
     """Resolve a reward.
 
     :param spec: a callable (used as it is); ``"builtin"`` or ``"sentiment"``; a directory or a hub name
         (``"organisation/model"``) of a Hugging Face sequence classifier; ``"module:function"``; a mapping of such names
         to weights; or that mapping as a string, ``"builtin+0.5*sentiment"``. Names win over directories
         of the same name.
+    :param kwargs: :data:`REWARD_KWARGS` of :class:`SequenceClassifierReward`, for every classifier that is made by
+        name here; other rewards have nothing that they would change.
     :return: a callable as :class:`Reward` describes it.
-    :raises ValueError: for an unknown name (the known ones are listed).
+    :raises ValueError: for an unknown name or keyword (the known ones are listed).
     :raises TypeError: if it is not callable, or is a coroutine function.
     """
+    if unknown := sorted(set(kwargs) - set(REWARD_KWARGS)):
+        raise ValueError(f"Unknown reward_kwargs {unknown}; known are {', '.join(map(repr, REWARD_KWARGS))}.")
     if isinstance(spec, Mapping):
         parts: dict[str, tuple[Any, float]] = {}
         for part, weight in spec.items():
-            reward = make_reward(part)
+            reward = make_reward(part, **kwargs)
             if (name := reward_name(reward)) in parts:
                 raise ValueError(f"Expected the rewards of a weighted sum to have different names, got {name!r} twice.")
             parts[name] = (reward, weight)
         return WeightedSum(parts)
     if isinstance(spec, str | Path):
-        return _make_by_name(str(spec))
+        return _make_by_name(str(spec), kwargs)
     if not callable(spec):
         raise TypeError(f"Expected a reward to be a callable, a name or a mapping of names to weights, got {spec!r}.")
     if inspect.iscoroutinefunction(spec) or inspect.iscoroutinefunction(getattr(spec, "__call__", None)):  # noqa: B004
@@ -377,17 +481,17 @@ def make_reward(spec: Any) -> Any:
     return spec
 
 
-def _make_by_name(name: str) -> Any:
+def _make_by_name(name: str, kwargs: Mapping[str, Any]) -> Any:
     if name in KNOWN_REWARDS:
-        return KNOWN_REWARDS[name]()
+        return KNOWN_REWARDS[name](**kwargs)
     if Path(name).is_dir():
-        return _classifier(name)
+        return _classifier(name, **kwargs)
     if "+" in name or "*" in name:
-        return make_reward(_parse_sum(name))
+        return make_reward(_parse_sum(name), **kwargs)
     if is_object_name(name):
-        return make_reward(import_object(name))
+        return make_reward(import_object(name), **kwargs)
     if "/" in name:
-        return _classifier(name)
+        return _classifier(name, **kwargs)
     raise ValueError(
         f"Unknown reward {name!r}. Known names: {', '.join(KNOWN_REWARDS)}. Otherwise give a directory or hub name "
         f"('organisation/model') of a Hugging Face sequence classifier, 'module:function', a callable, or a weighted "

@@ -2,34 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from text_env.builtin import LANGUAGE_MODEL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Message = dict[str, str]
+"""One turn of a conversation: ``{"role": "system" | "user" | "assistant", "content": text}``."""
+
+
+def pretrained_name(name: str | Path) -> tuple[str, dict[str, Any]]:
+    """
+    :param name: ``"builtin"``, a directory, a hub name, or a GGUF file.
+    :return: the name that transformers' ``from_pretrained`` takes, and what it needs besides (``gguf_file``).
+    :raises ValueError: if there is no such GGUF file.
+    """
+    if str(name) == "builtin":
+        return str(LANGUAGE_MODEL), {}
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"Expected a GGUF file, but there is none at {str(name)!r} (looked in {Path.cwd()}).")
+        return str(path.parent), {"gguf_file": path.name}
+    return str(name), {}
+
+
+def base_of_adapter(name: str | Path) -> str | None:
+    """
+    :param name: as for :func:`pretrained_name`.
+    :return: the model that a directory's PEFT adapter was made for; None where there is no adapter.
+    :raises ValueError: if the adapter doesn't say.
+    """
+    path = Path(name) / "adapter_config.json"
+    if not path.is_file():
+        return None
+    base = json.loads(path.read_text()).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"Expected {path} to name the base of the adapter as base_model_name_or_path, got {base!r}: write there "
+            "the directory or hub name of the model that it was trained on."
+        )
+    return str(base)
+
 
 def load_tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """
-    :param tokenizer: ``"builtin"``, a directory, a hub name, or a live Hugging Face tokenizer.
+    :param tokenizer: ``"builtin"``, a directory (of a PEFT adapter too), a hub name, a GGUF file, or a live Hugging
+        Face tokenizer.
     :return: the tokenizer, which is known to have an eos token.
     :raises ValueError: if there is no such tokenizer, or it has no eos token.
     """
     loaded = tokenizer
     if isinstance(tokenizer, str | Path):
-        from transformers import (
-            AutoTokenizer,
-        )  # imports torch, so not before a tokenizer is asked for by name
+        # Imports torch, so not before a tokenizer is asked for by name.
+        from transformers import AutoTokenizer
 
-        from text_env.builtin import LANGUAGE_MODEL
-
+        beside = Path(tokenizer) / "tokenizer_config.json"
+        if (base := base_of_adapter(tokenizer)) is not None and not beside.exists():
+            return load_tokenizer(base)
+        name, options = pretrained_name(tokenizer)
         try:
-            loaded = AutoTokenizer.from_pretrained(str(LANGUAGE_MODEL if tokenizer == "builtin" else tokenizer))
-        except (OSError, ValueError) as error:
+            loaded = AutoTokenizer.from_pretrained(name, **options)
+        except (OSError, ValueError, ImportError) as error:
             raise ValueError(
-                f"Expected tokenizer to be 'builtin', a directory with tokenizer files, a hub name or a Hugging Face "
-                f"tokenizer; got {tokenizer!r}, which could not be loaded: {error}"
+                f"Expected tokenizer to be 'builtin', a directory with tokenizer files, a hub name, a GGUF file or a "
+                f"Hugging Face tokenizer; got {str(tokenizer)!r}, which could not be loaded: {error}"
             ) from error
     if getattr(loaded, "eos_token_id", None) is None:
         name = repr(tokenizer) if isinstance(tokenizer, str | Path) else type(tokenizer).__name__
@@ -38,6 +80,44 @@ def load_tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase) -> PreTraine
             f"Set one: tokenizer.eos_token = '<one of its tokens>'."
         )
     return loaded  # type: ignore[return-value]
+
+
+def is_conversation(prompt: Any) -> bool:
+    """
+    :return: whether it is a list of messages, as chat templates and TRL's conversational data sets have them.
+    """
+    return (
+        isinstance(prompt, list)
+        and len(prompt) > 0
+        and all(
+            isinstance(message, Mapping)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+            for message in prompt
+        )
+    )
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
+    """
+    :param messages: a conversation. If the last message is the assistant's, its words are the beginning of the
+        response; otherwise the template opens the assistant's turn.
+    :return: token ids of the conversation in the tokenizer's chat template.
+    :raises ValueError: if the tokenizer has none, or its template refuses these messages.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"Expected a tokenizer with a chat template for the conversation {messages!r}; {tokenizer.name_or_path!r} "
+            "has none: use an instruct model's, set tokenizer.chat_template, or give plain strings."
+        )
+    begun = messages[-1]["role"] == "assistant"
+    try:
+        encoded: Any = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=not begun, continue_final_message=begun, return_dict=True
+        )
+    except Exception as error:  # a template is a program and may raise what it likes
+        raise ValueError(f"The chat template of {tokenizer.name_or_path!r} refuses {messages!r}: {error}") from error
+    return list(encoded["input_ids"])
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[Sequence[int]]) -> list[str]:

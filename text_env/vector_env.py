@@ -52,6 +52,9 @@ class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDAr
         render_mode: str | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
         constraint: Any = None,
+        chat_template: bool | None = None,
+        shaping: Any = None,
+        reward_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         check_render_mode(render_mode)
         self.render_mode = render_mode
@@ -71,6 +74,9 @@ class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDAr
             group_size=group_size,
             metrics=metrics,
             overlong_prompts=overlong_prompts,
+            chat_template=chat_template,
+            shaping=shaping,
+            reward_kwargs=reward_kwargs,
         )
         self.single_observation_space = self.episodes.observation_space()
         self.single_action_space = self.episodes.action_space()

@@ -38,7 +38,7 @@ from stable_baselines3.common.utils import explained_variance
 from transformers import PreTrainedModel
 
 from agents.a2c import A2C
-from agents.causal_lm import load_causal_lm
+from agents.pretrained import load_causal_lm
 from agents.collector import collect_episodes
 from agents.contexts import packed_positions
 from agents.episode_buffer import EpisodeBuffer
