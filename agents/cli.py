@@ -96,14 +96,7 @@ class DemoConfig:
 
 
 def run_evaluate(config: EvaluateConfig) -> int:
-    run = run_of(config.policy)
-    env_config = run.env if run is not None else EnvConfig()
-    if config.reward is not None:
-        env_config = dataclasses.replace(env_config, reward=config.reward)
-    if config.reference is None and run is None:
-        raise ValueError(f"{config.policy!r} belongs to no run that says what it started from: pass --reference.")
-    reference = config.reference or run.model  # type: ignore[union-attr]
-    result = _evaluate(config, env_config, reference)
+    result = evaluate_policy(config)
     print_evaluation(result, config.prompts)
     print_pairs(result)
     if config.json is not None:
@@ -111,11 +104,24 @@ def run_evaluate(config: EvaluateConfig) -> int:
     return 0
 
 
+def evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
+    """Evaluate as the run that the policy belongs to was set up, where the question doesn't say otherwise.
+
+    :param config: the question. :return: what :func:`agents.evaluation.evaluate` says.
+    :raises ValueError: if there is nothing to compare with.
+    """
+    run = run_of(config.policy)
+    env_config = run.env if run is not None else EnvConfig()
+    if config.reward is not None:
+        env_config = dataclasses.replace(env_config, reward=config.reward)
+    if config.reference is None and run is None:
+        raise ValueError(f"{config.policy!r} belongs to no run that says what it started from: pass --reference.")
+    return _evaluate(config, env_config, config.reference or run.model)  # type: ignore[union-attr]
+
+
 def run_sample(config: SampleConfig) -> int:
     run = run_of(config.policy)
-    env_config = dataclasses.replace(
-        run.env if run is not None else EnvConfig(), max_new_tokens=config.max_new_tokens
-    )
+    env_config = dataclasses.replace(run.env if run is not None else EnvConfig(), max_new_tokens=config.max_new_tokens)
     tokenizer = load_tokenizer(env_config.tokenizer or config.policy)
     encoded = Prompts(config.prompt, tokenizer, sys.maxsize, chat_template=env_config.chat_template)
     env_config.max_prompt_tokens = max(len(prompt.token_ids) for prompt in encoded)

@@ -59,8 +59,8 @@ class RewardModelConfig:
     epochs: float = 1.0
     """Passes over the training pairs."""
     learning_rate: float | None = None
-    """At its highest: 3 % of the steps warm up, then it falls as a cosine. By default 5e-4 for the base 'builtin', which
-    is small and learns nothing at 1e-4, TRL's default and that of the others."""
+    """At its highest: 3 % of the steps warm up, then it falls as a cosine. By default 1e-4, as in TRL, but 5e-4 for the
+    base 'builtin', which is so small that it learns next to nothing at that."""
     batch_size: int = 32
     """Pairs of an update."""
     micro_batch_size: int | None = None
@@ -77,7 +77,7 @@ class RewardModelConfig:
     bf16: bool = False
     """Matrix products in bfloat16, weights in theirs."""
     gradient_checkpointing: bool = False
-    """Less memory, about a third slower."""
+    """Less memory, more time."""
     device: str = "auto"
     seed: int = 0
     max_pairs: int | None = None
@@ -228,20 +228,24 @@ def pair_tokens(tokenizer: Any, pairs: Sequence[Preference]) -> dict[str, list[l
 
     :param tokenizer: the reward model's. :param pairs: N pairs, all plain or all conversational.
     :return: the columns ``chosen_ids`` and ``rejected_ids``, N lists of token ids each.
+    :raises ValueError: if the chat template refuses a conversation.
     """
+    templated = bool(pairs) and not isinstance(pairs[0].prompt, str)
     columns = {}
     for side in ("chosen", "rejected"):
-        texts = [
-            pair.prompt + getattr(pair, side)
-            if isinstance(pair.prompt, str)
-            else tokenizer.apply_chat_template(
-                [*pair.prompt, {"role": "assistant", "content": getattr(pair, side)}], tokenize=False
-            )
-            for pair in pairs
-        ]
-        templated = bool(pairs) and not isinstance(pairs[0].prompt, str)
+        texts = [_text(tokenizer, pair.prompt, getattr(pair, side)) for pair in pairs]
         columns[f"{side}_ids"] = tokenizer(texts, add_special_tokens=not templated)["input_ids"] if texts else []
     return columns
+
+
+def _text(tokenizer: Any, prompt: Prompt, completion: str) -> str:
+    if isinstance(prompt, str):
+        return prompt + completion
+    try:
+        messages = [*prompt, {"role": "assistant", "content": completion}]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # a template is a program and may raise what it likes
+        raise ValueError(f"The chat template of the base refuses {messages!r}: {error}") from error
 
 
 def fitting(

@@ -162,6 +162,13 @@ def test_the_same_seed_gives_the_same_model_and_another_seed_another(
     assert again["held_out"] == trained.report["held_out"]
 
 
+def test_the_builtin_base_has_a_learning_rate_of_its_own(base: str, tmp_path: Path) -> None:
+    changes = {"learning_rate": None, "max_pairs": 16, "n_normalisation_texts": 0}
+    for name, rate in (("builtin", 5e-4), (base, 1e-4)):
+        report = train_reward_model(settings(name, tmp_path / str(rate), **changes), toy_pairs())
+        assert report["settings"]["learning_rate"] == rate
+
+
 def test_fewer_pairs_are_a_part_of_more(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[list[list[int]]] = []
     run_trainer = agents.reward_model.run_trainer
@@ -248,6 +255,14 @@ def test_plain_texts_get_no_end_and_conversations_only_what_their_template_write
     assert tokenizer.eos_token_id not in plain["chosen_ids"][0]
     chat = pair_tokens(tokenizer, [Preference([{"role": "user", "content": "Hi"}], "Yes.", "No.")])
     assert tokenizer.decode(chat["rejected_ids"][0]) == "<user>Hi<eos><assistant>No.<eos>"
+
+
+def test_a_conversation_that_the_template_refuses_is_shown(chat_base: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(chat_base)
+    tokenizer.chat_template = "{{ raise_exception('no system message, please') }}"
+    chat = Preference([{"role": "system", "content": "Be kind."}], "Yes.", "No.")
+    with pytest.raises(ValueError, match=r"refuses .*'Be kind\.'.*no system message, please"):
+        pair_tokens(tokenizer, [chat])
 
 
 def test_a_tokenizer_that_adds_special_tokens_adds_them_to_plain_texts_only() -> None:

@@ -1,17 +1,34 @@
-"""Rewards: the forms in which one is named, the classifier's arithmetic, failures that never pass as a score."""
+"""Rewards: the forms in which one is named, the classifier's arithmetic, failures that never pass as a score.
+
+Conversations reach them as messages, and what a reward model reads of one is its own template's business.
+"""
 
 from __future__ import annotations
 
+import csv
 import functools
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_classifier, tiny_tokenizer
-from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
+from learners import make_policy, save_model
+from tiny import RecordingReward, tiny_classifier, tiny_tokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
+from agents.cli import main
+from agents.evaluation import sample_texts
+from text_env import TextVectorEnv
 from text_env.rewards import (
     FinishedTexts,
     Normalized,
@@ -308,6 +325,41 @@ def test_a_model_made_by_name_is_shared_while_somebody_holds_it(tmp_path: Path) 
     assert make_reward(Path(directory)) is first
 
 
+def test_arguments_reach_the_classifiers_that_are_made_by_name_and_tell_them_apart(tmp_path: Path) -> None:
+    directory = saved(tmp_path / "model", num_labels=3)
+    reward = make_reward({directory: 1.0, "sentiment": 1.0}, label="LABEL_2", batch_size=2, dtype="bfloat16")
+    model = reward.rewards["model"]
+    assert (model.batch_size, model.model.dtype) == (2, torch.bfloat16)
+    assert make_reward(directory, batch_size=2, dtype="bfloat16", label="LABEL_2") is model
+    assert make_reward(directory, batch_size=2, dtype="bfloat16", label=2) is not model
+    expected = make_reward(directory, label=2)
+    assert score(model, TEXTS) == pytest.approx(score(expected, TEXTS), abs=0.1)
+    assert make_reward(f"0.5*{directory}+sentiment", label=2).rewards["model"] is expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"batchsize": 2},
+            r"Unknown reward_kwargs \['batchsize'\]; known are 'batch_size', 'device', 'dtype', 'max_length', 'label'",
+        ),
+        ({"batch_size": 0}, "batch_size to be an integer of at least 1, got 0"),
+        ({"batch_size": 2.5}, "batch_size to be an integer of at least 1, got 2.5"),
+        ({"max_length": "long"}, "max_length to be an integer of at least 1, got 'long'"),
+        ({"dtype": "bfloat17"}, "dtype to be 'auto' or one of PyTorch's, such as 'bfloat16', got 'bfloat17'"),
+        ({"device": "gpu"}, "device to be 'auto' or one of PyTorch's; 'gpu'"),
+        ({"chat_template": True}, "the tokenizer of reward 'model' to have a chat template"),
+    ],
+)
+def test_arguments_that_a_classifier_cannot_use_are_refused(
+    tmp_path: Path, arguments: dict[str, Any], message: str
+) -> None:
+    directory = saved(tmp_path / "model")
+    with pytest.raises(ValueError, match=message):
+        make_reward(directory, **arguments)
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_the_scores_are_those_of_the_cpu(tmp_path: Path) -> None:
@@ -315,3 +367,234 @@ def test_on_cuda_the_scores_are_those_of_the_cpu(tmp_path: Path) -> None:
     on_gpu, on_cpu = SequenceClassifierReward(directory), SequenceClassifierReward(directory, device="cpu")
     assert on_gpu.model.device.type == "cuda"
     assert score(on_gpu, TEXTS) == pytest.approx(score(on_cpu, TEXTS), abs=1e-3)
+
+
+# Conversations
+
+CHAT = [
+    [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "How was the movie"}],
+    # The assistant's turn has begun already: the completion goes on with it.
+    [{"role": "user", "content": "Tell me of the film"}, {"role": "assistant", "content": "I loved"}],
+    [{"role": "user", "content": "And the music"}],
+]
+
+
+def chat(**changes: Any) -> FinishedTexts:
+    spoken = ["\n".join(message["content"] for message in messages) for messages in CHAT]
+    texts = {"prompts": spoken, "completions": TEXTS.completions, "completion_ids": TEXTS.completion_ids}
+    return FinishedTexts(**{**texts, "columns": TEXTS.columns, "messages": CHAT, **changes})
+
+
+def test_a_function_written_for_trls_conversations_works_unchanged() -> None:
+    def politeness(prompts: list[Any], completions: list[Any], answer: list[int], **kwargs: Any) -> list[float]:
+        contents = [completion[0]["content"] for completion in completions]
+        assert [completion[0]["role"] for completion in completions] == ["assistant"] * 3
+        assert [len(completion) for completion in completions] == [1] * 3
+        return [
+            len(prompt) + len(content) * number
+            for prompt, content, number in zip(prompts, contents, answer, strict=True)
+        ]
+
+    expected = [2.0 + 9, 2.0 + 36 * 2, 1.0 + 20 * 3]
+    assert score(politeness, chat()).tolist() == expected
+    assert chat().as_keywords()["prompts"] == CHAT
+    # Inside sums and normalisations too, at any depth.
+    nested = Normalized(WeightedSum({"part": (Normalized(politeness, 1.0, 2.0), 4.0)}), 2.0, 0.5)
+    assert score(nested, chat()) == pytest.approx([(4 * (value - 1) / 2 - 2) / 0.5 for value in expected])
+
+
+def test_a_reward_that_edits_a_conversation_harms_nobody_else() -> None:
+    def vandal(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
+        prompts[0][0]["content"] = "Be rude."
+        prompts[1].clear()
+        return [0.0] * 3
+
+    seen = RecordingReward()
+    score(WeightedSum({"vandal": (vandal, 1.0), "seen": (seen, 1.0)}), chat())
+    assert seen.calls[0]["prompts"] == CHAT
+    assert CHAT[0][0]["content"] == "Be kind."
+    assert len(CHAT[1]) == 2
+
+
+@pytest.mark.parametrize("texts", [TEXTS, chat()], ids=["plain", "conversations"])
+def test_what_a_reward_is_called_with_can_be_handed_on_as_it_is(texts: FinishedTexts) -> None:
+    assert FinishedTexts.from_keywords(**texts.as_keywords()) == texts
+
+
+def test_a_failing_reward_shows_the_conversation() -> None:
+    with pytest.raises(RewardError, match=r"returned nan for: prompt \[\{'role': 'user', .*'I loved'\}\], completion"):
+        score(lambda **_: [0.0, float("nan"), 0.0], chat())
+
+
+def test_the_lexicon_judges_what_the_assistant_wrote_opening_words_included() -> None:
+    spoken = [" was good", "I loved this film so much, it was wonderful", " was a horrible mess"]
+    expected = score(make_reward("sentiment"), FinishedTexts([""] * 3, spoken, TEXTS.completion_ids))
+    assert score(make_reward("sentiment"), chat()).tolist() == expected.tolist()
+    assert score(make_reward("sentiment"), TEXTS)[1] == expected[1]  # "I loved" is a plain prompt there
+
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content | trim }} {% endfor %}"
+"""Without a special token: a BERT whose tokenizer writes none either reads bare words."""
+SPELT = [
+    "[system] Be kind. [user] How was the movie [assistant] was good ",
+    "[user] Tell me of the film [assistant] I loved this film so much, it was wonderful ",
+    "[user] And the music [assistant] was a horrible mess ",
+]
+
+
+def bert_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
+    """Nothing like the policies' own: whole words, all lower case, and [CLS] and [SEP] around whatever it encodes."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    said = " ".join([*SPELT, *TEXTS.prompts, *TEXTS.completions]).lower()
+    words = [word for word, _ in pre_tokenizers.Whitespace().pre_tokenize_str(said)]
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys([*special, *words]))}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    inner.normalizer = normalizers.Lowercase()
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def save_bert(path: Path, template: str | None = TEMPLATE) -> str:
+    """A reward model of another family than any policy here, with its own tokenizer and chat template."""
+    tokenizer = bert_tokenizer(template)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            intermediate_size=32,
+            num_labels=1,
+            initializer_range=0.5,
+        )
+        BertForSequenceClassification(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def bert_by_hand(directory: str, texts: Sequence[str], special: bool, dtype: torch.dtype = torch.float32) -> Any:
+    """The logit of each text alone, with [CLS] and [SEP] or without."""
+    model = BertForSequenceClassification.from_pretrained(directory, dtype=dtype).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    with torch.no_grad():
+        encoded = [tokenizer(text, add_special_tokens=special, return_tensors="pt")["input_ids"] for text in texts]
+        logits = [float(model(input_ids=ids).logits) for ids in encoded]
+    assert np.std(logits) > 0.05  # texts are told apart
+    return pytest.approx(logits, abs=1e-5 if dtype == torch.float32 else 0.05)
+
+
+PLAIN = [prompt + completion for prompt, completion in zip(TEXTS.prompts, TEXTS.completions, strict=True)]
+TURNS = [
+    f"[user] {prompt} [assistant] {completion.strip()} "
+    for prompt, completion in zip(TEXTS.prompts, TEXTS.completions, strict=True)
+]
+ASSISTANTS = [" was good", "I loved this film so much, it was wonderful", " was a horrible mess"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "template", "chat_template", "read", "special"),
+    [
+        (chat(), TEMPLATE, None, SPELT, False),
+        (chat(), TEMPLATE, True, SPELT, False),
+        (chat(), TEMPLATE, False, ASSISTANTS, True),
+        (chat(), None, None, ASSISTANTS, True),
+        (TEXTS, TEMPLATE, None, PLAIN, True),
+        (TEXTS, TEMPLATE, False, PLAIN, True),
+        (TEXTS, TEMPLATE, True, TURNS, False),
+    ],
+)
+def test_what_a_reward_model_reads_is_its_own_templates_doing(
+    tmp_path: Path,
+    texts: FinishedTexts,
+    template: str | None,
+    chat_template: bool | None,
+    read: list[str],
+    special: bool,
+) -> None:
+    directory = save_bert(tmp_path, template)
+    scores = score(make_reward(directory, chat_template=chat_template, batch_size=2), texts)
+    assert scores == bert_by_hand(directory, read, special)
+    assert scores != bert_by_hand(directory, read, not special)  # a second pair of special tokens would be seen
+
+
+def test_a_reward_model_of_another_family_scores_a_llama_policys_texts(tmp_path: Path) -> None:
+    directory = save_bert(tmp_path / "bert")
+    tokenizer = tiny_tokenizer()
+    opened = "{% if add_generation_prompt %}a:{% endif %}"
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}" + opened
+    conversations = [messages for messages in CHAT if messages[-1]["role"] == "user"]
+    env = TextVectorEnv(
+        4,
+        tokenizer,
+        conversations,
+        {directory: 2.0},
+        max_prompt_tokens=64,
+        max_new_tokens=8,
+        metrics={"gold_score": directory},
+        shaping=directory,
+        reward_kwargs={"batch_size": 3, "dtype": "bfloat16"},
+    )
+    reward = env.reward.rewards["bert"]
+    assert (reward.batch_size, reward.model.dtype) == (3, torch.bfloat16)
+    assert env.episodes.metrics["gold_score"] is reward
+    assert env.shaping is not None
+    assert env.shaping.potential is reward
+    drawn = [env.prompts[row % 2] for row in range(6)]
+    infos = sample_texts(make_policy(env, "llama"), env, drawn)  # type: ignore[arg-type]
+    spelt = [
+        "".join(f"[{m['role']}] {m['content']} " for m in prompt.messages)
+        + f"[assistant] {info['completion'].strip()} "
+        for prompt, info in zip(drawn, infos, strict=True)
+    ]
+    assert len({info["completion"] for info in infos}) > 3
+    logits = bert_by_hand(directory, spelt, special=False, dtype=torch.bfloat16)
+    assert [info["reward/bert"] for info in infos] == logits
+    assert [info["gold_score"] for info in infos] == logits
+    assert [info["score"] for info in infos] == [2 * info["reward/bert"] for info in infos]
+
+
+# In logs and evaluations
+
+
+def test_each_of_several_weighted_rewards_is_logged_and_evaluated_by_its_name(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", ends=0.2)
+    (tmp_path / "prompts.txt").write_text("The movie\nI loved this\n")
+    run = tmp_path / "run"
+    options = [
+        "--model",
+        model,
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "--reward",
+        "0.5*sentiment+2*learners:even_tokens",
+    ]
+    sizes = [
+        "--n-episodes",
+        "4",
+        "--total-timesteps",
+        "10",
+        "--max-new-tokens",
+        "4",
+        "--device",
+        "cpu",
+        "--no-progress",
+    ]
+    assert main(["train", *options, *sizes, "--run-dir", str(run)]) == 0
+    with (run / "progress.csv").open() as file:
+        logged = {name: float(value) for name, value in list(csv.DictReader(file))[-1].items()}
+    parts = {name: logged[f"objective/reward/{name}"] for name in ("sentiment", "even_tokens")}
+    assert logged["objective/scores"] == pytest.approx(0.5 * parts["sentiment"] + 2 * parts["even_tokens"], abs=1e-4)
+
+    evaluation = ["evaluate", "--policy", str(run / "policy"), "--prompts", str(tmp_path / "prompts.txt")]
+    assert main([*evaluation, "--episodes", "8", "--device", "cpu", "--json", str(tmp_path / "out.json")]) == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    for writer in ("policy", "reference"):
+        means = result[writer]
+        weighted = 0.5 * means["reward/sentiment"] + 2 * means["reward/even_tokens"]
+        assert means["score"] == pytest.approx(weighted, abs=1e-6)

@@ -180,7 +180,7 @@ class Prompts(Sequence[Prompt]):
 
     def _made(self, prompt: Any, ids: list[int], columns: Mapping[str, Any]) -> Prompt:
         messages = _messages(prompt) if self.conversational else None
-        text = prompt if messages is None else "\n".join(message["content"] for message in messages)
+        text = prompt if messages is None else _said(messages)
         fitted, ids = self._fit(text, ids)
         text = fitted if messages is None else text
         return Prompt(text, ids, decode(self.tokenizer, [ids])[0], columns, messages)
@@ -201,6 +201,12 @@ class Prompts(Sequence[Prompt]):
             )
         ids = ids[-self.max_prompt_tokens :]
         return decode(self.tokenizer, [ids])[0], ids
+
+
+def _said(messages: Sequence[Message]) -> str:
+    """The words of a conversation, such that the response goes on where they end."""
+    said = "\n".join(message["content"] for message in messages)
+    return said if messages[-1]["role"] == "assistant" else f"{said}\n"
 
 
 def _messages(prompt: str | Sequence[Mapping[str, str]]) -> list[Message]:
