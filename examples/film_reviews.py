@@ -7,11 +7,12 @@ textrlhf evaluate --policy runs/mine/policy --prompts examples.film_reviews:held
 from __future__ import annotations
 
 SYSTEM = "You write short, plain movie reviews in everyday English."
-GENRES = {
-    "training": "horror comedy war crime science-fiction animated western spy sports fantasy disaster heist".split(),
-    "held_out": "drama romantic mystery adventure road superhero".split(),
-}
-ASPECTS = "story acting music ending dialogue characters camera-work pace".split()
+TRAINING_GENRES = [
+    *("horror", "comedy", "war", "crime", "science-fiction", "animated"),
+    *("western", "spy", "sports", "fantasy", "disaster", "heist"),
+]
+HELD_OUT_GENRES = ["drama", "romantic", "mystery", "adventure", "road", "superhero"]
+ASPECTS = ["story", "acting", "music", "ending", "dialogue", "characters", "camera-work", "pace"]
 
 
 def conversation(genre: str, aspect: str) -> list[dict[str, str]]:
@@ -26,11 +27,11 @@ def training_prompts() -> list[list[dict[str, str]]]:
     """
     :return: 96 conversations.
     """
-    return [conversation(genre, aspect) for genre in GENRES["training"] for aspect in ASPECTS]
+    return [conversation(genre, aspect) for genre in TRAINING_GENRES for aspect in ASPECTS]
 
 
 def held_out_prompts() -> list[list[dict[str, str]]]:
     """
     :return: 48 conversations about genres that are not among the others.
     """
-    return [conversation(genre, aspect) for genre in GENRES["held_out"] for aspect in ASPECTS]
+    return [conversation(genre, aspect) for genre in HELD_OUT_GENRES for aspect in ASPECTS]

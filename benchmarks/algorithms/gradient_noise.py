@@ -38,7 +38,6 @@ from stable_baselines3.common.utils import explained_variance
 from transformers import PreTrainedModel
 
 from agents.a2c import A2C
-from agents.pretrained import load_causal_lm
 from agents.collector import collect_episodes
 from agents.contexts import packed_positions
 from agents.episode_buffer import EpisodeBuffer
@@ -46,6 +45,7 @@ from agents.grpo import GRPO
 from agents.on_policy import OnPolicyAlgorithm
 from agents.policy import CausalLMPolicy
 from agents.ppo import PPO
+from agents.pretrained import load_causal_lm
 from agents.reinforce import REINFORCE
 from agents.rloo import RLOO
 from benchmarks.timing import machine, today, versions
