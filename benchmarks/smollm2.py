@@ -39,9 +39,9 @@ class Config:
     """Where evaluation.json, config.yaml and learning_curve.png go."""
     reward: str = "builtin"
     """What it is trained on."""
-    total_timesteps: int = 70_000
+    total_timesteps: int = 100_000
     """Tokens to generate."""
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     kl_coef: float = 0.04
     episodes: int = 192
     """Texts to evaluate, of the model before and after."""

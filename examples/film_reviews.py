@@ -1,12 +1,11 @@
-"""Prompts for an instruct model: ask for a short film review. Conversations, as its chat template takes them.
+"""Prompts for an instruct model: ask for a short film review, and say nothing of whether the film is to be liked.
 
-textrlhf train --model SMOLLM2 --prompts examples.film_reviews:training_prompts ...
-textrlhf evaluate --policy runs/mine/policy --prompts examples.film_reviews:held_out_prompts
+    textrlhf train --model MODEL --prompts examples.film_reviews:training_prompts ...
+    textrlhf evaluate --policy runs/mine/policy --prompts examples.film_reviews:held_out_prompts
 """
 
 from __future__ import annotations
 
-SYSTEM = "You write short, plain movie reviews in everyday English."
 TRAINING_GENRES = [
     *("horror", "comedy", "war", "crime", "science-fiction", "animated"),
     *("western", "spy", "sports", "fantasy", "disaster", "heist"),
@@ -15,23 +14,23 @@ HELD_OUT_GENRES = ["drama", "romantic", "mystery", "adventure", "road", "superhe
 ASPECTS = ["story", "acting", "music", "ending", "dialogue", "characters", "camera-work", "pace"]
 
 
-def conversation(genre: str, aspect: str) -> list[dict[str, str]]:
+def requests(genres: list[str]) -> list[str]:
     """
-    :return: a system message, and what the user asks for. Neither says whether the film is to be liked.
+    :param genres: of films. :return: for each of them one request an aspect; the chat template makes turns of them.
     """
-    request = f"Write a very short review of a {genre} film. Say something about the {aspect}."
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": request}]
+    text = "Write a very short review of a {} film. Say something about the {}."
+    return [text.format(genre, aspect) for genre in genres for aspect in ASPECTS]
 
 
-def training_prompts() -> list[list[dict[str, str]]]:
+def training_prompts() -> list[str]:
     """
-    :return: 96 conversations.
+    :return: 96 requests.
     """
-    return [conversation(genre, aspect) for genre in TRAINING_GENRES for aspect in ASPECTS]
+    return requests(TRAINING_GENRES)
 
 
-def held_out_prompts() -> list[list[dict[str, str]]]:
+def held_out_prompts() -> list[str]:
     """
-    :return: 48 conversations about genres that are not among the others.
+    :return: 48 requests about genres that are not among the others.
     """
-    return [conversation(genre, aspect) for genre in HELD_OUT_GENRES for aspect in ASPECTS]
+    return requests(HELD_OUT_GENRES)

@@ -113,6 +113,7 @@ ORDER = [
     "agents.ppo",
     "agents.reinforce",
     "agents.rloo",
+    "agents.intervals",
     "agents.evaluation",
     "agents.reward_report",
     "agents.reward_model",
@@ -129,7 +130,11 @@ def test_imports_of_the_learners_run_downward() -> None:
 
 
 def test_the_pure_functions_import_no_machinery() -> None:
-    for name, allowed in (("agents.advantages", {"numpy"}), ("agents.losses", {"torch"})):
+    for name, allowed in (
+        ("agents.advantages", {"numpy"}),
+        ("agents.intervals", {"numpy"}),
+        ("agents.losses", {"torch"}),
+    ):
         assert imports_of(NAMES[name]) - {"__future__"} <= allowed
 
 
