@@ -39,10 +39,10 @@ class Config:
     """Where evaluation.json, config.yaml and learning_curve.png go."""
     reward: str = "builtin"
     """What it is trained on."""
-    total_timesteps: int = 100_000
+    total_timesteps: int = 50_000
     """Tokens to generate."""
-    learning_rate: float = 1e-3
-    kl_coef: float = 0.04
+    learning_rate: float = 7e-4
+    kl_coef: float = 0.05
     episodes: int = 192
     """Texts to evaluate, of the model before and after."""
     seed: int = 0

@@ -1,0 +1,703 @@
+"""How far can a reward model be trusted? Gold and proxy score over √KL, for reward models of several sizes.
+
+    python -m benchmarks.overoptimization --out benchmarks/results/overoptimization
+
+After "Scaling Laws for Reward Model Overoptimization" (Gao, Schulman & Hilton 2022, https://arxiv.org/abs/2210.10760).
+The gold score is the annotator that chose in the built-in preference pairs, the `sentiment` lexicon. The proxies are
+reward models of several sizes that `textrlhf reward-model` trains on the same pairs, and `textrlhf train` runs PPO
+against each of them, with several KL coefficients. Every process has one thread, and two run at a time; what is
+finished is kept under `runs/overoptimization` and never run again. `--report` only writes table and plot anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from stable_baselines3.common.utils import set_random_seed
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from agents.evaluation import draw_prompts, load_policy, sample_texts
+from agents.run import EnvConfig
+from benchmarks.timing import machine, today, versions
+from text_env.builtin import LANGUAGE_MODEL
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+GOLD = "sentiment"
+BEST_GOLD = 1.0  # no text scores higher by the lexicon
+HEAD_WIDTH = 16
+
+
+class Size(NamedTuple):
+    """A reward model's base.
+
+    :param width: of its residual stream; None is the built-in language model itself. :param layers: transformer blocks.
+    :param learning_rate: of the reward model's training: the smaller, the higher.
+    """
+
+    width: int | None
+    layers: int
+    learning_rate: float
+
+
+SIZES = {
+    "16x1": Size(16, 1, 5e-3),
+    "48x2": Size(48, 2, 3e-3),
+    "96x3": Size(96, 3, 1e-3),
+    "builtin": Size(None, 4, 1e-3),
+}
+BIN_WIDTH = 0.5  # of √KL
+FINAL = 5  # the last rollouts of a run, whose mean is its end
+
+Run = dict[str, Any]
+Point = dict[str, float]
+
+
+# ---- statistics ----------------------------------------------------------------------------------------------------
+
+
+class Fit(NamedTuple):
+    """R(d) = d·(α − β·log d), the paper's form for reinforcement learning (its equation 2).
+
+    :param alpha: α. :param beta: β. :param residual: root mean square of what the form doesn't explain.
+    :param points: that were fitted.
+    """
+
+    alpha: float
+    beta: float
+    residual: float
+    points: int
+
+    def __call__(self, d: ArrayLike) -> NDArray[np.float64]:
+        """
+        :param d: √KL, any shape, at least 0. :return: R(d), the same shape; R(0) = 0, the limit.
+        """
+        return _terms(d) @ np.array([self.alpha, self.beta])
+
+    @property
+    def peak(self) -> float:
+        """Where R has its maximum, exp(α/β − 1); infinite where it never falls."""
+        return math.exp(min(self.alpha / self.beta - 1, 700.0)) if self.beta > 0 else math.inf
+
+
+def _terms(d: ArrayLike) -> NDArray[np.float64]:
+    """What α and β multiply, [..., 2]."""
+    d = np.asarray(d, np.float64)
+    return np.stack([d, -d * np.log(np.where(d > 0, d, 1.0))], axis=-1)
+
+
+def fit_scaling_law(d: Sequence[float], gold: Sequence[float]) -> Fit | None:
+    """Least squares; the form is linear in α and β.
+
+    :param d: √KL of each rollout, [n]. :param gold: gains in gold score over the start, [n].
+    :return: the fit; None if fewer than three rollouts, or than two different ones, have moved from the start.
+    """
+    moved = np.asarray(d) > 0  # at the start every α and β fits
+    x, y = _terms(np.asarray(d)[moved]), np.asarray(gold, np.float64)[moved]
+    if len(y) < 3 or np.linalg.matrix_rank(x) < 2:
+        return None
+    (alpha, beta), *_ = np.linalg.lstsq(x, y, rcond=None)
+    residual = float(np.sqrt(np.mean((y - x @ np.array([alpha, beta])) ** 2)))
+    return Fit(float(alpha), float(beta), residual, len(y))
+
+
+def root_kl(kl: float) -> float:
+    """
+    :param kl: nats per episode; the mean of sampled log-ratios can be below 0. :return: its root, 0 for those.
+    """
+    return math.sqrt(max(kl, 0.0))
+
+
+class Bin(NamedTuple):
+    """Means over the rollouts whose √KL is in one bin.
+
+    :param d: √KL. :param proxy: score. :param gold: score. :param rollouts: how many.
+    """
+
+    d: float
+    proxy: float
+    gold: float
+    rollouts: int
+
+
+def binned(points: Iterable[Point], width: float = BIN_WIDTH) -> list[Bin]:
+    """Rollouts of one run or of several, by how far they are from the start.
+
+    :param points: with ``kl``, ``proxy`` and ``gold``. :param width: of a bin, in √KL.
+    :return: bins that hold something, nearest first.
+    """
+    rows = np.array([(root_kl(point["kl"]), point["proxy"], point["gold"]) for point in points]).reshape(-1, 3)
+    numbers = np.floor(rows[:, 0] / width)
+    groups = [rows[numbers == number] for number in np.unique(numbers)]
+    return [Bin(*(float(mean) for mean in group.mean(axis=0)), rollouts=len(group)) for group in groups]
+
+
+def peak(bins: Sequence[Bin]) -> Bin:
+    """The bin of the highest gold score.
+
+    A single rollout of a few dozen texts is high by chance now and then; so bins with at least two count, if any has.
+    """
+    return max([b for b in bins if b.rollouts > 1] or bins, key=lambda b: b.gold)
+
+
+def ending(curve: Sequence[Point], last: int = FINAL) -> Point:
+    """
+    :param curve: of a run. :param last: so many rollouts. :return: means over those, and the ``gap`` proxy − gold.
+    """
+    means = {name: float(np.mean([point[name] for point in curve[-last:]])) for name in curve[0]}
+    return {**means, "gap": means["proxy"] - means["gold"]}
+
+
+# ---- runs ----------------------------------------------------------------------------------------------------------
+
+
+class Proxy(NamedTuple):
+    """One reward model. The seed is of its base's weights, of the pairs' order and of its head.
+
+    :param size: a key of ``SIZES``. :param seed: of everything. :param max_pairs: to train on.
+    :param start_texts: of the untrained policy, which the score is normalised by. :param device: where it trains.
+    """
+
+    size: str
+    seed: int
+    max_pairs: int
+    start_texts: int
+    device: str
+
+    def directory(self, runs: Path) -> Path:
+        """What the result depends on is in its name: with something else it is another run."""
+        rate = SIZES[self.size].learning_rate
+        return runs / f"proxy-{self.size}-{rate:g}-{self.max_pairs}-{self.start_texts}-{self.seed}"
+
+    def train(self, runs: Path) -> None:
+        """
+        :param runs: where all runs are.
+        """
+        options = {
+            "preferences": "builtin",
+            "base": self.base(runs),
+            "policy": "builtin",
+            "learning-rate": SIZES[self.size].learning_rate,
+            "max-pairs": self.max_pairs,
+            "n-normalisation-texts": self.start_texts,
+            "seed": self.seed,
+            "device": self.device,
+        }
+        once(self.directory(runs), lambda out: textrlhf("reward-model", {**options, "out": out}))
+
+    def base(self, runs: Path) -> str:
+        """
+        :return: what the reward model starts from; it is made if it isn't there.
+        """
+        size = SIZES[self.size]
+        if size.width is None:
+            return "builtin"
+        directory = runs / f"base-{self.size}-{self.seed}"
+        once(directory, lambda out: save_base(size, self.seed, out))
+        return str(directory)
+
+
+class Policy(NamedTuple):
+    """One PPO run against a proxy.
+
+    :param proxy: the reward, with the seed of both. :param kl_coef: β of the KL penalty.
+    :param total_timesteps: tokens. :param learning_rate: constant, so that the policy goes on moving.
+    :param n_episodes: of a rollout, which is a point of the curve.
+    """
+
+    proxy: Proxy
+    kl_coef: float
+    total_timesteps: int
+    learning_rate: float
+    n_episodes: int
+
+    def directory(self, runs: Path) -> Path:
+        """What the result depends on is in its name, and in that of the proxy before it."""
+        own = f"{self.kl_coef:g}-{self.total_timesteps}-{self.learning_rate:g}-{self.n_episodes}"
+        return runs / f"{self.proxy.directory(Path()).name.replace('proxy', 'policy')}-{own}"
+
+    def train(self, runs: Path) -> None:
+        """
+        :param runs: where all runs are.
+        """
+        options = {
+            "algo": "ppo",
+            "model": "builtin",
+            "reward": self.proxy.directory(runs),
+            "gold": GOLD,
+            "kl-coef": self.kl_coef,
+            "learning-rate": self.learning_rate,
+            "lr-schedule": "constant",
+            "n-episodes": self.n_episodes,
+            "total-timesteps": self.total_timesteps,
+            "sample-every": 1_000_000,  # texts of the start and of the end only
+            "seed": self.proxy.seed,
+            "device": self.proxy.device,
+        }
+        once(self.directory(runs), lambda out: textrlhf("train", {**options, "run-dir": out}))
+
+
+def once(directory: Path, make: Callable[[Path], None]) -> None:
+    """Make a directory, unless it was made before. One that bears this name is complete.
+
+    :param directory: what is made; notes in ``seconds`` how long it took. :param make: is told where to.
+    """
+    if directory.exists():
+        return
+    partial = directory.with_name(f"{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was interrupted
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    make(partial)
+    (partial / "seconds").write_text(f"{time.perf_counter() - start:.1f}\n")
+    partial.rename(directory)
+
+
+def textrlhf(command: str, options: dict[str, Any]) -> None:
+    """Run ``textrlhf`` in a process of its own, on one thread.
+
+    :param command: of its commands. :param options: name → value.
+    :raises RuntimeError: with the process's last words, if it fails.
+    """
+    arguments = [command, "--no-progress", *(part for name, value in options.items() for part in (f"--{name}", value))]
+    words = [sys.executable, "-m", "agents.cli", *map(str, arguments)]
+    done = subprocess.run(
+        words, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)} failed:\n{(done.stdout + done.stderr)[-3000:]}")
+
+
+def save_base(size: Size, seed: int, directory: Path) -> None:
+    """A language model that has learned nothing, shaped as the built-in one and with its tokenizer.
+
+    :param size: its width and layers. :param seed: of its weights. :param directory: is made.
+    """
+    assert size.width is not None
+    heads = size.width // HEAD_WIDTH
+    config = AutoConfig.from_pretrained(
+        LANGUAGE_MODEL,
+        hidden_size=size.width,
+        intermediate_size=8 * size.width // 3,
+        num_hidden_layers=size.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=HEAD_WIDTH,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(LANGUAGE_MODEL).save_pretrained(directory)
+
+
+def measure_start(n_texts: int, device: str, directory: Path) -> None:
+    """The gold score of the untrained policy's texts for the training prompts, into ``directory/start.json``.
+
+    :param n_texts: as many as normalise the proxies. :param device: where it writes. :param directory: is made.
+    """
+    env = EnvConfig(reward=GOLD, gold=None).make(min(64, n_texts), "builtin")
+    set_random_seed(0)
+    prompts = [env.prompts[i].text for i in draw_prompts(len(env.prompts), n_texts, seed=0)]
+    infos = sample_texts(load_policy("builtin", env, device), env, prompts)
+    scores = np.array([info["score"] for info in infos])
+    directory.mkdir()
+    write(
+        directory / "start.json", {"gold_mean": float(scores.mean()), "gold_std": float(scores.std()), "texts": n_texts}
+    )
+
+
+def run_all(policies: Sequence[Policy], runs: Path) -> Point:
+    """Everything that isn't there yet, two processes at a time; the others are finished also if one fails.
+
+    :param policies: what to train, their proxies first. :param runs: where all runs are.
+    :return: ``gold_mean`` and ``gold_std`` of the start.
+    """
+    proxies = list(dict.fromkeys(policy.proxy for policy in policies))
+    n_texts, device = proxies[0].start_texts, proxies[0].device
+    start = runs / f"start-{n_texts}"
+    once(start, lambda out: measure_start(n_texts, device, out))
+    with ThreadPoolExecutor(max_workers=2) as pool, tqdm(total=len(proxies) + len(policies)) as bar:
+        # The largest first. A policy waits for its proxy, which has begun whenever the policy has its turn.
+        proxies.sort(key=lambda proxy: -list(SIZES).index(proxy.size))
+        trained = {proxy: pool.submit(proxy.train, runs) for proxy in proxies}
+
+        def train(policy: Policy) -> None:
+            trained[policy.proxy].result()
+            policy.train(runs)
+
+        futures: list[Future[None]] = [*trained.values(), *(pool.submit(train, policy) for policy in policies)]
+        for future in futures:
+            future.add_done_callback(lambda _: bar.update())
+    for future in futures:
+        future.result()
+    point: Point = json.loads((start / "start.json").read_text())
+    return point
+
+
+# ---- what they left ------------------------------------------------------------------------------------------------
+
+
+def result(policy: Policy, runs: Path, start: Point) -> Run:
+    """One entry of ``results.json``, from what the two runs left. Scores are in standard deviations of the start's.
+
+    :param policy: that was trained. :param runs: where all runs are. :param start: of :func:`run_all`.
+    """
+    proxy, directory = policy.proxy.directory(runs), policy.directory(runs)
+    report = json.loads((proxy / "reward_model.json").read_text())
+    curve = read_curve(directory / "progress.csv", start)
+    samples = [json.loads(line) for line in (directory / "samples.jsonl").read_text().splitlines()]
+    last = [row for row in samples if row["timesteps"] == samples[-1]["timesteps"]]
+    return {
+        "size": policy.proxy.size,
+        "parameters": report["parameters"],
+        "non_embedding_parameters": non_embedding_parameters(proxy),
+        "held_out_accuracy": report["held_out"]["accuracy"],
+        "held_out_accuracy_se": report["held_out"]["accuracy_se"],
+        "train_accuracy": report["train"]["accuracy"],
+        "annotator_ceiling": report["annotator_ceiling"],
+        "proxy_learning_rate": report["settings"]["learning_rate"],
+        "pairs": report["pairs"]["train"],
+        "kl_coef": policy.kl_coef,
+        "seed": policy.proxy.seed,
+        "proxy_seconds": float((proxy / "seconds").read_text()),
+        "seconds": float((directory / "seconds").read_text()),
+        "final": ending(curve),
+        "texts": [
+            {
+                "text": row["prompt"] + row["completion"],
+                "proxy": row["score"],
+                "gold": (row["gold_score"] - start["gold_mean"]) / start["gold_std"],
+            }
+            for row in last
+        ],
+        "curve": curve,
+    }
+
+
+def read_curve(progress: Path, start: Point) -> list[Point]:
+    """
+    :param progress: a run's ``progress.csv``. :param start: mean and standard deviation of the start's gold score.
+    :return: ``tokens``, ``kl``, ``proxy`` and ``gold`` of every rollout.
+    """
+    table = np.atleast_1d(np.genfromtxt(progress, delimiter=",", names=True, deletechars=""))
+    columns = {
+        "tokens": table["time/total_timesteps"],
+        "kl": table["objective/kl"],
+        "proxy": table["objective/scores"],
+        "gold": (table["objective/gold_score"] - start["gold_mean"]) / start["gold_std"],
+    }
+    return [dict(zip(columns, map(float, row), strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def non_embedding_parameters(directory: Path) -> int:
+    """
+    :param directory: of a reward model. :return: its parameters without those of the token embeddings.
+    """
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(directory, num_labels=1))
+    embeddings = sum(parameter.numel() for parameter in model.get_input_embeddings().parameters())
+    return int(model.num_parameters()) - embeddings
+
+
+def grouped(results: Sequence[Run], *keys: str) -> dict[tuple[Any, ...], list[Run]]:
+    """
+    :param results: all runs. :param keys: what those of a group share. :return: the groups, in order of appearance.
+    """
+    groups: dict[tuple[Any, ...], list[Run]] = {}
+    for run in results:
+        groups.setdefault(tuple(run[key] for key in keys), []).append(run)
+    return groups
+
+
+def rollouts(group: Iterable[Run]) -> list[Point]:
+    """The points of all their curves."""
+    return [point for run in group for point in run["curve"]]
+
+
+def fit_of(group: Sequence[Run]) -> Fit | None:
+    """The fit to all rollouts of some runs."""
+    points = rollouts(group)
+    return fit_scaling_law([root_kl(point["kl"]) for point in points], [point["gold"] for point in points])
+
+
+# ---- table ---------------------------------------------------------------------------------------------------------
+
+
+def write_table(results: Sequence[Run], start: Point, path: Path) -> None:
+    """
+    :param results: all runs. :param start: of :func:`run_all`. :param path: a Markdown file.
+    """
+    some = results[0]
+    ceiling = (BEST_GOLD - start["gold_mean"]) / start["gold_std"]
+    seeds = len({run["seed"] for run in results})
+    lines = [
+        "# Over-optimisation",
+        "",
+        f"Reward models on the same {some['pairs']:,} built-in pairs; the best possible accuracy, the annotator's, is "
+        f"{some['annotator_ceiling']:.1%}. Seeds: {seeds}.",
+        "",
+        *markdown(
+            ["reward model", "parameters", "without embeddings", "learning rate", "held-out accuracy", "on training"],
+            [
+                [
+                    size,
+                    f"{runs[0]['parameters']:,}",
+                    f"{runs[0]['non_embedding_parameters']:,}",
+                    f"{runs[0]['proxy_learning_rate']:g}",
+                    f"{mean_of(runs, 'held_out_accuracy'):.1%} ± {mean_of(runs, 'held_out_accuracy_se'):.1%}",
+                    f"{mean_of(runs, 'train_accuracy'):.1%}",
+                ]
+                for (size,), runs in grouped(results, "size").items()
+            ],
+        ),
+        "",
+        "Scores are in standard deviations of the untrained policy's texts, whose mean is 0. No text has more than "
+        f"{ceiling:.2f} gold. The peak is that of bins of {BIN_WIDTH} √nats, the end the mean of the last {FINAL} "
+        "rollouts. α, β and residual: R(d) = d·(α − β·log d), fitted to the gold score of all rollouts, d = √KL.",
+        "",
+        *markdown(
+            [
+                *("reward model", "KL coef", "gold at its peak", "√KL there", "gold at the end", "proxy at the end"),
+                *("gap", "√KL at the end", "α", "β", "residual"),
+            ],
+            [row_of(size, kl_coef, runs) for (size, kl_coef), runs in grouped(results, "size", "kl_coef").items()],
+        ),
+        "",
+        "What the policies wrote at the end for a held-out prompt, with the lowest KL coefficient:",
+        "",
+    ]
+    lowest = min(run["kl_coef"] for run in results)
+    for (size,), runs in grouped([run for run in results if run["kl_coef"] == lowest], "size").items():
+        text = runs[0]["texts"][0]
+        words = " ".join(text["text"].split())
+        lines.append(f"- {size} (proxy {text['proxy']:+.2f}, gold {text['gold']:+.2f}): “{words}”")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def row_of(size: str, kl_coef: float, runs: Sequence[Run]) -> list[str]:
+    """The table's row of a size and a KL coefficient."""
+    best, fit = peak(binned(rollouts(runs))), fit_of(runs)
+    end = {name: mean_of([run["final"] for run in runs], name) for name in ("kl", "proxy", "gold", "gap")}
+    return [
+        size,
+        f"{kl_coef:g}",
+        f"{best.gold:.2f}",
+        f"{best.d:.1f}",
+        f"{end['gold']:.2f}",
+        f"{end['proxy']:.2f}",
+        f"{end['gap']:+.2f}",
+        f"{root_kl(end['kl']):.1f}",
+        *(("–",) * 3 if fit is None else (f"{fit.alpha:.2f}", f"{fit.beta:.2f}", f"{fit.residual:.2f}")),
+    ]
+
+
+def mean_of(rows: Iterable[dict[str, Any]], name: str) -> float:
+    """Of one column."""
+    return float(np.mean([row[name] for row in rows]))
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table's lines, numbers to the right."""
+    return [f"| {' | '.join(row)} |" for row in (header, ["---", *["---:"] * (len(header) - 1)], *rows)]
+
+
+# ---- plot ----------------------------------------------------------------------------------------------------------
+
+STYLE: Any = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E5E5E5",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "axes.titlesize": 11.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "font.size": 10.5,
+    "legend.frameon": False,
+}
+
+
+def write_plot(results: Sequence[Run], start: Point, path: Path) -> None:
+    """Sizes beside each other at the lowest KL coefficient, and for each size its KL coefficients.
+
+    :param results: all runs. :param start: of :func:`run_all`. :param path: a PNG file.
+    """
+    by_size = grouped(results, "size")
+    coefs = sorted({run["kl_coef"] for run in results})
+    size_colours = dict(zip(by_size, plt.get_cmap("viridis_r")(np.linspace(0.12, 0.95, len(by_size))), strict=True))
+    coef_colours = dict(zip(coefs, plt.get_cmap("inferno")(np.linspace(0.7, 0.1, len(coefs))), strict=True))
+    ceiling = (BEST_GOLD - start["gold_mean"]) / start["gold_std"]
+    columns = math.ceil(len(by_size) / 2)
+    with plt.rc_context(STYLE):
+        figure = plt.figure(figsize=(6.4 + 3.1 * columns, 6.4), layout="constrained")
+        grid = figure.add_gridspec(2, 1 + columns, width_ratios=[2.0, *[1.0] * columns])
+        large = figure.add_subplot(grid[:, 0])
+        small = [figure.add_subplot(grid[i % 2, 1 + i // 2], sharey=large) for i in range(len(by_size))]
+        for key, runs in by_size.items():
+            at_lowest = [run for run in runs if run["kl_coef"] == coefs[0]]
+            draw_curves(large, at_lowest, size_colours[key], fit=fit_of(at_lowest))
+        handles = [
+            Line2D([], [], color=size_colours[key], linewidth=2.2, label=f"{key[0]}, {label_of(runs)}")
+            for key, runs in by_size.items()
+        ]
+        finish(large, f"Reward-model sizes, KL coefficient {coefs[0]:g}", ceiling)
+        large.annotate(
+            "the gold score's maximum", (0.99, ceiling), xycoords=("axes fraction", "data"), xytext=(0, 3),
+            textcoords="offset points", ha="right", color="#777777", fontsize=8.5,
+        )  # fmt: skip
+        large.set_ylabel("score (standard deviations of the start's)")
+        styles = [
+            Line2D([], [], color="#444444", linewidth=2.2, label="gold"),
+            Line2D([], [], color="#444444", linewidth=1.6, linestyle="--", label="proxy"),
+            Line2D([], [], color="#444444", linewidth=0.9, linestyle=":", label="gold, fitted: $d(α − β\\,\\log d)$"),
+            Line2D([], [], color="#444444", marker="*", markersize=11, markeredgecolor="white", linestyle="none",
+                   label="gold at its peak"),
+        ]  # fmt: skip
+        large.legend(handles=[*handles, *styles], loc="upper left", fontsize=9)
+        for axis, (key, runs) in zip(small, by_size.items(), strict=True):
+            for kl_coef in coefs:
+                draw_curves(axis, [run for run in runs if run["kl_coef"] == kl_coef], coef_colours[kl_coef])
+            finish(axis, f"{key[0]} ({mean_of(runs, 'held_out_accuracy'):.1%} right)", ceiling)
+            axis.sharex(small[0])
+        small[0].legend(
+            handles=[Line2D([], [], color=coef_colours[c], linewidth=2.2, label=f"{c:g}") for c in coefs],
+            title="KL coefficient", loc="upper left", fontsize=9, title_fontsize=9, alignment="left",
+        )  # fmt: skip
+        figure.savefig(path, dpi=130)
+        plt.close(figure)
+
+
+def draw_curves(axis: Axes, runs: Sequence[Run], colour: Any, fit: Fit | None = None) -> None:
+    """Rollouts as dots, their bins as lines."""
+    points = rollouts(runs)
+    bins = binned(points)
+    d = [b.d for b in bins]
+    axis.scatter(
+        [root_kl(p["kl"]) for p in points], [p["gold"] for p in points], s=7, color=colour, alpha=0.3, linewidths=0
+    )
+    axis.plot(d, [b.proxy for b in bins], color=colour, linewidth=1.6, linestyle="--")
+    axis.plot(d, [b.gold for b in bins], color=colour, linewidth=2.2)
+    best = peak(bins)
+    axis.plot(best.d, best.gold, color=colour, marker="*", markersize=11, markeredgecolor="white", zorder=4)
+    if fit is not None:
+        x = np.linspace(0, max(root_kl(p["kl"]) for p in points), 200)
+        axis.plot(x, fit(x), color=colour, linewidth=0.9, linestyle=":")
+
+
+def finish(axis: Axes, title: str, ceiling: float) -> None:
+    """What all panels share."""
+    axis.axhline(ceiling, color="#999999", linewidth=1, linestyle=(0, (1, 2)), zorder=1)
+    axis.set_title(title)
+    axis.set_xlabel("√KL to the start (√nats per episode)")
+    axis.set_xlim(left=0)
+
+
+def label_of(runs: Sequence[Run]) -> str:
+    """Parameters without embeddings, and accuracy."""
+    n = runs[0]["non_embedding_parameters"]
+    size = f"{n / 1e6:.1f} M" if n >= 1e6 else f"{n / 1e3:.0f} k"
+    return f"{size} parameters, {mean_of(runs, 'held_out_accuracy'):.1%} right"
+
+
+# ---- command -------------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, value: Any) -> None:
+    """As JSON, one level of it a line."""
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def write_report(out: Path) -> None:
+    """Table and plot from ``results.json`` and ``environment.json``.
+
+    :param out: the directory of them all.
+    """
+    results = json.loads((out / "results.json").read_text())
+    start = json.loads((out / "environment.json").read_text())["start"]
+    write_table(results, start, out / "table.md")
+    write_plot(results, start, out / "overoptimization.png")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """
+    :param arguments: of the command line. :return: everything.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/overoptimization"))
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES), help="width x layers, or")
+    parser.add_argument("--kl-coefs", nargs="+", type=float, default=[0.0, 0.02, 0.1])
+    parser.add_argument("--seeds", type=int, default=1, help="of reward model and policy together")
+    parser.add_argument("--total-timesteps", type=int, default=60_000, help="tokens of a PPO run")
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="of PPO, constant")
+    parser.add_argument("--n-episodes", type=int, default=64, help="of a rollout, one point of a curve")
+    parser.add_argument("--max-pairs", type=int, default=5_000, help="that reward models are trained on")
+    parser.add_argument("--start-texts", type=int, default=1024, help="of the untrained policy, to normalise by")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--runs", type=Path, default=Path("runs/overoptimization"), help="where every run's files go")
+    parser.add_argument("--report", action="store_true", help="run nothing: table and plot from --out/results.json")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """
+    :param arguments: of the command line.
+    """
+    args = parse(arguments)
+    if args.report:
+        write_report(args.out)
+        return
+    torch.set_num_threads(1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    environment = {"date": today(), "machine": machine(torch.device(args.device)), "versions": versions()}
+    policies = [
+        Policy(
+            Proxy(size, seed, args.max_pairs, args.start_texts, args.device),
+            kl_coef,
+            args.total_timesteps,
+            args.learning_rate,
+            args.n_episodes,
+        )
+        for seed, size, kl_coef in itertools.product(range(args.seeds), args.sizes, sorted(args.kl_coefs))
+    ]
+    start = run_all(policies, args.runs)
+    results = [result(policy, args.runs, start) for policy in policies]
+    results.sort(key=lambda run: (args.sizes.index(run["size"]), run["kl_coef"], run["seed"]))
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    proxy_seconds = {(run["size"], run["seed"]): run["proxy_seconds"] for run in results}
+    environment |= {
+        "command": " ".join(["python -m benchmarks.overoptimization", *(arguments or sys.argv[1:])]),
+        "settings": {**settings, "algo": "ppo", "gold": GOLD},
+        "start": start,
+        # Of all processes together, those of earlier, interrupted calls as well.
+        "process_seconds": round(sum(proxy_seconds.values()) + sum(run["seconds"] for run in results)),
+    }
+    write(args.out / "results.json", results)
+    write(args.out / "environment.json", environment)
+    write_report(args.out)
+
+
+if __name__ == "__main__":
+    main()
