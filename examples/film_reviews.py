@@ -1,7 +1,7 @@
 """Prompts for an instruct model: ask for a short film review, and say nothing of whether the film is to be liked.
 
-    textrlhf train --model MODEL --prompts examples.film_reviews:training_prompts ...
-    textrlhf evaluate --policy runs/mine/policy --prompts examples.film_reviews:held_out_prompts
+textrlhf train --model MODEL --prompts examples.film_reviews:training_prompts ...
+textrlhf evaluate --policy runs/mine/policy --prompts examples.film_reviews:held_out_prompts
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from agents.run import load_config
+from agents.run import load_config, resolved
 from benchmarks.smollm2 import Config, main, train_config
 from examples.film_reviews import held_out_prompts, training_prompts
 from text_env.builtin import LANGUAGE_MODEL
@@ -19,13 +19,14 @@ def test_a_run_leaves_what_the_readme_quotes_and_says_whether_it_did_what_it_sho
     config = Config(LANGUAGE_MODEL, tmp_path / "run", tmp_path / "out", total_timesteps=100, episodes=8)
     status = main(config)
     result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert {"policy", "reference", "kl", "win_rate", "perplexity", "distinct_2", "seconds", "peak_rss_gb"} <= set(result)
+    quoted = {"policy", "reference", "kl", "win_rate", "perplexity", "distinct_2", "seconds", "peak_rss_gb"}
+    assert quoted <= set(result)
     assert result["episodes"] == 8
     assert result["policy"]["perplexity"] == result["perplexity"] > 1
     assert 0 < result["seconds"] < 600
     assert 0.1 < result["peak_rss_gb"] < 16
     assert len(result["texts"]) == 6
-    assert load_config(tmp_path / "out" / "config.yaml") == train_config(config)
+    assert load_config(tmp_path / "out" / "config.yaml") == resolved(train_config(config))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("yes ", "NO "))]
     assert len(lines) == 5
     assert status == int(any(line.startswith("NO ") for line in lines))
