@@ -163,6 +163,9 @@ class TrainConfig:
     """'bfloat16': matrix products in that type, weights in theirs."""
     compile_forward: bool = False
     """Train through torch.compile."""
+    checkpoint_every: int = 0
+    """Iterations between two checkpoints, each in the place of the one before it: run_dir/checkpoint, from which
+    `PPO.load(..., env=...)` goes on exactly. 0: none."""
     sample_every: int = 5
     """Iterations between two entries of samples.jsonl."""
     n_samples: int = 6
@@ -266,6 +269,8 @@ def train(config: TrainConfig) -> OnPolicyAlgorithm:
         **algo_kwargs,
     )
     callbacks: list[BaseCallback] = [SampleTexts(directory / "samples.jsonl", config)]
+    if config.checkpoint_every:
+        callbacks.append(Checkpoint(directory / "checkpoint", config.checkpoint_every))
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.yaml").write_text(dump_config(config))
     model.set_logger(configure(str(directory), ["csv", "tensorboard"]))
@@ -378,6 +383,27 @@ class SampleTexts(BaseCallback):
             for info in infos:
                 row = {k: float(v) if isinstance(v, np.floating) else v for k, v in info.items()}
                 file.write(json.dumps({"timesteps": self.num_timesteps, **row}, ensure_ascii=False) + "\n")
+
+
+class Checkpoint(BaseCallback):
+    """Save everything that goes on with a run, every few iterations; whatever happens later, the last one stays whole.
+
+    :param path: the directory. :param every: iterations.
+    """
+
+    def __init__(self, path: Path, every: int) -> None:
+        super().__init__()
+        self._path = path
+        self._every = every
+        self._iterations = 0  # that are over
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        if self._iterations and self._iterations % self._every == 0:
+            self.model.save(self._path)
+        self._iterations += 1
 
 
 def plot_learning_curve(directory: Path) -> None:

@@ -481,3 +481,19 @@ def test_a_config_in_the_working_directory_is_not_taken_for_a_run(
     (tmp_path / "config.yaml").write_text("foo: 1")
     monkeypatch.chdir(tmp_path)
     assert run_of("builtin") is None
+
+
+def test_a_training_that_fails_keeps_its_last_checkpoint_which_goes_on(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fails_later.calls = 0  # type: ignore[attr-defined]
+    options = ["--reward", "test_cli:fails_later", "--total-timesteps", "5000", "--checkpoint-every", "1"]
+    assert run.train(tmp_path / "run", *options, "--learning-rate", "3e-3", "--lr-schedule", "constant") == 1
+    assert "the judge has left" in capsys.readouterr().out
+    env = EnvConfig(prompts=run.prompts, reward="learners:even_tokens", max_new_tokens=6).make(8, run.model)
+    model = PPO.load(tmp_path / "run" / "checkpoint", env=env, learning_rate=3e-3)
+    tokens = model.num_timesteps
+    rows = list(csv.DictReader((tmp_path / "run" / "progress.csv").read_text().splitlines()))
+    assert str(tokens) == rows[-1]["time/total_timesteps"]  # of the last iteration that was finished
+    model.learn(20, reset_num_timesteps=False)
+    assert model.num_timesteps >= tokens + 20
