@@ -67,7 +67,7 @@ SIZES = {
     "96x3": Size(96, 3, 1e-3),
     "builtin": Size(None, 4, 1e-3),
 }
-BIN_WIDTH = 0.5  # of √KL
+BIN_WIDTH, BIN_ROLLOUTS = 0.5, 3  # of a curve: what a point spans in √KL, and holds, at least
 FINAL = 5  # the last rollouts of a run, whose mean is its end
 
 Run = dict[str, Any]
@@ -130,7 +130,7 @@ def root_kl(kl: float) -> float:
 
 
 class Bin(NamedTuple):
-    """Means over the rollouts whose √KL is in one bin.
+    """Means over neighbouring rollouts.
 
     :param d: √KL. :param proxy: score. :param gold: score. :param rollouts: how many.
     """
@@ -141,24 +141,33 @@ class Bin(NamedTuple):
     rollouts: int
 
 
-def binned(points: Iterable[Point], width: float = BIN_WIDTH) -> list[Bin]:
+def binned(points: Iterable[Point], width: float = BIN_WIDTH, least: int = BIN_ROLLOUTS) -> list[Bin]:
     """Rollouts of one run or of several, by how far they are from the start.
 
-    :param points: with ``kl``, ``proxy`` and ``gold``. :param width: of a bin, in √KL.
-    :return: bins that hold something, nearest first.
+    A single rollout of a few dozen texts is high or low by chance, so every bin holds several. Those that haven't moved
+    are left out: the start is 0 by definition, measured on far more texts.
+
+    :param points: with ``kl``, ``proxy`` and ``gold``. :param width: that a bin spans at least, in √KL.
+    :param least: rollouts that a bin holds at least.
+    :return: bins, nearest first; one that isn't full if that is all there is.
     """
-    rows = np.array([(root_kl(point["kl"]), point["proxy"], point["gold"]) for point in points]).reshape(-1, 3)
-    numbers = np.floor(rows[:, 0] / width)
-    groups = [rows[numbers == number] for number in np.unique(numbers)]
-    return [Bin(*(float(mean) for mean in group.mean(axis=0)), rollouts=len(group)) for group in groups]
+    rows = sorted((root_kl(point["kl"]), point["proxy"], point["gold"]) for point in points if point["kl"] > 0)
+    groups: list[list[tuple[float, float, float]]] = []
+    for row in rows:
+        if not groups or (len(groups[-1]) >= least and row[0] - groups[-1][0][0] >= width):
+            groups.append([])
+        groups[-1].append(row)
+    if len(groups) > 1 and (len(groups[-1]) < least or groups[-1][-1][0] - groups[-1][0][0] < width):
+        rest = groups.pop()
+        groups[-1] += rest
+    return [Bin(*(float(mean) for mean in np.mean(group, axis=0)), rollouts=len(group)) for group in groups]
 
 
 def peak(bins: Sequence[Bin]) -> Bin:
-    """The bin of the highest gold score.
-
-    A single rollout of a few dozen texts is high by chance now and then; so bins with at least two count, if any has.
     """
-    return max([b for b in bins if b.rollouts > 1] or bins, key=lambda b: b.gold)
+    :param bins: of :func:`binned`. :return: that of the highest gold score; the start, if there are none.
+    """
+    return max(bins, key=lambda b: b.gold, default=Bin(0.0, 0.0, 0.0, 0))
 
 
 def ending(curve: Sequence[Point], last: int = FINAL) -> Point:
@@ -474,13 +483,14 @@ def write_table(results: Sequence[Run], start: Point, path: Path) -> None:
         ),
         "",
         "Scores are in standard deviations of the untrained policy's texts, whose mean is 0. No text has more than "
-        f"{ceiling:.2f} gold. The peak is that of bins of {BIN_WIDTH} √nats, the end the mean of the last {FINAL} "
-        "rollouts. α, β and residual: R(d) = d·(α − β·log d), fitted to the gold score of all rollouts, d = √KL.",
+        f"{ceiling:.2f} gold. The peak is the highest mean of at least {BIN_ROLLOUTS} rollouts that are neighbours in "
+        f"√KL, the end the mean of the last {FINAL}. α, β and residual (root mean square): R(d) = d·(α − β·log d), "
+        "d = √KL, fitted to the gold score of all rollouts. R's own peak is an extrapolation where runs end before it.",
         "",
         *markdown(
             [
                 *("reward model", "KL coef", "gold at its peak", "√KL there", "gold at the end", "proxy at the end"),
-                *("gap", "√KL at the end", "α", "β", "residual"),
+                *("gap", "√KL at the end", "α", "β", "residual", "√KL of R's peak"),
             ],
             [row_of(size, kl_coef, runs) for (size, kl_coef), runs in grouped(results, "size", "kl_coef").items()],
         ),
@@ -509,7 +519,8 @@ def row_of(size: str, kl_coef: float, runs: Sequence[Run]) -> list[str]:
         f"{end['proxy']:.2f}",
         f"{end['gap']:+.2f}",
         f"{root_kl(end['kl']):.1f}",
-        *(("–",) * 3 if fit is None else (f"{fit.alpha:.2f}", f"{fit.beta:.2f}", f"{fit.residual:.2f}")),
+        *(("–",) * 4 if fit is None else (f"{number:.2f}" for number in fit[:3])),
+        *(() if fit is None else (f"{fit.peak:.0f}" if fit.peak < 100 else "> 100",)),
     ]
 
 
@@ -525,6 +536,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 # ---- plot ----------------------------------------------------------------------------------------------------------
 
+X_LABEL = "√KL to the start (√nats per episode)"
 STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -552,67 +564,75 @@ def write_plot(results: Sequence[Run], start: Point, path: Path) -> None:
     ceiling = (BEST_GOLD - start["gold_mean"]) / start["gold_std"]
     columns = math.ceil(len(by_size) / 2)
     with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(6.4 + 3.1 * columns, 6.4), layout="constrained")
+        figure = plt.figure(figsize=(6.4 + 3.1 * columns, 7.0), layout="constrained")
         grid = figure.add_gridspec(2, 1 + columns, width_ratios=[2.0, *[1.0] * columns])
         large = figure.add_subplot(grid[:, 0])
-        small = [figure.add_subplot(grid[i % 2, 1 + i // 2], sharey=large) for i in range(len(by_size))]
+        small: list[Axes] = []
+        for i in range(len(by_size)):
+            share = {"sharey": large, **({"sharex": small[0]} if small else {})}
+            small.append(figure.add_subplot(grid[i // columns, 1 + i % columns], **share))
+
         for key, runs in by_size.items():
             at_lowest = [run for run in runs if run["kl_coef"] == coefs[0]]
             draw_curves(large, at_lowest, size_colours[key], fit=fit_of(at_lowest))
-        handles = [
-            Line2D([], [], color=size_colours[key], linewidth=2.2, label=f"{key[0]}, {label_of(runs)}")
-            for key, runs in by_size.items()
-        ]
         finish(large, f"Reward-model sizes, KL coefficient {coefs[0]:g}", ceiling)
         large.annotate(
-            "the gold score's maximum", (0.99, ceiling), xycoords=("axes fraction", "data"), xytext=(0, 3),
-            textcoords="offset points", ha="right", color="#777777", fontsize=8.5,
+            "the most gold there is", (0.01, ceiling), xycoords=("axes fraction", "data"), xytext=(0, 3),
+            textcoords="offset points", color="#777777", fontsize=8.5,
         )  # fmt: skip
+        large.set_xlabel(X_LABEL)
         large.set_ylabel("score (standard deviations of the start's)")
+        sizes = [
+            Line2D([], [], color=size_colours[key], linewidth=2.2, label=f"{key[0]}: {label_of(runs)}")
+            for key, runs in by_size.items()
+        ]
+        lines: Any = {"color": "#444444"}
         styles = [
-            Line2D([], [], color="#444444", linewidth=2.2, label="gold"),
-            Line2D([], [], color="#444444", linewidth=1.6, linestyle="--", label="proxy"),
-            Line2D([], [], color="#444444", linewidth=0.9, linestyle=":", label="gold, fitted: $d(α − β\\,\\log d)$"),
-            Line2D([], [], color="#444444", marker="*", markersize=11, markeredgecolor="white", linestyle="none",
-                   label="gold at its peak"),
-        ]  # fmt: skip
-        large.legend(handles=[*handles, *styles], loc="upper left", fontsize=9)
-        for axis, (key, runs) in zip(small, by_size.items(), strict=True):
+            Line2D([], [], linewidth=2.2, label="gold (dots: single rollouts)", **lines),
+            Line2D([], [], linewidth=1.6, linestyle="--", label="proxy", **lines),
+            Line2D([], [], linewidth=1.1, linestyle=":", label="gold, fitted: $d\\,(α − β\\,\\log d)$", **lines),
+            Line2D([], [], marker="*", markersize=11, linestyle="none", label="gold at its peak", **lines),
+        ]
+        large.legend(handles=[*sizes, *styles], loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, fontsize=9)
+
+        for i, (axis, (key, runs)) in enumerate(zip(small, by_size.items(), strict=True)):
             for kl_coef in coefs:
                 draw_curves(axis, [run for run in runs if run["kl_coef"] == kl_coef], coef_colours[kl_coef])
-            finish(axis, f"{key[0]} ({mean_of(runs, 'held_out_accuracy'):.1%} right)", ceiling)
-            axis.sharex(small[0])
-        small[0].legend(
+            finish(axis, f"{key[0]}, {mean_of(runs, 'held_out_accuracy'):.0%} right", ceiling)
+            if i + columns >= len(small):  # the lowest of its column
+                axis.set_xlabel(X_LABEL)
+        small[-1].legend(
             handles=[Line2D([], [], color=coef_colours[c], linewidth=2.2, label=f"{c:g}") for c in coefs],
-            title="KL coefficient", loc="upper left", fontsize=9, title_fontsize=9, alignment="left",
+            title="KL coefficient", loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=len(coefs), fontsize=9,
+            title_fontsize=9,
         )  # fmt: skip
+        for axis in (large, small[0]):
+            axis.set_xlim(left=0)
         figure.savefig(path, dpi=130)
         plt.close(figure)
 
 
 def draw_curves(axis: Axes, runs: Sequence[Run], colour: Any, fit: Fit | None = None) -> None:
-    """Rollouts as dots, their bins as lines."""
+    """Rollouts as dots, their bins as lines, which begin at the start: there both scores are 0 by definition."""
     points = rollouts(runs)
     bins = binned(points)
-    d = [b.d for b in bins]
+    d = [0.0, *(b.d for b in bins)]
     axis.scatter(
-        [root_kl(p["kl"]) for p in points], [p["gold"] for p in points], s=7, color=colour, alpha=0.3, linewidths=0
+        [root_kl(p["kl"]) for p in points], [p["gold"] for p in points], s=8, color=colour, alpha=0.35, linewidths=0
     )
-    axis.plot(d, [b.proxy for b in bins], color=colour, linewidth=1.6, linestyle="--")
-    axis.plot(d, [b.gold for b in bins], color=colour, linewidth=2.2)
+    axis.plot(d, [0.0, *(b.proxy for b in bins)], color=colour, linewidth=1.6, linestyle="--")
+    axis.plot(d, [0.0, *(b.gold for b in bins)], color=colour, linewidth=2.2)
     best = peak(bins)
-    axis.plot(best.d, best.gold, color=colour, marker="*", markersize=11, markeredgecolor="white", zorder=4)
+    axis.plot(best.d, best.gold, color=colour, marker="*", markersize=13, markeredgecolor="white", zorder=4)
     if fit is not None:
         x = np.linspace(0, max(root_kl(p["kl"]) for p in points), 200)
-        axis.plot(x, fit(x), color=colour, linewidth=0.9, linestyle=":")
+        axis.plot(x, fit(x), color=colour, linewidth=1.1, linestyle=":")
 
 
 def finish(axis: Axes, title: str, ceiling: float) -> None:
     """What all panels share."""
     axis.axhline(ceiling, color="#999999", linewidth=1, linestyle=(0, (1, 2)), zorder=1)
     axis.set_title(title)
-    axis.set_xlabel("√KL to the start (√nats per episode)")
-    axis.set_xlim(left=0)
 
 
 def label_of(runs: Sequence[Run]) -> str:

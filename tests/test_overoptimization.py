@@ -85,25 +85,29 @@ def test_a_sampled_kl_below_zero_is_no_distance() -> None:
     assert [root_kl(kl) for kl in (-0.3, 0.0, 4.0)] == [0.0, 0.0, 2.0]
 
 
+def rollout(d: float, proxy: float, gold: float) -> dict[str, float]:
+    return {"kl": d * d, "proxy": proxy, "gold": gold}
+
+
 def test_bins_hold_means_of_rollouts_at_like_distances() -> None:
-    points = [
-        {"kl": 4.0, "proxy": 3.0, "gold": 1.0},  # √KL 2
-        {"kl": -0.1, "proxy": 0.0, "gold": 0.2},  # 0
-        {"kl": 0.16, "proxy": 1.0, "gold": 0.4},  # 0.4
-        {"kl": 5.76, "proxy": 4.0, "gold": 0.0},  # 2.4
-        {"kl": 6.25, "proxy": 9.0, "gold": 9.0},  # 2.5, the next one's
-    ]
-    nearest, middle, farthest = binned(points, width=0.5)
-    assert nearest == pytest.approx(Bin(0.2, 0.5, 0.3, 2))
-    assert middle == pytest.approx(Bin(2.2, 3.5, 0.5, 2))
-    assert farthest == pytest.approx(Bin(2.5, 9.0, 9.0, 1))
-    assert binned([]) == []
+    points = [rollout(3.0, 4.0, 1.0), rollout(1.0, 1.0, 0.5), rollout(1.25, 3.0, 1.5), rollout(3.75, 6.0, 0.0)]
+    start = {"kl": -0.1, "proxy": 9.0, "gold": 9.0}
+    assert binned([*points, start], width=0.5, least=2) == [Bin(1.125, 2.0, 1.0, 2), Bin(3.375, 5.0, 0.5, 2)]
+    assert binned([start]) == []
 
 
-def test_a_lone_lucky_rollout_is_no_peak() -> None:
-    lucky, solid = Bin(1.0, 0.5, 2.0, 1), Bin(2.0, 0.7, 1.5, 4)
-    assert peak([Bin(0.0, 0.0, 0.0, 3), lucky, solid]) == solid
-    assert peak([lucky, Bin(2.0, 0.7, 1.5, 1)]) == lucky  # if that is all there is
+def test_a_bin_is_as_wide_and_as_full_as_it_must_be() -> None:
+    dense = [rollout(1.0 + 0.125 * i, 0.0, 0.0) for i in range(9)]  # 1 to 2
+    assert [b.rollouts for b in binned(dense, width=0.5, least=2)] == [4, 5]  # the last one joins those before it
+    sparse = [rollout(float(i), 0.0, 0.0) for i in range(1, 9)]
+    assert [b.rollouts for b in binned(sparse, width=0.5, least=3)] == [3, 5]
+    assert [b.rollouts for b in binned(sparse[:2], width=0.5, least=3)] == [2]  # all there is
+
+
+def test_the_peak_is_that_of_gold() -> None:
+    bins = [Bin(1.0, 0.5, 0.6, 3), Bin(2.0, 0.7, 1.5, 4), Bin(3.0, 2.0, 1.0, 3)]
+    assert peak(bins) == bins[1]
+    assert peak([]).gold == 0.0  # nothing has moved from the start
 
 
 def test_the_end_is_the_mean_of_the_last_rollouts() -> None:
