@@ -48,8 +48,12 @@ class EvaluateConfig:
     """Another policy to compare with, instead of the reference."""
     reward: str | None = None
     """By default the run's."""
+    gold: str | None = None
+    """A second score; by default the run's."""
     prompts: str = "builtin:eval"
     """Held-out prompts."""
+    max_new_tokens: int | None = None
+    """Response budget, in tokens; by default the run's."""
     episodes: int = 256
     """Texts of each, for the same prompts."""
     texts: int = 0
@@ -112,8 +116,8 @@ def evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
     """
     run = run_of(config.policy)
     env_config = run.env if run is not None else EnvConfig()
-    if config.reward is not None:
-        env_config = dataclasses.replace(env_config, reward=config.reward)
+    given = {name: getattr(config, name) for name in ("reward", "gold", "max_new_tokens")}
+    env_config = dataclasses.replace(env_config, **{name: value for name, value in given.items() if value is not None})
     if config.reference is None and run is None:
         raise ValueError(f"{config.policy!r} belongs to no run that says what it started from: pass --reference.")
     return _evaluate(config, env_config, config.reference or run.model)  # type: ignore[union-attr]
@@ -122,9 +126,7 @@ def evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
 def run_sample(config: SampleConfig) -> int:
     run = run_of(config.policy)
     env_config = dataclasses.replace(run.env if run is not None else EnvConfig(), max_new_tokens=config.max_new_tokens)
-    tokenizer = load_tokenizer(env_config.tokenizer or config.policy)
-    encoded = Prompts(config.prompt, tokenizer, sys.maxsize, chat_template=env_config.chat_template)
-    env_config.max_prompt_tokens = max(len(prompt.token_ids) for prompt in encoded)
+    env_config.max_prompt_tokens = _longest(config.prompt, env_config, config.policy)
     prompts = [prompt for prompt in config.prompt for _ in range(config.n)]
     env = env_config.make(len(prompts), config.policy, prompts=prompts)
     set_random_seed(config.seed)
@@ -175,7 +177,7 @@ def run_demo(config: DemoConfig) -> int:
     _print_texts(config.run_dir / "samples.jsonl")
     before, after = result["reference"], result["policy"]
     checks = {
-        f"score rose by at least {MIN_SCORE_GAIN_STD} standard deviations": result["score_gain_std"]
+        f"score rose by at least {MIN_SCORE_GAIN_STD} standard deviations": (result["score_gain_std"] or 0.0)
         >= MIN_SCORE_GAIN_STD,
         f"gold score rose by at least {MIN_GOLD_GAIN}": after["gold_score"] - before["gold_score"] >= MIN_GOLD_GAIN,
         f"KL under {MAX_KL:g} nats per episode": result["kl"] < MAX_KL,
@@ -211,7 +213,8 @@ def print_evaluation(result: dict[str, Any], prompts: str) -> None:
             percent = [100 * rate for rate in (compared["win_rate"], *compared["win_rate_interval"])]
             win_rate = "{:.0f}% [{:.0f}, {:.0f}]".format(*percent)
         table.add_row(escape(name), f"{before:.3f}", f"{after:.3f}", change, win_rate)
-    table.add_row("score gain (std)", "", "", f"{result['score_gain_std'] or 0:+.3f}", style="bold")
+    gain = result["score_gain_std"]
+    table.add_row("score gain (std)", "", "", "–" if gain is None else f"{gain:+.3f}", style="bold")
     kl_of_other = f"{result['kl_against']:.2f}" if other == "against" else ""
     table.add_row("KL (nats/episode)", kl_of_other, f"{result['kl']:.2f}", "", style="bold")
     console.print(table)
@@ -230,7 +233,18 @@ def print_pairs(result: dict[str, Any]) -> None:
     console.print(table)
 
 
+def _longest(prompts: Any, env_config: EnvConfig, model: str) -> int:
+    """Tokens of the longest of these prompts."""
+    tokenizer = load_tokenizer(env_config.tokenizer or model)
+    encoded = Prompts(prompts, tokenizer, sys.maxsize, chat_template=env_config.chat_template)
+    return max(len(prompt.token_ids) for prompt in encoded)
+
+
 def _evaluate(config: EvaluateConfig, env_config: EnvConfig, reference: str) -> dict[str, Any]:
+    if env_config.overlong_prompts == "error":  # held-out prompts may be longer than those of the training
+        env_config = dataclasses.replace(
+            env_config, max_prompt_tokens=_longest(config.prompts, env_config, config.policy)
+        )
     # As many prompts as texts, however the policy was trained.
     env = env_config.make(min(64, config.episodes), config.policy, prompts=config.prompts, group_size=1)
     set_random_seed(config.seed)

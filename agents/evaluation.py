@@ -228,11 +228,11 @@ def distinct_n(texts: list[str], n: int) -> float:
 
 
 def sample_texts(
-    policy: CausalLMPolicy, env: TextVectorEnv, prompts: list[str], deterministic: bool = False
+    policy: CausalLMPolicy, env: TextVectorEnv, prompts: Sequence[Any], deterministic: bool = False
 ) -> list[dict[str, Any]]:
     """One completion for each prompt.
 
-    :param policy: writes. :param env: scores. :param prompts: openings. :param deterministic: greedy.
+    :param policy: writes. :param env: scores. :param prompts: as a reset takes them. :param deterministic: greedy.
     :return: each episode's final info (``prompt``, ``completion``, ``score``, …).
     """
     return _collect(policy, env, len(prompts), deterministic=deterministic, prompts=prompts)[1]

@@ -128,7 +128,7 @@ class CausalLMActorCritic(BasePolicy):
         longest = observation_space["input_ids"].shape[0]  # type: ignore[index]
         critic, value_head = make_critic(base, separate_critic, dtype, self.tokenizer, longest)
         if lora is not None:
-            loaded = add_lora(loaded, lora)
+            loaded = add_lora(loaded, lora, model)
         assert isinstance(action_space, spaces.Discrete)
         check_positions(base, longest)
         n_tokens = int(action_space.n)

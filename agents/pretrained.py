@@ -53,18 +53,21 @@ def load_causal_lm(
     :return: the model; for an adapter, PEFT's wrapper around its base, with the adapter's weights trainable.
     :raises ValueError: if there is no such model, it is no causal language model, or the adapter is for another base.
     """
-    if isinstance(model, PeftModel) and list(model.peft_config) != [ADAPTER]:
-        raise ValueError(
-            f"Expected a PeftModel with one adapter, called {ADAPTER!r}; this one has {list(model.peft_config)}."
-        )
-    if isinstance(model, PreTrainedModel | PeftModel):
+    if isinstance(model, PeftModel):
+        return _checked_live(model)
+    if isinstance(model, PreTrainedModel):
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                "Expected a live model with an adapter to be a peft.PeftModel, got transformers' own form of it: load "
+                "it by PeftModel.from_pretrained(base, adapter), or give the adapter's name."
+            )
         return model
     resolved = resolve_dtype(dtype)
     if isinstance(model, PretrainedConfig):
         random_model = AutoModelForCausalLM.from_config(model)
         return random_model if resolved == "auto" else random_model.to(resolved)
     if (base := base_of_adapter(model)) is not None:
-        return _load_adapter(Path(model), base, dtype)
+        return _load_adapter(str(model), base, dtype)
     name, options = pretrained_name(model)
     if options:
         options |= _unpacked(options["gguf_file"])
@@ -79,8 +82,8 @@ def load_causal_lm(
             f"file, or a hub name; got {str(model)!r}, which could not be loaded: {_first_line(error)}"
             + (_GGUF_HINT if options else "")
         ) from error
-    if options:  # otherwise an adapter would note the directory, from which nothing can be loaded
-        loaded.name_or_path = str(model)
+    if getattr(loaded, "_hf_peft_config_loaded", False):  # the hub name of an adapter
+        return _load_adapter(name, str(next(iter(loaded.peft_config.values())).base_model_name_or_path), dtype)
     return loaded
 
 
@@ -104,10 +107,31 @@ def _unpacked(gguf_file: str) -> dict[str, Any]:
     return {} if config is None else {"quantization_config": config(gguf_file=gguf_file, dequantize=True)}
 
 
-def _load_adapter(directory: Path, base: str, dtype: str | torch.dtype) -> PeftModel:
+def _checked_live(model: PeftModel) -> PeftModel:
+    if list(model.peft_config) != [ADAPTER]:
+        raise ValueError(
+            f"Expected a PeftModel with one adapter, called {ADAPTER!r}; this one has {list(model.peft_config)}."
+        )
+    _check_adapter(model)
+    model.set_adapter(ADAPTER)  # PEFT's default is to load adapters frozen
+    return model
+
+
+def _check_adapter(model: PeftModel) -> None:
+    """Whatever an adapter changes must be possible to switch off, or the reference would move with the policy."""
+    config: Any = model.peft_config[ADAPTER]
+    if getattr(config, "modules_to_save", None) or getattr(config, "bias", "none") != "none":
+        raise ValueError(
+            "Expected an adapter without modules_to_save and with bias='none', since weights of the base that are "
+            f"trained themselves can't be switched off for the reference; got modules_to_save={config.modules_to_save} "
+            f"and bias={config.bias!r}. Merge it into its base first (PEFT's merge_and_unload)."
+        )
+
+
+def _load_adapter(directory: str, base: str, dtype: str | torch.dtype) -> PeftModel:
     def mismatch(reason: str) -> ValueError:
         return ValueError(
-            f"Expected the adapter in {str(directory)!r} to fit its base {base!r}; {reason} Name the model that it was "
+            f"Expected the adapter in {directory!r} to fit its base {base!r}; {reason} Name the model that it was "
             "trained on as base_model_name_or_path in adapter_config.json."
         )
 
@@ -120,11 +144,23 @@ def _load_adapter(directory: Path, base: str, dtype: str | torch.dtype) -> PeftM
     try:
         with _quiet_peft():
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            adapted = PeftModel.from_pretrained(model, str(directory), adapter_name=ADAPTER, is_trainable=True)
+            adapted = PeftModel.from_pretrained(model, directory, adapter_name=ADAPTER, is_trainable=True)
     except (RuntimeError, ValueError, UserWarning) as error:
         raise mismatch(f"they don't fit together: {' '.join(str(error).split())[:300]}") from error
+    _check_adapter(adapted)
     check_tokenizers(load_tokenizer(directory), load_tokenizer(base), base)
+    adapted.peft_config[ADAPTER].base_model_name_or_path = _plain_name(base)
     return adapted
+
+
+def _plain_name(model: Any) -> str | None:
+    """Under which plain transformers finds this model, from whatever directory; None where it does not."""
+    if not isinstance(model, str | Path):
+        return None  # a live model, or a config: what is in memory is nowhere else
+    name, options = pretrained_name(model)
+    if options:
+        return None
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 @contextlib.contextmanager
@@ -156,13 +192,14 @@ def unwrapped(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
-def add_lora(model: PreTrainedModel | PeftModel, lora: dict[str, Any]) -> PeftModel:
+def add_lora(model: PreTrainedModel | PeftModel, lora: dict[str, Any], name: Any = None) -> PeftModel:
     """Add trainable low-rank adapters in place and freeze everything else.
 
     :param model: the base model.
     :param lora: arguments of ``peft.LoraConfig``, for example ``{"r": 16, "target_modules": "all-linear"}``.
+    :param name: what :func:`load_causal_lm` loaded the base by; a saved adapter refers to it.
     :return: the PEFT model around it (``get_base_model()`` is the same object, with adapters inside).
-    :raises ValueError: if the model has an adapter already.
+    :raises ValueError: if the model has an adapter already, or this one trains weights of the base as well.
     """
     if isinstance(model, PeftModel):
         raise ValueError(
@@ -170,7 +207,13 @@ def add_lora(model: PreTrainedModel | PeftModel, lora: dict[str, Any]) -> PeftMo
             "adapter on top, merge the old one into its base (PEFT's merge_and_unload) and save that."
         )
     with _quiet_peft():
-        return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **lora}), adapter_name=ADAPTER)
+        adapted = get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **lora}), adapter_name=ADAPTER)
+    if (
+        adapted.peft_config[ADAPTER].task_type == "CAUSAL_LM"
+    ):  # a classifier's new head is trained, and has no reference
+        _check_adapter(adapted)
+    adapted.peft_config[ADAPTER].base_model_name_or_path = _plain_name(name)
+    return adapted
 
 
 def freeze_copy_of_adapter(model: PeftModel) -> None:
@@ -223,16 +266,11 @@ def save_causal_lm(model: PreTrainedModel | PeftModel, directory: Path) -> None:
     """
     if isinstance(model, PreTrainedModel):
         model.save_pretrained(directory)
-    elif _is_loadable(str(unwrapped(model).name_or_path)):
+    elif model.peft_config[ADAPTER].base_model_name_or_path:
         model.save_pretrained(str(directory), selected_adapters=[ADAPTER])
     else:
-        merged = copy.deepcopy(model).float().merge_and_unload(adapter_names=[ADAPTER])
+        merged = copy.deepcopy(model).cpu().float().merge_and_unload(adapter_names=[ADAPTER])
         merged.save_pretrained(directory)
-
-
-def _is_loadable(name: str) -> bool:
-    """Whether ``from_pretrained(name)`` finds a model: a directory, or (nothing on this disk) a hub name."""
-    return (Path(name) / "config.json").is_file() or (name != "" and not Path(name).exists())
 
 
 def check_positions(model: PreTrainedModel, longest: int) -> None:

@@ -26,7 +26,13 @@ from rich.console import Console
 from rich.markup import escape
 from stable_baselines3.common.utils import get_device, set_random_seed
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
@@ -37,7 +43,7 @@ from text_env.builtin import LANGUAGE_MODEL
 from text_env.preferences import Preference, Preferences, load_preferences
 from text_env.prompts import Prompts, load_prompts
 from text_env.rewards import SequenceClassifierReward
-from text_env.tokenization import Message, base_of_adapter, load_tokenizer
+from text_env.tokenization import Message, base_of_adapter, load_tokenizer, pretrained_name
 from text_env.vector_env import TextVectorEnv
 
 Prompt = str | list[Message]
@@ -125,7 +131,7 @@ def train_reward_model(config: RewardModelConfig, preferences: Any = None) -> di
         if tokenizer.chat_template and not pairs.conversational:
             console.print("The pairs are plain texts: use this reward in environments with chat_template=False.")
     order = np.random.default_rng(config.seed).permutation(len(pairs.train))[: config.max_pairs]
-    longest = min(config.max_length, _positions(model), tokenizer.model_max_length)
+    longest = min(config.max_length, _positions(model.config), tokenizer.model_max_length)
     train, columns = fitting([pairs.train[i] for i in order], tokenizer, longest)
     held_out, _ = fitting(pairs.held_out, tokenizer, longest)
     if not train or not held_out:
@@ -133,7 +139,8 @@ def train_reward_model(config: RewardModelConfig, preferences: Any = None) -> di
             f"Expected pairs of at most {longest} tokens (max_length, or what the base holds) to train with and to "
             f"hold out, got {len(train)} and {len(held_out)}: raise max_length, or choose another base."
         )
-    texts = sample_policy_texts(config, pairs)  # before training: what is wrong here should not cost hours
+    # Of the pairs that are left. Before training: what is wrong here should not cost hours.
+    texts = sample_policy_texts(config, dataclasses.replace(pairs, train=train))
     settings = {key: str(v) if isinstance(v, Path) else v for key, v in dataclasses.asdict(config).items()}
     report: dict[str, Any] = {
         "settings": settings | ({} if preferences is None else {"preferences": f"a {type(preferences).__name__}"}),
@@ -386,8 +393,8 @@ def _micro_batch(config: RewardModelConfig) -> int:
     return micro
 
 
-def _positions(model: PreTrainedModel) -> int:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def _positions(config: PretrainedConfig) -> int:
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return 2**31 if positions is None else int(positions)
 
 
@@ -432,28 +439,37 @@ def sample_policy_texts(config: RewardModelConfig, pairs: Preferences) -> tuple[
             given = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in given]
         elif not isinstance(given[0], str):
             raise ValueError(f"Expected prompts to be texts, as those of the pairs; {config.prompts!r} has messages.")
-    given = [prompt for prompt in given if prompt]
-    if not given:
-        raise ValueError(f"Expected prompts to sample from, since the pairs have none: name some with prompts, {hint}.")
-    drawn = [given[i] for i in np.random.default_rng(config.seed).integers(len(given), size=n)]
     tokenizer = load_tokenizer(name)
-    rows = [{"prompt": prompt} for prompt in drawn]
-    known = Prompts(rows, tokenizer, 2**31, chat_template=pairs.conversational)
+    place, options = pretrained_name(base_of_adapter(name) or name)
+    longest = _positions(AutoConfig.from_pretrained(place, **options)) - config.max_new_tokens
+    rows = [{"prompt": prompt} for prompt in given if prompt]
+    if not rows:
+        raise ValueError(f"Expected prompts to sample from, since the pairs have none: name some with prompts, {hint}.")
+    made = Prompts(rows, tokenizer, 2**31, chat_template=pairs.conversational)
+    lengths = {i: len(prompt.token_ids) for i, prompt in enumerate(made) if len(prompt.token_ids) <= longest}
+    if not lengths:
+        raise ValueError(
+            f"Expected prompts of at most {longest} tokens to sample from, since the policy's positions must hold "
+            f"max_new_tokens={config.max_new_tokens} more; all {len(rows)} are longer: make that smaller, {hint}."
+        )
+    set_random_seed(config.seed)  # the same texts whatever the base, whose new head may have taken random numbers
+    drawn = np.random.default_rng(config.seed).choice(list(lengths), size=n)
     env = TextVectorEnv(
         min(64, n),
         tokenizer=tokenizer,
-        prompts=rows,
+        prompts=[rows[i] for i in drawn],
         reward=_unscored,
-        max_prompt_tokens=max(len(prompt.token_ids) for prompt in known),
+        max_prompt_tokens=max(lengths[i] for i in drawn),
         max_new_tokens=config.max_new_tokens,
         chat_template=pairs.conversational,
     )
+    prompts = [rows[i]["prompt"] for i in drawn]
     policy = load_policy(name, env, config.device, config.dtype)
     completions: list[str] = []
     for first in tqdm(range(0, n, 256), desc="policy's texts", disable=not config.progress):
-        infos = sample_texts(policy, env, drawn[first : first + 256])
+        infos = sample_texts(policy, env, prompts[first : first + 256])
         completions += [info["completion"] for info in infos]
-    return drawn, completions
+    return prompts, completions
 
 
 def _unscored(completions: Sequence[Any], **_: Any) -> list[float]:

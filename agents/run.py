@@ -165,7 +165,7 @@ class TrainConfig:
     """Train through torch.compile."""
     checkpoint_every: int = 0
     """Iterations between two checkpoints, each in the place of the one before it: run_dir/checkpoint, from which
-    `PPO.load(..., env=...)` goes on exactly. 0: none."""
+    `PPO.load(path, env=..., learning_rate=...)` goes on exactly. 0: none."""
     sample_every: int = 5
     """Iterations between two entries of samples.jsonl."""
     n_samples: int = 6
@@ -359,8 +359,9 @@ class SampleTexts(BaseCallback):
         self._iteration = 0
         # Files of the user's own have no held-out part: then the first prompts are watched.
         held_out = "builtin:eval" if config.env.prompts == "builtin" else config.env.prompts
-        self._prompts = [prompt["prompt"] for prompt in load_prompts(held_out)][: config.n_samples]
-        self._env = config.env.make(len(self._prompts), config.model, prompts=self._prompts)
+        rows = load_prompts(held_out)[: config.n_samples]
+        self._env = config.env.make(len(rows), config.model, prompts=rows)
+        self._prompts = list(self._env.prompts)  # with their columns, which rewards may ask for
 
     def _on_step(self) -> bool:
         return True

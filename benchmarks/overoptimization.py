@@ -67,7 +67,7 @@ SIZES = {
     "96x3": Size(96, 3, 1e-3),
     "builtin": Size(None, 4, 1e-3),
 }
-BIN_WIDTH, BIN_ROLLOUTS = 0.5, 3  # of a curve: what a point spans in √KL, and holds, at least
+PARTS = 12  # of a run's tokens; a curve has a point for each, which is one or more rollouts
 FINAL = 5  # the last rollouts of a run, whose mean is its end
 
 Run = dict[str, Any]
@@ -129,8 +129,8 @@ def root_kl(kl: float) -> float:
     return math.sqrt(max(kl, 0.0))
 
 
-class Bin(NamedTuple):
-    """Means over neighbouring rollouts.
+class Step(NamedTuple):
+    """Means over a part of a run.
 
     :param d: √KL. :param proxy: score. :param gold: score. :param rollouts: how many.
     """
@@ -141,33 +141,25 @@ class Bin(NamedTuple):
     rollouts: int
 
 
-def binned(points: Iterable[Point], width: float = BIN_WIDTH, least: int = BIN_ROLLOUTS) -> list[Bin]:
-    """Rollouts of one run or of several, by how far they are from the start.
+def path(points: Sequence[Point], parts: int = PARTS) -> list[Step]:
+    """Where a run went, in the order of time: under a KL penalty scores go on changing while the KL stays.
 
-    A single rollout of a few dozen texts is high or low by chance, so every bin holds several. Those that haven't moved
-    are left out: the start is 0 by definition, measured on far more texts.
-
-    :param points: with ``kl``, ``proxy`` and ``gold``. :param width: that a bin spans at least, in √KL.
-    :param least: rollouts that a bin holds at least.
-    :return: bins, nearest first; one that isn't full if that is all there is.
+    :param points: rollouts of one run, or of several of the same length. :param parts: of the tokens, equally large.
+    :return: the parts that hold rollouts, the first one first.
     """
-    rows = sorted((root_kl(point["kl"]), point["proxy"], point["gold"]) for point in points if point["kl"] > 0)
-    groups: list[list[tuple[float, float, float]]] = []
-    for row in rows:
-        if not groups or (len(groups[-1]) >= least and row[0] - groups[-1][0][0] >= width):
-            groups.append([])
-        groups[-1].append(row)
-    if len(groups) > 1 and (len(groups[-1]) < least or groups[-1][-1][0] - groups[-1][0][0] < width):
-        rest = groups.pop()
-        groups[-1] += rest
-    return [Bin(*(float(mean) for mean in np.mean(group, axis=0)), rollouts=len(group)) for group in groups]
+    columns = ("tokens", "kl", "proxy", "gold")
+    rows = np.array([[point[name] for name in columns] for point in points]).reshape(-1, len(columns))
+    numbers = np.ceil(parts * rows[:, 0] / rows[:, 0].max(initial=1.0))
+    groups = [rows[numbers == number] for number in np.unique(numbers)]
+    means = ([float(mean) for mean in group.mean(axis=0)] for group in groups)
+    return [Step(root_kl(kl), *scores, len(group)) for (_, kl, *scores), group in zip(means, groups, strict=True)]
 
 
-def peak(bins: Sequence[Bin]) -> Bin:
+def peak(steps: Sequence[Step]) -> Step:
     """
-    :param bins: of :func:`binned`. :return: that of the highest gold score; the start, if there are none.
+    :param steps: of :func:`path`. :return: that of the highest gold score.
     """
-    return max(bins, key=lambda b: b.gold, default=Bin(0.0, 0.0, 0.0, 0))
+    return max(steps, key=lambda step: step.gold)
 
 
 def ending(curve: Sequence[Point], last: int = FINAL) -> Point:
@@ -408,7 +400,7 @@ def result(policy: Policy, runs: Path, start: Point) -> Run:
 def read_curve(progress: Path, start: Point) -> list[Point]:
     """
     :param progress: a run's ``progress.csv``. :param start: mean and standard deviation of the start's gold score.
-    :return: ``tokens``, ``kl``, ``proxy`` and ``gold`` of every rollout.
+    :return: ``tokens``, ``kl``, ``proxy``, ``gold`` and mean ``length`` of every rollout.
     """
     table = np.atleast_1d(np.genfromtxt(progress, delimiter=",", names=True, deletechars=""))
     columns = {
@@ -416,6 +408,7 @@ def read_curve(progress: Path, start: Point) -> list[Point]:
         "kl": table["objective/kl"],
         "proxy": table["objective/scores"],
         "gold": (table["objective/gold_score"] - start["gold_mean"]) / start["gold_std"],
+        "length": table["completions/mean_length"],
     }
     return [dict(zip(columns, map(float, row), strict=True)) for row in zip(*columns.values(), strict=True)]
 
@@ -441,8 +434,8 @@ def grouped(results: Sequence[Run], *keys: str) -> dict[tuple[Any, ...], list[Ru
 
 
 def rollouts(group: Iterable[Run]) -> list[Point]:
-    """The points of all their curves."""
-    return [point for run in group for point in run["curve"]]
+    """The points of all their curves, except the first ones: those are the start's, which is 0 by definition."""
+    return [point for run in group for point in run["curve"][1:]]
 
 
 def fit_of(group: Sequence[Run]) -> Fit | None:
@@ -454,13 +447,13 @@ def fit_of(group: Sequence[Run]) -> Fit | None:
 # ---- table ---------------------------------------------------------------------------------------------------------
 
 
-def write_table(results: Sequence[Run], start: Point, path: Path) -> None:
+def write_table(results: Sequence[Run], start: Point, file: Path) -> None:
     """
-    :param results: all runs. :param start: of :func:`run_all`. :param path: a Markdown file.
+    :param results: all runs. :param start: of :func:`run_all`. :param file: a Markdown file.
     """
     some = results[0]
     ceiling = (BEST_GOLD - start["gold_mean"]) / start["gold_std"]
-    seeds = len({run["seed"] for run in results})
+    seeds, lowest = len({run["seed"] for run in results}), min(run["kl_coef"] for run in results)
     lines = [
         "# Over-optimisation",
         "",
@@ -483,33 +476,47 @@ def write_table(results: Sequence[Run], start: Point, path: Path) -> None:
         ),
         "",
         "Scores are in standard deviations of the untrained policy's texts, whose mean is 0. No text has more than "
-        f"{ceiling:.2f} gold. The peak is the highest mean of at least {BIN_ROLLOUTS} rollouts that are neighbours in "
-        f"√KL, the end the mean of the last {FINAL}. α, β and residual (root mean square): R(d) = d·(α − β·log d), "
-        "d = √KL, fitted to the gold score of all rollouts. R's own peak is an extrapolation where runs end before it.",
+        f"{ceiling:.2f} gold. The peak is that of means over a {PARTS}th of the tokens, the end the mean of the last "
+        f"{FINAL} rollouts, length in tokens. α, β and residual (root mean square): R(d) = d·(α − β·log d), d = √KL, "
+        "fitted to the gold score of all rollouts, where the KL coefficient is lowest; R's own peak is an "
+        "extrapolation if the runs end before it.",
         "",
         *markdown(
             [
                 *("reward model", "KL coef", "gold at its peak", "√KL there", "gold at the end", "proxy at the end"),
-                *("gap", "√KL at the end", "α", "β", "residual", "√KL of R's peak"),
+                *("gap", "√KL at the end", "length at the end", "α", "β", "residual", "√KL of R's peak"),
             ],
-            [row_of(size, kl_coef, runs) for (size, kl_coef), runs in grouped(results, "size", "kl_coef").items()],
+            [
+                row_of(size, kl_coef, runs, fit_of(runs) if kl_coef == lowest else None)
+                for (size, kl_coef), runs in grouped(results, "size", "kl_coef").items()
+            ],
         ),
         "",
-        "What the policies wrote at the end for a held-out prompt, with the lowest KL coefficient:",
+        "What the policies wrote at the end for the first held-out prompt:",
         "",
+        *markdown(
+            ["reward model", "KL coef", "proxy", "gold", "text"],
+            [
+                [
+                    *(
+                        size,
+                        f"{kl_coef:g}",
+                        f"{runs[0]['texts'][0]['proxy']:.2f}",
+                        f"{runs[0]['texts'][0]['gold']:.2f}",
+                    ),
+                    cell(runs[0]["texts"][0]["text"]),
+                ]
+                for (size, kl_coef), runs in grouped(results, "size", "kl_coef").items()
+            ],
+        ),
     ]
-    lowest = min(run["kl_coef"] for run in results)
-    for (size,), runs in grouped([run for run in results if run["kl_coef"] == lowest], "size").items():
-        text = runs[0]["texts"][0]
-        words = " ".join(text["text"].split())
-        lines.append(f"- {size} (proxy {text['proxy']:+.2f}, gold {text['gold']:+.2f}): “{words}”")
-    path.write_text("\n".join(lines) + "\n")
+    file.write_text("\n".join(lines) + "\n")
 
 
-def row_of(size: str, kl_coef: float, runs: Sequence[Run]) -> list[str]:
+def row_of(size: str, kl_coef: float, runs: Sequence[Run], fit: Fit | None) -> list[str]:
     """The table's row of a size and a KL coefficient."""
-    best, fit = peak(binned(rollouts(runs))), fit_of(runs)
-    end = {name: mean_of([run["final"] for run in runs], name) for name in ("kl", "proxy", "gold", "gap")}
+    best = peak(path(rollouts(runs)))
+    end = {name: mean_of([run["final"] for run in runs], name) for name in ("kl", "proxy", "gold", "gap", "length")}
     return [
         size,
         f"{kl_coef:g}",
@@ -519,9 +526,15 @@ def row_of(size: str, kl_coef: float, runs: Sequence[Run]) -> list[str]:
         f"{end['proxy']:.2f}",
         f"{end['gap']:+.2f}",
         f"{root_kl(end['kl']):.1f}",
+        f"{end['length']:.0f}",
         *(("–",) * 4 if fit is None else (f"{number:.2f}" for number in fit[:3])),
         *(() if fit is None else (f"{fit.peak:.0f}" if fit.peak < 100 else "> 100",)),
     ]
+
+
+def cell(text: str) -> str:
+    """A text of a model that stands in a table's cell as it is."""
+    return " ".join(text.replace("|", "\\|").split())
 
 
 def mean_of(rows: Iterable[dict[str, Any]], name: str) -> float:
@@ -531,7 +544,8 @@ def mean_of(rows: Iterable[dict[str, Any]], name: str) -> float:
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A table's lines, numbers to the right."""
-    return [f"| {' | '.join(row)} |" for row in (header, ["---", *["---:"] * (len(header) - 1)], *rows)]
+    rule = ["---" if name in ("reward model", "text") else "---:" for name in header]
+    return [f"| {' | '.join(row)} |" for row in (header, rule, *rows)]
 
 
 # ---- plot ----------------------------------------------------------------------------------------------------------
@@ -552,10 +566,10 @@ STYLE: Any = {
 }
 
 
-def write_plot(results: Sequence[Run], start: Point, path: Path) -> None:
+def write_plot(results: Sequence[Run], start: Point, file: Path) -> None:
     """Sizes beside each other at the lowest KL coefficient, and for each size its KL coefficients.
 
-    :param results: all runs. :param start: of :func:`run_all`. :param path: a PNG file.
+    :param results: all runs. :param start: of :func:`run_all`. :param file: a PNG file.
     """
     by_size = grouped(results, "size")
     coefs = sorted({run["kl_coef"] for run in results})
@@ -593,6 +607,9 @@ def write_plot(results: Sequence[Run], start: Point, path: Path) -> None:
             Line2D([], [], linewidth=1.1, linestyle=":", label="gold, fitted: $d\\,(α − β\\,\\log d)$", **lines),
             Line2D([], [], marker="*", markersize=11, linestyle="none", label="gold at its peak", **lines),
         ]
+        nothing = Line2D([], [], linestyle="none", label=" ")  # so that each of the two has a column of its own
+        for column, other in ((sizes, styles), (styles, sizes)):
+            column += [nothing] * (len(other) - len(column))
         large.legend(handles=[*sizes, *styles], loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, fontsize=9)
 
         for i, (axis, (key, runs)) in enumerate(zip(small, by_size.items(), strict=True)):
@@ -608,21 +625,21 @@ def write_plot(results: Sequence[Run], start: Point, path: Path) -> None:
         )  # fmt: skip
         for axis in (large, small[0]):
             axis.set_xlim(left=0)
-        figure.savefig(path, dpi=130)
+        figure.savefig(file, dpi=130)
         plt.close(figure)
 
 
 def draw_curves(axis: Axes, runs: Sequence[Run], colour: Any, fit: Fit | None = None) -> None:
-    """Rollouts as dots, their bins as lines, which begin at the start: there both scores are 0 by definition."""
+    """Rollouts as dots, their path as lines. They begin at the start, where both scores are 0 by definition."""
     points = rollouts(runs)
-    bins = binned(points)
-    d = [0.0, *(b.d for b in bins)]
+    steps = path(points)
+    d = [0.0, *(step.d for step in steps)]
     axis.scatter(
-        [root_kl(p["kl"]) for p in points], [p["gold"] for p in points], s=8, color=colour, alpha=0.35, linewidths=0
+        [root_kl(p["kl"]) for p in points], [p["gold"] for p in points], s=6, color=colour, alpha=0.3, linewidths=0
     )
-    axis.plot(d, [0.0, *(b.proxy for b in bins)], color=colour, linewidth=1.6, linestyle="--")
-    axis.plot(d, [0.0, *(b.gold for b in bins)], color=colour, linewidth=2.2)
-    best = peak(bins)
+    axis.plot(d, [0.0, *(step.proxy for step in steps)], color=colour, linewidth=1.6, linestyle="--")
+    axis.plot(d, [0.0, *(step.gold for step in steps)], color=colour, linewidth=2.2)
+    best = peak(steps)
     axis.plot(best.d, best.gold, color=colour, marker="*", markersize=13, markeredgecolor="white", zorder=4)
     if fit is not None:
         x = np.linspace(0, max(root_kl(p["kl"]) for p in points), 200)
@@ -645,9 +662,9 @@ def label_of(runs: Sequence[Run]) -> str:
 # ---- command -------------------------------------------------------------------------------------------------------
 
 
-def write(path: Path, value: Any) -> None:
+def write(file: Path, value: Any) -> None:
     """As JSON, one level of it a line."""
-    path.write_text(json.dumps(value, indent=1) + "\n")
+    file.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def write_report(out: Path) -> None:

@@ -497,3 +497,19 @@ def test_a_training_that_fails_keeps_its_last_checkpoint_which_goes_on(
     assert str(tokens) == rows[-1]["time/total_timesteps"]  # of the last iteration that was finished
     model.learn(20, reset_num_timesteps=False)
     assert model.num_timesteps >= tokens + 20
+
+
+def agrees(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    """A reward that needs a column of the prompts."""
+    return [float(text.count(right)) for text, right in zip(completions, answer, strict=True)]
+
+
+def test_prompts_with_columns_that_the_reward_needs_are_trained_on_and_evaluated(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p, "answer": "1"}) + "\n" for p in PROMPTS))
+    options = ["--prompts", str(path), "--reward", "test_cli:agrees"]
+    assert run.train(tmp_path / "run", *options) == 0
+    longer = tmp_path / "longer.jsonl"  # than any that was trained on
+    longer.write_text(json.dumps({"prompt": " ".join(PROMPTS[0].split() * 20), "answer": "1"}) + "\n")
+    question = ["--policy", str(tmp_path / "run" / "policy"), "--prompts", str(longer), "--episodes", "2"]
+    assert main(["evaluate", *question, "--max-new-tokens", "4", "--gold", "learners:even_tokens"]) == 0

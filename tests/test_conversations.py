@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny import tiny_model, tiny_tokenizer
 
@@ -13,6 +14,7 @@ from agents.cli import main
 from agents.ppo import PPO
 from text_env.env import TextEnv
 from text_env.prompts import Prompts
+from text_env.rewards import make_reward
 from text_env.vector_env import TextVectorEnv
 
 TEMPLATE = (
@@ -136,9 +138,18 @@ def test_a_template_that_refuses_a_conversation_says_which(tokenizer: Any) -> No
 def test_an_overlong_conversation_is_an_error_that_counts_the_template(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match=r"at most max_prompt_tokens=8 tokens, got \d+, its chat template's included"):
         Prompts([ASKED], tokenizer, 8)
-    kept = Prompts([ASKED], tokenizer, 8, "truncate_left")[0]
-    assert len(kept.token_ids) == 8
-    assert kept.messages == ASKED  # what rewards judge is the whole conversation
+    with pytest.raises(ValueError, match="Expected overlong_prompts='error' with conversations"):
+        Prompts([ASKED], tokenizer, 8, "truncate_left")
+
+
+def test_an_assistant_that_says_nothing_is_scored_alike_alone_and_among_others(tokenizer: Any) -> None:
+    env = TextVectorEnv(1, tokenizer, [ASKED], "builtin", 64, 16, shaping="builtin")
+    assert np.isfinite(finish(env, "", tokenizer)[1]["score"][0])
+    reward, silence = make_reward("builtin"), [{"role": "assistant", "content": ""}]
+    among = reward(prompts=[ASKED, ASKED], completions=[silence, [{"role": "assistant", "content": "I loved it"}]])
+    alone = reward(prompts=[ASKED], completions=[silence])
+    assert among[0] == pytest.approx(alone[0], abs=1e-5)
+    assert among[0] != among[1]
 
 
 def test_an_instruct_model_is_trained_evaluated_and_sampled_by_the_command_line(

@@ -17,16 +17,16 @@ from agents import cli
 from benchmarks import overoptimization
 from benchmarks.overoptimization import (
     SIZES,
-    Bin,
     Fit,
     Policy,
     Proxy,
-    binned,
+    Step,
     ending,
     fit_scaling_law,
     main,
     non_embedding_parameters,
     once,
+    path,
     peak,
     read_curve,
     root_kl,
@@ -85,29 +85,25 @@ def test_a_sampled_kl_below_zero_is_no_distance() -> None:
     assert [root_kl(kl) for kl in (-0.3, 0.0, 4.0)] == [0.0, 0.0, 2.0]
 
 
-def rollout(d: float, proxy: float, gold: float) -> dict[str, float]:
-    return {"kl": d * d, "proxy": proxy, "gold": gold}
+def test_a_path_is_means_over_equal_parts_of_the_tokens() -> None:
+    points = [
+        {"tokens": 10.0, "kl": 0.0, "proxy": 1.0, "gold": 0.0},
+        {"tokens": 50.0, "kl": 8.0, "proxy": 3.0, "gold": 1.0},
+        {"tokens": 51.0, "kl": 9.0, "proxy": 4.0, "gold": 0.5},  # the first of the second half
+        {"tokens": 80.0, "kl": 8.0, "proxy": 5.0, "gold": 0.5},
+        {"tokens": 100.0, "kl": 10.0, "proxy": 6.0, "gold": 0.5},
+    ]
+    assert path(points, parts=2) == [Step(2.0, 2.0, 0.5, 2), Step(3.0, 5.0, 0.5, 3)]
+    assert [step.rollouts for step in path(points, parts=10)] == [1, 1, 1, 1, 1]  # parts without any are left out
+    assert path([]) == []
 
 
-def test_bins_hold_means_of_rollouts_at_like_distances() -> None:
-    points = [rollout(3.0, 4.0, 1.0), rollout(1.0, 1.0, 0.5), rollout(1.25, 3.0, 1.5), rollout(3.75, 6.0, 0.0)]
-    start = {"kl": -0.1, "proxy": 9.0, "gold": 9.0}
-    assert binned([*points, start], width=0.5, least=2) == [Bin(1.125, 2.0, 1.0, 2), Bin(3.375, 5.0, 0.5, 2)]
-    assert binned([start]) == []
-
-
-def test_a_bin_is_as_wide_and_as_full_as_it_must_be() -> None:
-    dense = [rollout(1.0 + 0.125 * i, 0.0, 0.0) for i in range(9)]  # 1 to 2
-    assert [b.rollouts for b in binned(dense, width=0.5, least=2)] == [4, 5]  # the last one joins those before it
-    sparse = [rollout(float(i), 0.0, 0.0) for i in range(1, 9)]
-    assert [b.rollouts for b in binned(sparse, width=0.5, least=3)] == [3, 5]
-    assert [b.rollouts for b in binned(sparse[:2], width=0.5, least=3)] == [2]  # all there is
-
-
-def test_the_peak_is_that_of_gold() -> None:
-    bins = [Bin(1.0, 0.5, 0.6, 3), Bin(2.0, 0.7, 1.5, 4), Bin(3.0, 2.0, 1.0, 3)]
-    assert peak(bins) == bins[1]
-    assert peak([]).gold == 0.0  # nothing has moved from the start
+def test_a_path_keeps_the_order_of_time_where_the_kl_stands_still() -> None:
+    golds = [0.1, 0.9, 0.5]
+    points = [{"tokens": i + 1.0, "kl": 4.0, "proxy": 1.0 + i, "gold": gold} for i, gold in enumerate(golds)]
+    steps = path(points, parts=3)
+    assert [step.gold for step in steps] == golds
+    assert peak(steps) == steps[1]
 
 
 def test_the_end_is_the_mean_of_the_last_rollouts() -> None:
@@ -116,11 +112,11 @@ def test_the_end_is_the_mean_of_the_last_rollouts() -> None:
 
 
 def test_gold_is_measured_in_the_spread_of_the_start(tmp_path: Path) -> None:
-    columns = "objective/gold_score,objective/kl,objective/scores,time/total_timesteps"
-    (tmp_path / "progress.csv").write_text(f"{columns}\n0.25,0.0,0.1,100\n0.75,4.0,1.5,220\n")
+    columns = "objective/gold_score,objective/kl,objective/scores,time/total_timesteps,completions/mean_length"
+    (tmp_path / "progress.csv").write_text(f"{columns}\n0.25,0.0,0.1,100,40\n0.75,4.0,1.5,220,30\n")
     assert read_curve(tmp_path / "progress.csv", {"gold_mean": 0.25, "gold_std": 0.5}) == [
-        {"tokens": 100.0, "kl": 0.0, "proxy": 0.1, "gold": 0.0},
-        {"tokens": 220.0, "kl": 4.0, "proxy": 1.5, "gold": 1.0},
+        {"tokens": 100.0, "kl": 0.0, "proxy": 0.1, "gold": 0.0, "length": 40.0},
+        {"tokens": 220.0, "kl": 4.0, "proxy": 1.5, "gold": 1.0, "length": 30.0},
     ]
 
 

@@ -353,3 +353,58 @@ def test_the_command_line_trains_an_adapter_and_goes_on_from_it(tmp_path: Path, 
     question = ["--policy", str(second / "policy"), "--prompts", str(tmp_path / "prompts.txt"), "--episodes", "4"]
     assert main(["evaluate", *question, "--json", str(tmp_path / "evaluation.json")]) == 0
     assert json.loads((tmp_path / "evaluation.json").read_text())["episodes"] == 4
+
+
+def test_an_adapter_of_a_live_model_or_a_config_is_saved_merged(tmp_path: Path, base: Path) -> None:
+    """Its base is in memory only: the directory that it once came from holds something else."""
+    changed = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        changed.get_input_embeddings().weight.mul_(1.5)
+    env = environment(str(base))
+    ids = torch.arange(2, 40)[None]
+    for number, model in enumerate((changed, changed.config)):
+        policy = trained(model, env, lora=LORA).policy
+        policy.save_pretrained(tmp_path / str(number))
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / str(number))
+        with torch.no_grad():
+            torch.testing.assert_close(
+                saved(input_ids=ids).logits, policy.lm.model(input_ids=ids).logits, rtol=0, atol=1e-4
+            )
+
+
+def test_a_saved_adapter_is_found_from_any_directory(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(base.parent)
+    trained(base.name, environment(base.name), lora=LORA).policy.save_pretrained(tmp_path / "policy")
+    monkeypatch.chdir("/")
+    assert load_causal_lm(tmp_path / "policy").num_parameters() > 0
+
+
+def test_a_live_adapter_model_is_trained_though_peft_loads_it_frozen(tmp_path: Path, base: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", base)
+    live = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
+    model = trained(live, environment(str(base)))
+    assert [name for name, p in model.policy.lm.named_parameters() if p.requires_grad]
+    with pytest.raises(ValueError, match=r"to be a peft\.PeftModel"):
+        load_causal_lm(AutoModelForCausalLM.from_pretrained(adapter))
+
+
+@pytest.mark.parametrize("extra", [{"modules_to_save": ["lm_head"]}, {"bias": "all"}])
+def test_an_adapter_that_trains_weights_of_the_base_is_refused(tmp_path: Path, base: Path, extra: Any) -> None:
+    with pytest.raises(ValueError, match="Expected an adapter without modules_to_save"):
+        trained(str(base), environment(str(base)), lora={**LORA, **extra})
+    config = LoraConfig(**{**LORA, **extra}, task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(ValueError, match="Expected an adapter without modules_to_save"):
+        load_causal_lm(tmp_path / "adapter")
+
+
+def test_a_broken_gguf_file_is_an_error_of_one_line_on_the_command_line(
+    tmp_path: Path, gguf_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cut.gguf").write_bytes(gguf_file.read_bytes()[:200])
+    assert main(["train", "--model", str(tmp_path / "cut.gguf"), "--run-dir", str(tmp_path / "run")]) == 1
+    message = capsys.readouterr().out
+    assert "cut.gguf" in message
+    assert "could not be loaded" in message

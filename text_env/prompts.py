@@ -141,6 +141,11 @@ class Prompts(Sequence[Prompt]):
         rows = load_prompts(spec)
         uses_template = tokenizer.chat_template is not None if chat_template is None else chat_template
         self.conversational = uses_template or not isinstance(rows[0]["prompt"], str)
+        if self.conversational and overlong != "error":
+            raise ValueError(
+                f"Expected overlong_prompts='error' with conversations, got {overlong!r}: a cut would take the chat "
+                "template's marks away, and rewards would judge what the policy never saw. Shorten the messages."
+            )
         # Rewards get the same columns whatever the batch holds, so a row that lacks one has None there.
         self.columns = tuple(dict.fromkeys(key for row in rows for key in row if key != "prompt"))
         prompts = [row["prompt"] for row in rows]
@@ -181,8 +186,7 @@ class Prompts(Sequence[Prompt]):
     def _made(self, prompt: Any, ids: list[int], columns: Mapping[str, Any]) -> Prompt:
         messages = _messages(prompt) if self.conversational else None
         text = prompt if messages is None else _said(messages)
-        fitted, ids = self._fit(text, ids)
-        text = fitted if messages is None else text
+        text, ids = self._fit(text, ids)
         return Prompt(text, ids, decode(self.tokenizer, [ids])[0], columns, messages)
 
     def _fit(self, text: str, ids: list[int]) -> tuple[str, list[int]]:

@@ -358,6 +358,13 @@ class SequenceClassifierReward:
             # Decoder classifiers find a text's last token by it, and refuse batches without.
             config.pad_token_id = self.tokenizer.pad_token_id
 
+    @property
+    def _blank(self) -> str:
+        """What stands for an empty text, such as an assistant's that says nothing: a model needs a token at least."""
+        if self.tokenizer("")["input_ids"]:
+            return ""  # this tokenizer adds one itself
+        return str(self.tokenizer.bos_token or self.tokenizer.eos_token or self.tokenizer.pad_token)
+
     def _label_index(self, label: str | int | None) -> int | None:
         labels = self.model.config.id2label or {}
         if len(labels) == 1:
@@ -393,7 +400,7 @@ class SequenceClassifierReward:
             turns = [self._turns(prompt, text) for prompt, text in zip(prompts, _written(completions), strict=True)]
             texts = self.tokenizer.apply_chat_template(turns, tokenize=False)  # type: ignore[assignment]
         else:
-            texts = assistant_texts(prompts, completions)
+            texts = [text or self._blank for text in assistant_texts(prompts, completions)]
         # Neighbours of similar length waste little on padding.
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         scores = np.empty(len(texts))

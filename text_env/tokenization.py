@@ -68,7 +68,10 @@ def load_tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase) -> PreTraine
         name, options = pretrained_name(tokenizer)
         try:
             loaded = AutoTokenizer.from_pretrained(name, **options)
-        except (OSError, ValueError, ImportError) as error:
+        except Exception as error:
+            # A broken GGUF file may raise anything; of the others, these are answers.
+            if not (options or isinstance(error, OSError | ValueError | ImportError)):
+                raise
             raise ValueError(
                 f"Expected tokenizer to be 'builtin', a directory with tokenizer files, a hub name, a GGUF file or a "
                 f"Hugging Face tokenizer; got {str(tokenizer)!r}, which could not be loaded: {error}"
