@@ -179,3 +179,29 @@ def test_what_is_trained_on_is_the_template_with_the_response_after_it(tokenizer
     begun = tokenizer.decode(samples.observations["input_ids"][0, :length])
     assert begun == "[system]Be short.<eos>[user]The movie?<eos>[assistant]"
     assert not samples.observations["action_mask"][:, : length - 1].any()
+
+
+def test_a_special_token_that_ends_a_turn_can_stop_a_text_and_is_no_part_of_it(tokenizer: Any) -> None:
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
+    turn_end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    env = TextVectorEnv(1, tokenizer, [ASKED], "sentiment", 64, 16, stop=["<end_of_turn>", "bad"])
+    env.reset(seed=0)
+    for token in tokenizer(" was good")["input_ids"]:
+        assert not env.step([token])[2].any()
+    _, _, terminated, _, infos = env.step([turn_end])
+    assert terminated.all()
+    assert infos["final_info"]["finish_reason"][0] == "stop"
+    assert infos["final_info"]["completion"][0] == " was good"
+    _, final = finish_by(env, tokenizer(" was bad")["input_ids"])
+    assert final["completion"][0] == " was bad"  # an ordinary stop string is kept
+
+
+def finish_by(env: TextVectorEnv, tokens: list[int]) -> tuple[Any, dict[str, Any]]:
+    """Write tokens, the last of which must end the text. :return: the last observation and final info."""
+    observation, _ = env.reset(seed=0)
+    for token in tokens[:-1]:
+        observation, _, terminated, _, _ = env.step([token])
+        assert not terminated.any()
+    observation, _, terminated, _, infos = env.step(tokens[-1:])
+    assert terminated.all()
+    return observation, infos["final_info"]

@@ -42,7 +42,8 @@ class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
     :param max_prompt_tokens: the longest prompt, in tokens.
     :param max_new_tokens: the response budget, in tokens, EOS included.
     :param min_new_tokens: an EOS with fewer response tokens than this before it is an ordinary token.
-    :param stop: string or strings that end the text; the completion keeps them.
+    :param stop: string or strings that end the text; the completion keeps them. A special token may be one: that by
+        which an instruct model ends its turn, where it isn't the tokenizer's eos.
     :param group_size: so many episodes that start one after another share a prompt.
     :param metrics: name → reward: further scores for the final info, never paid, e.g. ``{"gold_score": "sentiment"}``.
     :param overlong_prompts: what happens to a prompt longer than ``max_prompt_tokens``: ``"error"``, or

@@ -57,7 +57,8 @@ class Episodes:
         (a policy that knows of it gives EOS probability 0 there). Stop strings and the budget end a text regardless.
     :param constraint: which tokens may follow; what :func:`text_env.constraints.make_constraint` takes. A forbidden
         token is not refused: :meth:`action_masks` is for the policy.
-    :param stop: strings that end a text as soon as its completion contains one; the completion keeps it.
+    :param stop: strings that end a text as soon as its completion contains one; the completion keeps it. A special
+        token, such as ``"<end_of_turn>"``, ends it when it is written, and is no part of the text.
     :param group_size: so many episodes that start one after another share a prompt.
     :param metrics: name → reward. Further scores of finished texts: reported in the final info, never paid.
     :param overlong_prompts: ``"error"`` or ``"truncate_left"``.
@@ -116,6 +117,9 @@ class Episodes:
         self.stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
         if not all(isinstance(string, str) and string for string in self.stop):
             raise ValueError(f"Expected stop to be a non-empty string or a list of them, got {stop!r}.")
+        # Special tokens are no part of a decoded text; instruct models often end their turn with one that isn't eos.
+        added = self.tokenizer.added_tokens_decoder
+        self._stop_ids = [index for index, token in added.items() if token.special and str(token) in self.stop]
         self.group_size = group_size
         self.prompts = Prompts(prompts, self.tokenizer, max_prompt_tokens, overlong_prompts, chat_template)
         options = dict(reward_kwargs or {})
@@ -230,7 +234,7 @@ class Episodes:
             cause = f"spends the whole budget of max_new_tokens={self.max_new_tokens} with {len(ids)} tokens"
         elif self.eos_token_id in ids[self.min_new_tokens :]:
             cause = f"holds the end-of-text token {self.eos_token_id}"
-        elif any(string in decode(self.tokenizer, [ids])[0] for string in self.stop):
+        elif any(string in decode(self.tokenizer, [ids])[0] for string in self.stop) or set(ids) & set(self._stop_ids):
             cause = f"holds one of the stop strings {self.stop}"
         else:
             return ids
@@ -321,6 +325,7 @@ class Episodes:
         if self.stop:
             contexts = [self._context(row, token) for row, token in zip(rows, tokens, strict=True)]
             stopped = np.array(self._stops(contexts, [self._prompt[row] for row in rows]), np.bool_)
+            stopped |= np.isin(tokens, self._stop_ids)
             terminated |= stopped
 
         rewards = np.zeros(len(rows))
