@@ -20,8 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from text_env.tokenization import base_of_adapter, pretrained_name
-from text_env.tokenization import load_tokenizer as load_environment_tokenizer
+from text_env.tokenization import base_of_adapter, pretrained_name, pretrained_tokenizer
 
 ADAPTER, REFERENCE = "default", "reference"
 """Names of the adapter that is trained, and of its frozen copy."""
@@ -180,7 +179,7 @@ def load_tokenizer(model: Any) -> PreTrainedTokenizerBase | None:
     if not isinstance(model, str | Path):
         return None
     try:
-        return load_environment_tokenizer(model)
+        return pretrained_tokenizer(model)
     except ValueError:
         return None  # a directory with weights only: saved again without a tokenizer
 
@@ -208,10 +207,8 @@ def add_lora(model: PreTrainedModel | PeftModel, lora: dict[str, Any], name: Any
         )
     with _quiet_peft():
         adapted = get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **lora}), adapter_name=ADAPTER)
-    if (
-        adapted.peft_config[ADAPTER].task_type == "CAUSAL_LM"
-    ):  # a classifier's new head is trained, and has no reference
-        _check_adapter(adapted)
+    if adapted.peft_config[ADAPTER].task_type == "CAUSAL_LM":
+        _check_adapter(adapted)  # a classifier's new head is trained too, and has no reference
     adapted.peft_config[ADAPTER].base_model_name_or_path = _plain_name(name)
     return adapted
 

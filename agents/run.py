@@ -155,7 +155,7 @@ class TrainConfig:
     lora_alpha: int = 16
     """Its scale: the adapter's output counts lora_alpha / lora_r."""
     lora_target_modules: str = "all-linear"
-    """The layers that get one: 'all-linear', or names with commas ('q_proj,v_proj' trains half as fast again)."""
+    """The layers that get one: 'all-linear', or names with commas ('q_proj,v_proj' costs less)."""
     device: str = "auto"
     dtype: str = "float32"
     """Of the weights."""

@@ -35,6 +35,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from agents.evaluation import draw_prompts, load_policy, sample_texts
 from agents.run import EnvConfig
+from benchmarks.plot_style import STYLE
 from benchmarks.timing import machine, today, versions
 from text_env.builtin import LANGUAGE_MODEL
 
@@ -551,19 +552,6 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 # ---- plot ----------------------------------------------------------------------------------------------------------
 
 X_LABEL = "√KL to the start (√nats per episode)"
-STYLE: Any = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#E5E5E5",
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "axes.titlesize": 11.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "font.size": 10.5,
-    "legend.frameon": False,
-}
 
 
 def write_plot(results: Sequence[Run], start: Point, file: Path) -> None:
@@ -577,7 +565,7 @@ def write_plot(results: Sequence[Run], start: Point, file: Path) -> None:
     coef_colours = dict(zip(coefs, plt.get_cmap("inferno")(np.linspace(0.7, 0.1, len(coefs))), strict=True))
     ceiling = (BEST_GOLD - start["gold_mean"]) / start["gold_std"]
     columns = math.ceil(len(by_size) / 2)
-    with plt.rc_context(STYLE):
+    with plt.rc_context({**STYLE, "axes.titlesize": 11.5}):
         figure = plt.figure(figsize=(6.4 + 3.1 * columns, 7.0), layout="constrained")
         grid = figure.add_gridspec(2, 1 + columns, width_ratios=[2.0, *[1.0] * columns])
         large = figure.add_subplot(grid[:, 0])

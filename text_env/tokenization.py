@@ -50,39 +50,44 @@ def base_of_adapter(name: str | Path) -> str | None:
     return str(base)
 
 
+def pretrained_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """
+    :param name: ``"builtin"``, a directory (of a PEFT adapter too), a hub name, or a GGUF file.
+    :return: the tokenizer there; of an adapter without one, that of its base.
+    :raises ValueError: if there is none.
+    """
+    # Imports torch, so not before a tokenizer is asked for by name.
+    from transformers import AutoTokenizer
+
+    if (base := base_of_adapter(name)) is not None and not (Path(name) / "tokenizer_config.json").exists():
+        return pretrained_tokenizer(base)
+    place, options = pretrained_name(name)
+    try:
+        return AutoTokenizer.from_pretrained(place, **options)
+    except Exception as error:
+        # A broken GGUF file may raise anything; of the others, these are answers.
+        if not (options or isinstance(error, OSError | ValueError | ImportError)):
+            raise
+        raise ValueError(
+            f"Expected tokenizer to be 'builtin', a directory with tokenizer files, a hub name, a GGUF file or a "
+            f"Hugging Face tokenizer; got {str(name)!r}, which could not be loaded: {error}"
+        ) from error
+
+
 def load_tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """
-    :param tokenizer: ``"builtin"``, a directory (of a PEFT adapter too), a hub name, a GGUF file, or a live Hugging
-        Face tokenizer.
+    :param tokenizer: as for :func:`pretrained_tokenizer`, or a live Hugging Face tokenizer.
     :return: the tokenizer, which is known to have an eos token.
     :raises ValueError: if there is no such tokenizer, or it has no eos token.
     """
-    loaded = tokenizer
-    if isinstance(tokenizer, str | Path):
-        # Imports torch, so not before a tokenizer is asked for by name.
-        from transformers import AutoTokenizer
-
-        beside = Path(tokenizer) / "tokenizer_config.json"
-        if (base := base_of_adapter(tokenizer)) is not None and not beside.exists():
-            return load_tokenizer(base)
-        name, options = pretrained_name(tokenizer)
-        try:
-            loaded = AutoTokenizer.from_pretrained(name, **options)
-        except Exception as error:
-            # A broken GGUF file may raise anything; of the others, these are answers.
-            if not (options or isinstance(error, OSError | ValueError | ImportError)):
-                raise
-            raise ValueError(
-                f"Expected tokenizer to be 'builtin', a directory with tokenizer files, a hub name, a GGUF file or a "
-                f"Hugging Face tokenizer; got {str(tokenizer)!r}, which could not be loaded: {error}"
-            ) from error
+    loaded = pretrained_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
     if getattr(loaded, "eos_token_id", None) is None:
         name = repr(tokenizer) if isinstance(tokenizer, str | Path) else type(tokenizer).__name__
         raise ValueError(
             f"Expected a tokenizer with an eos token, since EOS is how a response ends; {name} has none. "
             f"Set one: tokenizer.eos_token = '<one of its tokens>'."
         )
-    return loaded  # type: ignore[return-value]
+    return loaded
 
 
 def is_conversation(prompt: Any) -> bool:

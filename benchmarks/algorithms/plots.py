@@ -27,6 +27,7 @@ from benchmarks.algorithms.sentences import (
     target_score,
     untrained,
 )
+from benchmarks.plot_style import STYLE
 
 # Okabe and Ito's colours, which colour-blind readers tell apart (https://jfly.uni-koeln.de/color/), less the yellow,
 # and an indigo.
@@ -44,19 +45,6 @@ COLOURS = {
 }
 FAMILIES = {"own": "This project", "sb3-": "Stable-Baselines3", "trl-": "TRL"}
 MARKERS = {"own": "o", "sb3-": "s", "trl-": "^"}
-STYLE: Any = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#E5E5E5",
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "font.size": 10.5,
-    "legend.frameon": False,
-}
 GRID = 60  # points of a learning curve
 
 Runs = dict[str, list[Run]]
