@@ -1,18 +1,19 @@
 """The learners: a Hugging Face causal language model as an SB3 policy, and algorithms that train it."""
 
-from agents.a2c import A2C
-from agents.constraints import ReferenceTopP
-from agents.episode_buffer import EpisodeBuffer, EpisodeSamples
-from agents.grpo import GRPO
-from agents.maskable_policy import MaskableCausalLMPolicy
-from agents.on_policy import OnPolicyAlgorithm
-from agents.policy import CausalLMPolicy
-from agents.ppo import PPO
-from agents.reference import AdaptiveKL, FixedKL, Reference
-from agents.reinforce import REINFORCE
-from agents.rloo import RLOO
-from agents.sb3_vec_env import TextVecEnv, make_vec_env
-from agents.token_features import TokenFeatures
+from agents.algorithms.a2c import A2C
+from agents.algorithms.grpo import GRPO
+from agents.algorithms.on_policy import OnPolicyAlgorithm
+from agents.algorithms.ppo import PPO
+from agents.algorithms.reinforce import REINFORCE
+from agents.algorithms.rloo import RLOO
+from agents.models.reference import Reference
+from agents.models.reference_top_p import ReferenceTopP
+from agents.objectives.kl import AdaptiveKL, FixedKL
+from agents.policies.causal_lm_policy import CausalLMPolicy
+from agents.policies.maskable import MaskableCausalLMPolicy
+from agents.policies.token_features import TokenFeatures
+from agents.rollouts.episode_buffer import EpisodeBuffer, EpisodeSamples
+from agents.rollouts.sb3_vec_env import TextVecEnv, make_vec_env
 
 __all__ = [
     "A2C",

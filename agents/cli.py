@@ -21,11 +21,13 @@ from rich.table import Table
 from stable_baselines3.common.utils import set_random_seed
 from transformers.utils import logging as transformers_logging
 
-from agents.evaluation import evaluate, load_policy, sample_texts
-from agents.policy import CausalLMPolicy
-from agents.reward_model import RewardModelConfig, train_reward_model
-from agents.reward_report import report_table
-from agents.run import EnvConfig, TrainConfig, load_config, resolved, train
+from agents.evaluation.evaluate import evaluate
+from agents.policies.causal_lm_policy import CausalLMPolicy, load_policy
+from agents.reward_models.report import report_table
+from agents.reward_models.train import RewardModelConfig, train_reward_model
+from agents.rollouts.sampling import sample_texts
+from agents.runs.config import EnvConfig, TrainConfig, load_config, resolved
+from agents.runs.train import train
 from text_env.prompts import Prompts
 from text_env.rewards import RewardError
 from text_env.tokenization import load_tokenizer
@@ -111,7 +113,8 @@ def run_evaluate(config: EvaluateConfig) -> int:
 def evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate as the run that the policy belongs to was set up, where the question doesn't say otherwise.
 
-    :param config: the question. :return: what :func:`agents.evaluation.evaluate` says.
+    :param config: the question.
+    :return: what :func:`agents.evaluation.evaluate.evaluate` says.
     :raises ValueError: if there is nothing to compare with.
     """
     run = run_of(config.policy)
@@ -286,7 +289,8 @@ def _split_config(option: str) -> list[str]:
 def main(args: Sequence[str] | None = None) -> int:
     """Entry point of the console script.
 
-    :param args: by default the process's. :return: exit status.
+    :param args: by default the process's.
+    :return: exit status.
     """
     args = list(sys.argv[1:] if args is None else args)
     transformers_logging.disable_progress_bar()  # for models this small, loading is over before it is read

@@ -24,7 +24,9 @@ from benchmarks.timing import machine, today, versions
 def run_seed(seed: int, runs: Path) -> dict[str, Any]:
     """Run the demo in a process of its own, on one thread; a seed that was evaluated before is not run again.
 
-    :param seed: of the demo. :param runs: directory of the runs. :return: the seed's row of the table.
+    :param seed: of the demo.
+    :param runs: directory of the runs.
+    :return: the seed's row of the table.
     """
     directory = runs / str(seed)
     exit_status = directory / "exit_status"

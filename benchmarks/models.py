@@ -35,7 +35,8 @@ NEVER = -50.0  # as a logit beside others around 0: probability 0 for all purpos
 class Subject(NamedTuple):
     """A model under measurement.
 
-    :param model: the causal language model. :param tokenizer: its tokenizer.
+    :param model: the causal language model.
+    :param tokenizer: its tokenizer.
     :param prompts: texts of exactly ``PROMPT_TOKENS`` tokens.
     :param masks_eos: whether EOS must be forbidden to keep lengths fixed; otherwise the model never writes it.
     """
@@ -52,7 +53,8 @@ class Subject(NamedTuple):
 
 def subject(name: str, device: torch.device) -> Subject:
     """
-    :param name: ``"builtin"``, ``"gpt2-4m"`` or ``"smollm2"``. :param device: where it goes.
+    :param name: ``"builtin"``, ``"gpt2-4m"`` or ``"smollm2"``.
+    :param device: where it goes.
     :return: the model in the precision that the figures are stated for (float32; bfloat16 for smollm2 and on CUDA).
     """
     on_gpu = device.type == "cuda"
@@ -128,7 +130,8 @@ def hazard_for(mean: float, budget: int) -> float:
 
     Σ_{t<budget} (1 − p)^t = mean, solved by bisection.
 
-    :param mean: tokens, EOS included. :param budget: tokens.
+    :param mean: tokens, EOS included.
+    :param budget: tokens.
     """
     low, high = 1e-9, 1.0
     for _ in range(60):

@@ -33,8 +33,10 @@ from stable_baselines3.common.utils import set_random_seed
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from agents.evaluation import draw_prompts, load_policy, sample_texts
-from agents.run import EnvConfig
+from agents.evaluation.evaluate import draw_prompts
+from agents.policies.causal_lm_policy import load_policy
+from agents.rollouts.sampling import sample_texts
+from agents.runs.config import EnvConfig
 from benchmarks.plot_style import STYLE
 from benchmarks.timing import machine, today, versions
 from text_env.builtin import LANGUAGE_MODEL
@@ -53,7 +55,8 @@ HEAD_WIDTH = 16
 class Size(NamedTuple):
     """A reward model's base.
 
-    :param width: of its residual stream; None is the built-in language model itself. :param layers: transformer blocks.
+    :param width: of its residual stream; None is the built-in language model itself.
+    :param layers: transformer blocks.
     :param learning_rate: of the reward model's training: the smaller, the higher.
     """
 
@@ -81,7 +84,9 @@ Point = dict[str, float]
 class Fit(NamedTuple):
     """R(d) = d·(α − β·log d), the paper's form for reinforcement learning (its equation 2).
 
-    :param alpha: α. :param beta: β. :param residual: root mean square of what the form doesn't explain.
+    :param alpha: α.
+    :param beta: β.
+    :param residual: root mean square of what the form doesn't explain.
     :param points: that were fitted.
     """
 
@@ -92,7 +97,8 @@ class Fit(NamedTuple):
 
     def __call__(self, d: ArrayLike) -> NDArray[np.float64]:
         """
-        :param d: √KL, any shape, at least 0. :return: R(d), the same shape; R(0) = 0, the limit.
+        :param d: √KL, any shape, at least 0.
+        :return: R(d), the same shape; R(0) = 0, the limit.
         """
         return _terms(d) @ np.array([self.alpha, self.beta])
 
@@ -111,7 +117,8 @@ def _terms(d: ArrayLike) -> NDArray[np.float64]:
 def fit_scaling_law(d: Sequence[float], gold: Sequence[float]) -> Fit | None:
     """Least squares; the form is linear in α and β.
 
-    :param d: √KL of each rollout, [n]. :param gold: gains in gold score over the start, [n].
+    :param d: √KL of each rollout, [n].
+    :param gold: gains in gold score over the start, [n].
     :return: the fit; None if fewer than three rollouts, or than two different ones, have moved from the start.
     """
     moved = np.asarray(d) > 0  # at the start every α and β fits
@@ -125,7 +132,8 @@ def fit_scaling_law(d: Sequence[float], gold: Sequence[float]) -> Fit | None:
 
 def root_kl(kl: float) -> float:
     """
-    :param kl: nats per episode; the mean of sampled log-ratios can be below 0. :return: its root, 0 for those.
+    :param kl: nats per episode; the mean of sampled log-ratios can be below 0.
+    :return: its root, 0 for those.
     """
     return math.sqrt(max(kl, 0.0))
 
@@ -133,7 +141,10 @@ def root_kl(kl: float) -> float:
 class Step(NamedTuple):
     """Means over a part of a run.
 
-    :param d: √KL. :param proxy: score. :param gold: score. :param rollouts: how many.
+    :param d: √KL.
+    :param proxy: score.
+    :param gold: score.
+    :param rollouts: how many.
     """
 
     d: float
@@ -145,7 +156,8 @@ class Step(NamedTuple):
 def path(points: Sequence[Point], parts: int = PARTS) -> list[Step]:
     """Where a run went, in the order of time: under a KL penalty scores go on changing while the KL stays.
 
-    :param points: rollouts of one run, or of several of the same length. :param parts: of the tokens, equally large.
+    :param points: rollouts of one run, or of several of the same length.
+    :param parts: of the tokens, equally large.
     :return: the parts that hold rollouts, the first one first.
     """
     columns = ("tokens", "kl", "proxy", "gold")
@@ -158,14 +170,17 @@ def path(points: Sequence[Point], parts: int = PARTS) -> list[Step]:
 
 def peak(steps: Sequence[Step]) -> Step:
     """
-    :param steps: of :func:`path`. :return: that of the highest gold score.
+    :param steps: of :func:`path`.
+    :return: that of the highest gold score.
     """
     return max(steps, key=lambda step: step.gold)
 
 
 def ending(curve: Sequence[Point], last: int = FINAL) -> Point:
     """
-    :param curve: of a run. :param last: so many rollouts. :return: means over those, and the ``gap`` proxy − gold.
+    :param curve: of a run.
+    :param last: so many rollouts.
+    :return: means over those, and the ``gap`` proxy − gold.
     """
     means = {name: float(np.mean([point[name] for point in curve[-last:]])) for name in curve[0]}
     return {**means, "gap": means["proxy"] - means["gold"]}
@@ -177,8 +192,11 @@ def ending(curve: Sequence[Point], last: int = FINAL) -> Point:
 class Proxy(NamedTuple):
     """One reward model. The seed is of its base's weights, of the pairs' order and of its head.
 
-    :param size: a key of ``SIZES``. :param seed: of everything. :param max_pairs: to train on.
-    :param start_texts: of the untrained policy, which the score is normalised by. :param device: where it trains.
+    :param size: a key of ``SIZES``.
+    :param seed: of everything.
+    :param max_pairs: to train on.
+    :param start_texts: of the untrained policy, which the score is normalised by.
+    :param device: where it trains.
     """
 
     size: str
@@ -223,8 +241,10 @@ class Proxy(NamedTuple):
 class Policy(NamedTuple):
     """One PPO run against a proxy.
 
-    :param proxy: the reward, with the seed of both. :param kl_coef: β of the KL penalty.
-    :param total_timesteps: tokens. :param learning_rate: constant, so that the policy goes on moving.
+    :param proxy: the reward, with the seed of both.
+    :param kl_coef: β of the KL penalty.
+    :param total_timesteps: tokens.
+    :param learning_rate: constant, so that the policy goes on moving.
     :param n_episodes: of a rollout, which is a point of the curve.
     """
 
@@ -263,7 +283,8 @@ class Policy(NamedTuple):
 def once(directory: Path, make: Callable[[Path], None]) -> None:
     """Make a directory, unless it was made before. One that bears this name is complete.
 
-    :param directory: what is made; notes in ``seconds`` how long it took. :param make: is told where to.
+    :param directory: what is made; notes in ``seconds`` how long it took.
+    :param make: is told where to.
     """
     if directory.exists():
         return
@@ -279,7 +300,8 @@ def once(directory: Path, make: Callable[[Path], None]) -> None:
 def textrlhf(command: str, options: dict[str, Any]) -> None:
     """Run ``textrlhf`` in a process of its own, on one thread.
 
-    :param command: of its commands. :param options: name → value.
+    :param command: of its commands.
+    :param options: name → value.
     :raises RuntimeError: with the process's last words, if it fails.
     """
     arguments = [command, "--no-progress", *(part for name, value in options.items() for part in (f"--{name}", value))]
@@ -294,7 +316,9 @@ def textrlhf(command: str, options: dict[str, Any]) -> None:
 def save_base(size: Size, seed: int, directory: Path) -> None:
     """A language model that has learned nothing, shaped as the built-in one and with its tokenizer.
 
-    :param size: its width and layers. :param seed: of its weights. :param directory: is made.
+    :param size: its width and layers.
+    :param seed: of its weights.
+    :param directory: is made.
     """
     assert size.width is not None
     heads = size.width // HEAD_WIDTH
@@ -317,7 +341,9 @@ def save_base(size: Size, seed: int, directory: Path) -> None:
 def measure_start(n_texts: int, device: str, directory: Path) -> None:
     """The gold score of the untrained policy's texts for the training prompts, into ``directory/start.json``.
 
-    :param n_texts: as many as normalise the proxies. :param device: where it writes. :param directory: is made.
+    :param n_texts: as many as normalise the proxies.
+    :param device: where it writes.
+    :param directory: is made.
     """
     env = EnvConfig(reward=GOLD, gold=None).make(min(64, n_texts), "builtin")
     set_random_seed(0)
@@ -333,7 +359,8 @@ def measure_start(n_texts: int, device: str, directory: Path) -> None:
 def run_all(policies: Sequence[Policy], runs: Path) -> Point:
     """Everything that isn't there yet, two processes at a time; the others are finished also if one fails.
 
-    :param policies: what to train, their proxies first. :param runs: where all runs are.
+    :param policies: what to train, their proxies first.
+    :param runs: where all runs are.
     :return: ``gold_mean`` and ``gold_std`` of the start.
     """
     proxies = list(dict.fromkeys(policy.proxy for policy in policies))
@@ -364,7 +391,9 @@ def run_all(policies: Sequence[Policy], runs: Path) -> Point:
 def result(policy: Policy, runs: Path, start: Point) -> Run:
     """One entry of ``results.json``, from what the two runs left. Scores are in standard deviations of the start's.
 
-    :param policy: that was trained. :param runs: where all runs are. :param start: of :func:`run_all`.
+    :param policy: that was trained.
+    :param runs: where all runs are.
+    :param start: of :func:`run_all`.
     """
     proxy, directory = policy.proxy.directory(runs), policy.directory(runs)
     report = json.loads((proxy / "reward_model.json").read_text())
@@ -400,7 +429,8 @@ def result(policy: Policy, runs: Path, start: Point) -> Run:
 
 def read_curve(progress: Path, start: Point) -> list[Point]:
     """
-    :param progress: a run's ``progress.csv``. :param start: mean and standard deviation of the start's gold score.
+    :param progress: a run's ``progress.csv``.
+    :param start: mean and standard deviation of the start's gold score.
     :return: ``tokens``, ``kl``, ``proxy``, ``gold`` and mean ``length`` of every rollout.
     """
     table = np.atleast_1d(np.genfromtxt(progress, delimiter=",", names=True, deletechars=""))
@@ -416,7 +446,8 @@ def read_curve(progress: Path, start: Point) -> list[Point]:
 
 def non_embedding_parameters(directory: Path) -> int:
     """
-    :param directory: of a reward model. :return: its parameters without those of the token embeddings.
+    :param directory: of a reward model.
+    :return: its parameters without those of the token embeddings.
     """
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(directory, num_labels=1))
@@ -426,7 +457,9 @@ def non_embedding_parameters(directory: Path) -> int:
 
 def grouped(results: Sequence[Run], *keys: str) -> dict[tuple[Any, ...], list[Run]]:
     """
-    :param results: all runs. :param keys: what those of a group share. :return: the groups, in order of appearance.
+    :param results: all runs.
+    :param keys: what those of a group share.
+    :return: the groups, in order of appearance.
     """
     groups: dict[tuple[Any, ...], list[Run]] = {}
     for run in results:
@@ -450,7 +483,9 @@ def fit_of(group: Sequence[Run]) -> Fit | None:
 
 def write_table(results: Sequence[Run], start: Point, file: Path) -> None:
     """
-    :param results: all runs. :param start: of :func:`run_all`. :param file: a Markdown file.
+    :param results: all runs.
+    :param start: of :func:`run_all`.
+    :param file: a Markdown file.
     """
     some = results[0]
     ceiling = (BEST_GOLD - start["gold_mean"]) / start["gold_std"]
@@ -557,7 +592,9 @@ X_LABEL = "√KL to the start (√nats per episode)"
 def write_plot(results: Sequence[Run], start: Point, file: Path) -> None:
     """Sizes beside each other at the lowest KL coefficient, and for each size its KL coefficients.
 
-    :param results: all runs. :param start: of :func:`run_all`. :param file: a PNG file.
+    :param results: all runs.
+    :param start: of :func:`run_all`.
+    :param file: a PNG file.
     """
     by_size = grouped(results, "size")
     coefs = sorted({run["kl_coef"] for run in results})
@@ -668,7 +705,8 @@ def write_report(out: Path) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """
-    :param arguments: of the command line. :return: everything.
+    :param arguments: of the command line.
+    :return: everything.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/overoptimization"))

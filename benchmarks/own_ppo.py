@@ -7,7 +7,7 @@ import tempfile
 
 import torch
 
-from agents.ppo import PPO
+from agents.algorithms.ppo import PPO
 from benchmarks.models import PROMPT_TOKENS, gpt2_4m, gpt2_classifier, word_prompts, words
 from benchmarks.peers.turns import Turns
 from text_env.rewards import SequenceClassifierReward

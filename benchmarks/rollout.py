@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from transformers import DynamicCache, GenerationConfig
 
-from agents.collector import collect_episodes
-from agents.episode_buffer import EpisodeBuffer
-from agents.policy import CausalLMPolicy
+from agents.policies.causal_lm_policy import CausalLMPolicy
+from agents.rollouts.collector import collect_episodes
+from agents.rollouts.episode_buffer import EpisodeBuffer
 from benchmarks.models import PROMPT_TOKENS, Subject
 from text_env.vector_env import TextVectorEnv
 
@@ -49,7 +49,9 @@ class TimedEnv(TextVectorEnv):
 
 def make_env(subject: Subject, response: int = RESPONSE, rows: int = EPISODES, reward: Any = None) -> TimedEnv:
     """
-    :param subject: model, tokenizer, prompts. :param response: budget. :param rows: episodes side by side.
+    :param subject: model, tokenizer, prompts.
+    :param response: budget.
+    :param rows: episodes side by side.
     :param reward: by default a constant.
     """
     return TimedEnv(
@@ -65,7 +67,8 @@ def make_env(subject: Subject, response: int = RESPONSE, rows: int = EPISODES, r
 
 def make_policy(subject: Subject, env: TextVectorEnv) -> CausalLMPolicy:
     """
-    :param subject: whose model it is; nobody else may use it. :param env: says what spaces.
+    :param subject: whose model it is; nobody else may use it.
+    :param env: says what spaces.
     """
     return CausalLMPolicy(
         env.single_observation_space,

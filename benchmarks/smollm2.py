@@ -20,7 +20,8 @@ import torch
 import tyro
 
 from agents.cli import EvaluateConfig, console, evaluate_policy, print_evaluation, print_pairs
-from agents.run import EnvConfig, TrainConfig, train
+from agents.runs.config import EnvConfig, TrainConfig
+from agents.runs.train import train
 from benchmarks.timing import machine, today, versions
 
 # What the run has to show on held-out prompts.

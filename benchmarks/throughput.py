@@ -265,7 +265,8 @@ NEED_PEERS = {key for key in KEYS if "trl" in key or "smollm2" in key}
 def show(figures: Figures, console: Console) -> None:
     """Print the table.
 
-    :param figures: by key. :param console: where.
+    :param figures: by key.
+    :param console: where.
     """
     table = Table("figure", "value", "low–high", "goal", "ours", "theirs", "unit", "repeats")
     for key, figure in figures.items():

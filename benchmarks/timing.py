@@ -23,7 +23,8 @@ import torch
 
 def seconds_of(run: Callable[[], Any]) -> tuple[float, Any]:
     """
-    :param run: anything. :return: the seconds that it took, the device's work included, and what it returned.
+    :param run: anything.
+    :return: the seconds that it took, the device's work included, and what it returned.
     """
     gc.collect()
     _synchronize()
@@ -36,7 +37,8 @@ def seconds_of(run: Callable[[], Any]) -> tuple[float, Any]:
 def alternate(sides: dict[str, Callable[[], int]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
     """Run every side once a round, the order turned round by round.
 
-    :param sides: name → a run that returns how many tokens it processed. :param repeats: rounds that count.
+    :param sides: name → a run that returns how many tokens it processed.
+    :param repeats: rounds that count.
     :param warmup: rounds before them.
     :return: name → tokens per second, one a round.
     """
@@ -61,9 +63,13 @@ def entry(
 ) -> dict[str, Any]:
     """One figure of the table.
 
-    :param ratios: one a repeat. :param ours: in ``unit``, one a repeat. :param theirs: likewise.
-    :param unit: of ours and theirs. :param goal: ``">= 1.1"`` or ``"<= 0.05"``; empty: none.
-    :param what: one sentence. :param more: whatever else belongs to it.
+    :param ratios: one a repeat.
+    :param ours: in ``unit``, one a repeat.
+    :param theirs: likewise.
+    :param unit: of ours and theirs.
+    :param goal: ``">= 1.1"`` or ``"<= 0.05"``; empty: none.
+    :param what: one sentence.
+    :param more: whatever else belongs to it.
     :return: median of the ratios, quartiles, medians of both sides.
     """
     low, value, high = np.percentile(ratios, [25, 50, 75])
@@ -85,7 +91,8 @@ def entry(
 def speed_ratio(ours: Sequence[float], theirs: Sequence[float], goal: str, what: str, **more: Any) -> dict[str, Any]:
     """How many times faster we are.
 
-    :param ours: tokens per second, one a round. :param theirs: of the same rounds.
+    :param ours: tokens per second, one a round.
+    :param theirs: of the same rounds.
     """
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     return entry(ratios, ours, theirs, "tokens/s", goal, what, **more)
@@ -93,7 +100,9 @@ def speed_ratio(ours: Sequence[float], theirs: Sequence[float], goal: str, what:
 
 def reached(value: float, goal: str) -> bool | None:
     """
-    :param value: of a figure. :param goal: its goal. :return: whether it is met, None without one.
+    :param value: of a figure.
+    :param goal: its goal.
+    :return: whether it is met, None without one.
     """
     if not goal:
         return None
@@ -103,7 +112,8 @@ def reached(value: float, goal: str) -> bool | None:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """
-    :param device: where the models are. :return: what the figures depend on.
+    :param device: where the models are.
+    :return: what the figures depend on.
     """
     names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     memory = [int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")]

@@ -11,11 +11,11 @@ import stable_baselines3
 import torch
 from stable_baselines3.common.buffers import DictRolloutBuffer
 
-from agents.contexts import Contexts, contexts_of
-from agents.episode_buffer import EpisodeBuffer
-from agents.policy import CausalLMPolicy
-from agents.ppo import PPO
-from agents.sb3_vec_env import TextVecEnv
+from agents.algorithms.ppo import PPO
+from agents.models.contexts import Contexts, contexts_of
+from agents.policies.causal_lm_policy import CausalLMPolicy
+from agents.rollouts.episode_buffer import EpisodeBuffer
+from agents.rollouts.sb3_vec_env import TextVecEnv
 from benchmarks.models import Subject
 from benchmarks.rollout import EPISODES, RESPONSE, make_env
 
@@ -26,7 +26,9 @@ LEARNING_RATE = 1e-5  # small, so that the hundredth update sees the model of th
 
 def own_ppo(subject: Subject, response: int = RESPONSE, episodes: int = EPISODES) -> PPO:
     """
-    :param subject: of which a copy is trained. :param response: budget. :param episodes: of an iteration.
+    :param subject: of which a copy is trained.
+    :param response: budget.
+    :param episodes: of an iteration.
     :return: our PPO after one iteration.
     """
     subject = subject.own_copy()

@@ -710,7 +710,7 @@ def build_reward_model(config: Build) -> Record:
     :param config: the settings
     :return: figures for the report
     """
-    from agents.reward_model import RewardModelConfig, train_reward_model
+    from agents.reward_models.train import RewardModelConfig, train_reward_model
     from text_env.rewards import SequenceClassifierReward
 
     path = config.out / "reward_model"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from agents import EpisodeBuffer, EpisodeSamples, OnPolicyAlgorithm
-from agents.losses import clipped_surrogate
+from agents.objectives.losses import clipped_surrogate
 
 
 class DrGRPO(OnPolicyAlgorithm):

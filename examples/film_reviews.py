@@ -16,7 +16,8 @@ ASPECTS = ["story", "acting", "music", "ending", "dialogue", "characters", "came
 
 def requests(genres: list[str]) -> list[str]:
     """
-    :param genres: of films. :return: for each of them one request an aspect; the chat template makes turns of them.
+    :param genres: of films.
+    :return: for each of them one request an aspect; the chat template makes turns of them.
     """
     text = "Write a very short review of a {} film. Say something about the {}."
     return [text.format(genre, aspect) for genre in genres for aspect in ASPECTS]

@@ -13,9 +13,9 @@ from tiny import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from agents.on_policy import OnPolicyAlgorithm
-from agents.policy import CausalLMPolicy
-from agents.ppo import PPO
+from agents.algorithms.on_policy import OnPolicyAlgorithm
+from agents.algorithms.ppo import PPO
+from agents.policies.causal_lm_policy import CausalLMPolicy
 from text_env.vector_env import TextVectorEnv
 
 PROMPTS = ["The movie", "I loved this", "a", "That film was so good and"]

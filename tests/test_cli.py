@@ -15,10 +15,10 @@ import yaml
 from learners import PROMPTS, make_env, save_model, weights_of
 from transformers import AutoModelForCausalLM
 
+from agents.algorithms.ppo import PPO
 from agents.cli import EvaluateConfig, main, run_of
-from agents.evaluation import load_policy
-from agents.ppo import PPO
-from agents.run import EnvConfig, TrainConfig, algorithm_named, dump_config, load_config
+from agents.policies.causal_lm_policy import load_policy
+from agents.runs.config import EnvConfig, TrainConfig, algorithm_named, dump_config, load_config
 
 TINY = ["--max-new-tokens", "6", "--n-episodes", "8", "--batch-size", "4", "--n-epochs", "1", "--device", "cpu"]
 
@@ -154,7 +154,7 @@ def test_arguments_of_the_algorithm_reach_it(run: Run, tmp_path: Path, monkeypat
 
 def test_an_algorithm_of_ones_own_goes_by_module_and_class() -> None:
     assert algorithm_named("ppo") is PPO
-    assert algorithm_named("agents.ppo:PPO") is PPO
+    assert algorithm_named("agents.algorithms.ppo:PPO") is PPO
 
 
 def test_progress_shows_tokens_score_and_kl(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -373,8 +373,11 @@ def test_unknown_names_are_refused_with_the_known_ones(
     assert "nothing" in message
     message = failed(capsys, run.train(tmp_path / "d", "--prompts", str(tmp_path / "nothing.txt")))
     assert "there is no file" in message
-    message = failed(capsys, run.train(tmp_path / "e", "--algo", "agents.reference:Reference"))
-    assert "Expected 'agents.reference:Reference' to be a subclass of agents.on_policy.OnPolicyAlgorithm" in message
+    message = failed(capsys, run.train(tmp_path / "e", "--algo", "agents.models.reference:Reference"))
+    assert (
+        "Expected 'agents.models.reference:Reference' to be a subclass of agents.algorithms.on_policy.OnPolicyAlgorithm"
+        in message
+    )
     message = failed(capsys, run.train(tmp_path / "e", "--algo", "stable_baselines3:TD3"))
     assert "TD3 is Stable-Baselines3's: use it in Python" in message
     assert "TextRLHFContinuous-v0" in message

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from setuptools import find_packages
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("text_env", "agents")
@@ -66,8 +68,8 @@ def reaches(edges: dict[str, set[str]], start: str) -> set[str]:
 
 
 def test_the_modules_are_found() -> None:
-    assert {"text_env.env", "text_env.episodes", "agents.policy", "agents.on_policy", "agents.cli"} <= set(NAMES)
-    assert "agents.episode_buffer" in graph()["agents.on_policy"]
+    assert {"text_env.env", "text_env.episodes", "agents.policies.causal_lm_policy", "agents.cli"} <= set(NAMES)
+    assert "agents.rollouts.episode_buffer" in graph()["agents.algorithms.on_policy"]
 
 
 def test_imports_never_run_in_a_circle() -> None:
@@ -89,51 +91,51 @@ def test_inside_a_package_only_leaf_modules_are_imported() -> None:
         assert roots <= ({"text_env"} if name.startswith("agents") else set()), name
 
 
-# Upper rooms use lower ones. A module may import what stands before it.
-ORDER = [
-    "agents.pretrained",
-    "agents.causal_lm",
-    "agents.contexts",
-    "agents.advantages",
-    "agents.losses",
-    "agents.prefix_cache",
-    "agents.constraints",
-    "agents.critic",
-    "agents.policy",
-    "agents.maskable_policy",
-    "agents.reference",
-    "agents.episode_buffer",
-    "agents.collector",
-    "agents.sb3_vec_env",
-    "agents.checkpoint",
-    "agents.token_features",
-    "agents.on_policy",
-    "agents.a2c",
-    "agents.grpo",
-    "agents.ppo",
-    "agents.reinforce",
-    "agents.rloo",
-    "agents.intervals",
-    "agents.evaluation",
-    "agents.reward_report",
-    "agents.reward_model",
-    "agents.run",
-    "agents.cli",
-]
+# From the top floor down. A folder imports only from those below it, and from itself.
+FLOORS = (
+    "cli",
+    "runs",
+    "evaluation",
+    "reward_models",
+    "algorithms",
+    "rollouts",
+    "policies",
+    "models",
+    "objectives",
+    "state",
+)
+
+
+def floor(name: str) -> int:
+    """
+    :param name: a module of ``agents``.
+    :return: the number of its folder, 0 at the top.
+    """
+    return FLOORS.index(name.split(".")[1])
+
+
+def test_every_folder_of_the_learners_has_its_floor() -> None:
+    assert {name.split(".")[1] for name in NAMES if name.startswith("agents.")} == set(FLOORS)
 
 
 def test_imports_of_the_learners_run_downward() -> None:
-    for name, others in graph().items():
-        if name in ORDER:
-            upward = [other for other in others if other in ORDER and ORDER.index(other) >= ORDER.index(name)]
+    for name, others in graph(with_deferred=True).items():
+        if name.startswith("agents."):
+            upward = [other for other in others if other.startswith("agents.") and floor(other) < floor(name)]
             assert upward == [], f"{name} imports {upward}"
+
+
+def test_the_tests_mirror_the_folders() -> None:
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and list(path.glob("test_*.py"))}
+    assert folders == {"text_env", "invariants", "benchmarks", *FLOORS} - {"cli"}
 
 
 def test_the_pure_functions_import_no_machinery() -> None:
     for name, allowed in (
-        ("agents.advantages", {"numpy"}),
-        ("agents.intervals", {"math", "numpy"}),
-        ("agents.losses", {"torch"}),
+        ("agents.objectives.advantages", {"numpy", "collections.abc"}),
+        ("agents.evaluation.intervals", {"math", "numpy"}),
+        ("agents.objectives.losses", {"torch"}),
+        ("agents.objectives.kl", {"torch", "typing"}),
     ):
         assert imports_of(NAMES[name]) - {"__future__"} <= allowed
 
@@ -141,9 +143,11 @@ def test_the_pure_functions_import_no_machinery() -> None:
 def test_no_algorithm_is_built_on_another() -> None:
     edges = graph()
     algorithms = {
-        name for name in edges if name in {f"agents.{a}" for a in ("ppo", "a2c", "reinforce", "rloo", "grpo")}
+        name
+        for name in edges
+        if name in {f"agents.algorithms.{a}" for a in ("ppo", "a2c", "reinforce", "rloo", "grpo")}
     }
-    assert "agents.ppo" in algorithms
+    assert "agents.algorithms.ppo" in algorithms
     for name in algorithms:
         assert not reaches(edges, name) & (algorithms - {name})
 
@@ -158,9 +162,9 @@ def test_importing_the_environment_does_not_import(module: str) -> None:
 def test_the_wheel_holds_the_two_packages_and_nothing_else() -> None:
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())
     tools, project = config["tool"]["setuptools"], config["project"]
-    assert set(tools["packages"]) == {"text_env", "text_env.builtin", "agents"}
-    on_disk = {module_name(path) for path in MODULES if path.name == "__init__.py"}
-    assert set(tools["packages"]) == on_disk  # a new folder must be listed
+    found = find_packages(str(ROOT), include=tools["packages"]["find"]["include"])
+    on_disk = {module_name(path.parent / "__init__.py") for path in MODULES}  # no folder of modules lacks its file
+    assert set(found) == on_disk == {name for name, path in NAMES.items() if path.name == "__init__.py"}
     assert project["scripts"] == {"textrlhf": "agents.cli:main"}
     for package in PACKAGES:
         assert "py.typed" in tools["package-data"][package]
@@ -187,3 +191,11 @@ def test_what_the_packages_import_is_declared() -> None:
         for with_deferred, allowed in ((False, declared), (True, declared | optional)):
             imported = {other.split(".")[0] for other in imports_of(path, with_deferred)} - standard - set(PACKAGES)
             assert {distribution.get(other, other).lower() for other in imported} <= allowed, name
+
+
+def test_every_field_of_a_docstring_has_a_line_of_its_own() -> None:
+    """Sphinx and editors read several on one line as a single field."""
+    crowded = re.compile(r"\S +:(param \w+|return|raises [\w.]+):")
+    for path in MODULES:
+        lines = path.read_text().splitlines()
+        assert [line for line in lines if crowded.search(line)] == [], path

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from text_env.names import import_object, is_object_name
+from text_env.imports import import_object, is_object_name
 
 
 class Contexts(NamedTuple):
@@ -66,7 +66,10 @@ class _TokenSet:
         return f"{type(self).__name__}({reprlib.repr(self.token_ids)})"
 
     def among(self, n_tokens: int) -> NDArray[np.bool_]:
-        """:param n_tokens: V. :return: bool [V], true for these tokens."""
+        """
+        :param n_tokens: V.
+        :return: bool [V], true for these tokens.
+        """
         ids = np.array(self.token_ids)
         if ids.max() >= n_tokens:
             raise ValueError(f"Expected {self} to name tokens of the vocabulary of {n_tokens}, got {ids.max()}.")
@@ -176,7 +179,9 @@ def all_of(*constraints: Constraint | None) -> Constraint | None:
 def allowed_tokens(constraint: Constraint, contexts: Contexts, n_tokens: int) -> NDArray[np.bool_]:
     """Ask a constraint, and check what it answers.
 
-    :param constraint: any. :param contexts: B contexts, with anything to the right of them. :param n_tokens: V.
+    :param constraint: any.
+    :param contexts: B contexts, with anything to the right of them.
+    :param n_tokens: V.
     :return: bool [B, V], a fresh array; at least one token of each context is allowed.
     :raises ValueError: if the answer is no such array, or forbids every token somewhere.
     """
@@ -208,6 +213,7 @@ def _checked(constraint: Constraint, contexts: Contexts, n_tokens: int) -> NDArr
 
 def name_of(constraint: Constraint) -> str:
     """
-    :param constraint: any. :return: how messages call it: a function by its name.
+    :param constraint: any.
+    :return: how messages call it: a function by its name.
     """
     return getattr(constraint, "__name__", None) or repr(constraint)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from text_env.names import import_object, is_object_name
+from text_env.imports import import_object, is_object_name
 from text_env.tables import FORMATS, read_rows, table_format
 from text_env.tokenization import Message, chat_ids, decode, is_conversation
 

@@ -29,7 +29,8 @@ def check_render_mode(render_mode: str | None) -> None:
 def render(mode: str | None, prompt: str, response: str) -> str | NDArray[np.uint8] | None:
     """
     :param mode: ``"ansi"`` (a string), ``"human"`` (prints it, the prompt dimmed), ``"rgb_array"`` (an image), or None.
-    :param prompt: its text. :param response: its text so far.
+    :param prompt: its text.
+    :param response: its text so far.
     :return: the string, the uint8 image [256, 512, 3], or None.
     """
     if mode == "ansi":

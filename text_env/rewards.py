@@ -20,7 +20,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from text_env.names import import_object, is_object_name
+from text_env.imports import import_object, is_object_name
 from text_env.tokenization import Message
 
 if TYPE_CHECKING:

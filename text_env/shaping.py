@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from text_env.names import import_object, is_object_name
+from text_env.imports import import_object, is_object_name
 from text_env.rewards import FinishedTexts, make_reward, score
 
 
@@ -81,7 +81,8 @@ def make_shaping(spec: Any, **reward_kwargs: Any) -> PotentialShaping | None:
         :func:`text_env.rewards.make_reward` takes, for a ``PotentialShaping`` of that.
     :param reward_kwargs: as for :func:`text_env.rewards.make_reward`.
     :return: the shaping, its potential a callable; None for None.
-    :raises ValueError: as ``make_reward``. :raises TypeError: likewise.
+    :raises ValueError: as ``make_reward``.
+    :raises TypeError: likewise.
     """
     if spec is None:
         return None

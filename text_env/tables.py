@@ -81,7 +81,8 @@ def table_format(path: Path) -> str | None:
 def read_table(path: Path, what: str) -> list[NumberedRow]:
     """Read a file whose name says its format.
 
-    :param path: for which :func:`table_format` isn't None. :param what: it holds, for errors: ``"prompts"``.
+    :param path: for which :func:`table_format` isn't None.
+    :param what: it holds, for errors: ``"prompts"``.
     :return: its rows; :class:`BrokenRow` for a line of a ``.jsonl`` file that is no JSON.
     :raises ValueError: if there is no such file, or it as a whole isn't in its format.
     :raises ImportError: for Parquet without pyarrow.

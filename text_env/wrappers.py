@@ -164,7 +164,8 @@ class VectorEmbeddingAction(VectorActionWrapper[Observation, NDArray[np.float32]
 def make_env(embeddings: str | Path | ArrayLike = "builtin", **kwargs: Any) -> EmbeddingAction:
     """What ``gym.make("TextRLHFContinuous-v0")`` calls.
 
-    :param embeddings: as for :class:`NearestToken`. :param kwargs: those of :class:`text_env.env.TextEnv`.
+    :param embeddings: as for :class:`NearestToken`.
+    :param kwargs: those of :class:`text_env.env.TextEnv`.
     """
     return EmbeddingAction(TextEnv(**kwargs), embeddings)
 
@@ -174,7 +175,8 @@ def make_vector_env(
 ) -> VectorEmbeddingAction:
     """What ``gym.make_vec("TextRLHFContinuous-v0")`` calls.
 
-    :param num_envs: rows. :param embeddings: as for :class:`NearestToken`.
+    :param num_envs: rows.
+    :param embeddings: as for :class:`NearestToken`.
     :param kwargs: those of :class:`text_env.vector_env.TextVectorEnv`.
     """
     return VectorEmbeddingAction(TextVectorEnv(num_envs, **kwargs), embeddings)

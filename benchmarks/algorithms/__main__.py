@@ -37,8 +37,11 @@ TUNING_SEED = 1_000
 class Run(NamedTuple):
     """One process.
 
-    :param algorithm: its name. :param seed: of the training. :param learning_rate: at its start.
-    :param total_timesteps: tokens. :param prompts: to evaluate on.
+    :param algorithm: its name.
+    :param seed: of the training.
+    :param learning_rate: at its start.
+    :param total_timesteps: tokens.
+    :param prompts: to evaluate on.
     """
 
     algorithm: str
@@ -56,7 +59,8 @@ class Run(NamedTuple):
 def execute(run: Run, runs: Path) -> dict[str, Any]:
     """Run it, if it wasn't run before.
 
-    :param run: what to do. :param runs: where all runs are.
+    :param run: what to do.
+    :param runs: where all runs are.
     :return: its result; a training that diverged (a gradient that is not finite) gives ``{"failed": message}``.
     :raises RuntimeError: if it failed in any other way.
     """
@@ -141,7 +145,8 @@ def main() -> None:
 def measured(runs: Path) -> Iterator[Callable[[], float]]:
     """Count the seconds of this benchmark, those before an interruption included.
 
-    :param runs: where all runs are. :return: a function that says how many there are so far.
+    :param runs: where all runs are.
+    :return: a function that says how many there are so far.
     """
     runs.mkdir(parents=True, exist_ok=True)
     file, start = runs / "seconds", time.perf_counter()

@@ -37,17 +37,17 @@ from rich.table import Table
 from stable_baselines3.common.utils import explained_variance
 from transformers import PreTrainedModel
 
-from agents.a2c import A2C
-from agents.collector import collect_episodes
-from agents.contexts import packed_positions
-from agents.episode_buffer import EpisodeBuffer
-from agents.grpo import GRPO
-from agents.on_policy import OnPolicyAlgorithm
-from agents.policy import CausalLMPolicy
-from agents.ppo import PPO
-from agents.pretrained import load_causal_lm
-from agents.reinforce import REINFORCE
-from agents.rloo import RLOO
+from agents.algorithms.a2c import A2C
+from agents.algorithms.grpo import GRPO
+from agents.algorithms.on_policy import OnPolicyAlgorithm
+from agents.algorithms.ppo import PPO
+from agents.algorithms.reinforce import REINFORCE
+from agents.algorithms.rloo import RLOO
+from agents.models.contexts import packed_positions
+from agents.models.pretrained import load_causal_lm
+from agents.policies.causal_lm_policy import CausalLMPolicy
+from agents.rollouts.collector import collect_episodes
+from agents.rollouts.episode_buffer import EpisodeBuffer
 from benchmarks.timing import machine, today, versions
 from text_env.vector_env import TextVectorEnv
 
@@ -58,7 +58,8 @@ GROUP_SIZE = 4
 
 class Estimator(NamedTuple):
     """
-    :param name: of the algorithm in the benchmark's results. :param algorithm: its class.
+    :param name: of the algorithm in the benchmark's results.
+    :param algorithm: its class.
     :param options: of its constructor; the value loss is left out, so that only the policy gradient is measured.
     :param critic: ``"cold"``, ``"fitted"`` or None, for those that use no values.
     """
@@ -101,10 +102,12 @@ def measure(
     seed: int = 0,
 ) -> dict[str, Any]:
     """
-    :param rollouts: M. :param episodes: of a rollout; a multiple of the environment's ``group_size``.
+    :param rollouts: M.
+    :param episodes: of a rollout; a multiple of the environment's ``group_size``.
     :param past_episodes: what critics and running means are fitted to, and nothing is measured on.
     :param model: the starting policy, as for ``CausalLMPolicy``.
-    :param env: by default ``TextRLHF-v0`` with four texts of a prompt. :param estimators: which.
+    :param env: by default ``TextRLHF-v0`` with four texts of a prompt.
+    :param estimators: which.
     :param seed: of the episodes.
     :return: what it was measured on, and ``estimators``: each by its name with the critic's (``"rloo"``,
         ``"ppo-fitted"``), its ``snr`` with ``low`` and ``high``; as ``[estimate, low, high]`` the ``cosine`` and
@@ -183,7 +186,8 @@ def _collect(algorithm: OnPolicyAlgorithm, episodes: int) -> EpisodeBuffer:
 def fit_value_head(policy: CausalLMPolicy, buffer: EpisodeBuffer) -> None:
     """Make the value head the ridge regression of the episodes' scores on hidden states.
 
-    :param policy: whose value head is set. :param buffer: episodes.
+    :param policy: whose value head is set.
+    :param buffer: episodes.
     """
     buffer.returns = np.repeat(buffer.episode_sums(buffer.rewards), buffer.lengths)
     hidden, targets = [], []
@@ -204,7 +208,9 @@ def gradients(
     estimator: Estimator, algorithm: OnPolicyAlgorithm, buffers: Sequence[EpisodeBuffer], past: EpisodeBuffer
 ) -> np.ndarray:
     """
-    :param estimator: which. :param algorithm: its instance. :param buffers: M rollouts; left as they are.
+    :param estimator: which.
+    :param algorithm: its instance.
+    :param buffers: M rollouts; left as they are.
     :param past: episodes for what an algorithm remembers of earlier ones.
     :return: float32 [M, P], of its loss with respect to the language model's weights.
     """
@@ -232,7 +238,8 @@ def gradients(
 def signal(products: np.ndarray) -> np.ndarray:
     """Unbiased ⟨E g, E h⟩: the mean of ⟨g_i, h_j⟩ over i ≠ j.
 
-    :param products: [M, M], every ⟨g_i, h_j⟩. :return: [1 + M].
+    :param products: [M, M], every ⟨g_i, h_j⟩.
+    :return: [1 + M].
     """
     products = products.astype(np.float64)
     m, diagonal = len(products), np.diag(products)
@@ -244,7 +251,8 @@ def signal(products: np.ndarray) -> np.ndarray:
 def signal_to_noise(gram: np.ndarray) -> np.ndarray:
     """‖E g‖² / tr Cov(g), where tr Cov(g) = E‖g‖² − ‖E g‖².
 
-    :param gram: [M, M], every ⟨g_i, g_j⟩. :return: [1 + M]; NaN if all gradients are 0.
+    :param gram: [M, M], every ⟨g_i, g_j⟩.
+    :return: [1 + M]; NaN if all gradients are 0.
     """
     m, squares = len(gram), np.diag(gram).astype(np.float64)
     mean_square = np.array([squares.mean(), *(squares.sum() - squares) / (m - 1)])

@@ -18,15 +18,15 @@ import stable_baselines3 as sb3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.noise import NormalActionNoise
 
-from agents.a2c import A2C
-from agents.episode_buffer import EpisodeBuffer
-from agents.grpo import GRPO
-from agents.policy import CausalLMPolicy
-from agents.ppo import PPO
-from agents.reinforce import REINFORCE
-from agents.rloo import RLOO
-from agents.sb3_vec_env import make_vec_env
-from agents.token_features import TokenFeatures
+from agents.algorithms.a2c import A2C
+from agents.algorithms.grpo import GRPO
+from agents.algorithms.ppo import PPO
+from agents.algorithms.reinforce import REINFORCE
+from agents.algorithms.rloo import RLOO
+from agents.policies.causal_lm_policy import CausalLMPolicy
+from agents.policies.token_features import TokenFeatures
+from agents.rollouts.episode_buffer import EpisodeBuffer
+from agents.rollouts.sb3_vec_env import make_vec_env
 
 KL_COEF = 0.04
 BATCH_EPISODES, GROUP_SIZE = 16, 4

@@ -68,7 +68,8 @@ def in_families(runs: Runs) -> dict[str, list[str]]:
 
 def write_plots(runs: Runs, directory: Path) -> None:
     """
-    :param runs: algorithm → its runs. :param directory: gets the PNG files.
+    :param runs: algorithm → its runs.
+    :param directory: gets the PNG files.
     """
     with plt.rc_context(STYLE):
         for name, draw in {

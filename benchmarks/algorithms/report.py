@@ -82,7 +82,8 @@ def read(path: Path) -> dict[str, Any]:
 
 def by_algorithm(results: Sequence[Run]) -> dict[str, list[Run]]:
     """
-    :param results: in any order. :return: algorithm → its runs by seed, families of algorithms together.
+    :param results: in any order.
+    :return: algorithm → its runs by seed, families of algorithms together.
     :raises ValueError: see ``write_report``.
     """
     if not results:

@@ -20,11 +20,11 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
 
-from agents.episode_buffer import EpisodeBuffer
-from agents.evaluation import describe, load_policy, measure
-from agents.policy import CausalLMPolicy
-from agents.reference import Reference
-from agents.sb3_vec_env import make_vec_env
+from agents.evaluation.evaluate import describe, measure_policy
+from agents.models.reference import Reference
+from agents.policies.causal_lm_policy import CausalLMPolicy, load_policy
+from agents.rollouts.episode_buffer import EpisodeBuffer
+from agents.rollouts.sb3_vec_env import make_vec_env
 from benchmarks.algorithms.learners import ENV_KWARGS, KL_COEF, LEARNERS, MAX_NEW_TOKENS, PEERS
 from benchmarks.models import PEERS as PEERS_ENVIRONMENT
 from text_env.builtin import LANGUAGE_MODEL, REWARD_MODEL
@@ -66,8 +66,11 @@ class Curve(BaseCallback):
 def run(algorithm: str, seed: int, learning_rate: float, total_timesteps: int, prompts: str, out: Path) -> None:
     """Train, evaluate, and write ``out/result.json``.
 
-    :param algorithm: a key of ``LEARNERS`` or ``PEERS``. :param seed: of the training.
-    :param learning_rate: at its start. :param total_timesteps: tokens. :param prompts: to evaluate on.
+    :param algorithm: a key of ``LEARNERS`` or ``PEERS``.
+    :param seed: of the training.
+    :param learning_rate: at its start.
+    :param total_timesteps: tokens.
+    :param prompts: to evaluate on.
     :param out: directory.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -99,7 +102,8 @@ def run(algorithm: str, seed: int, learning_rate: float, total_timesteps: int, p
 
 def train(model: BaseAlgorithm, total_timesteps: int) -> dict[str, Any]:
     """
-    :param model: an algorithm that was set up. :param total_timesteps: tokens.
+    :param model: an algorithm that was set up.
+    :param total_timesteps: tokens.
     :return: ``tokens``, ``seconds``, ``cpu_seconds`` and ``curve``.
     """
     curve = Curve()
@@ -116,7 +120,8 @@ def train(model: BaseAlgorithm, total_timesteps: int) -> dict[str, Any]:
 def train_peer(algorithm: str, seed: int, learning_rate: float, total_timesteps: int, out: Path) -> dict[str, Any]:
     """Train with TRL in its own environment.
 
-    :return: as :func:`train`. :raises RuntimeError: with the process's last words, if it fails.
+    :return: as :func:`train`.
+    :raises RuntimeError: with the process's last words, if it fails.
     """
     prompts = out / "prompts.json"
     prompts.write_text(json.dumps([prompt["prompt"] for prompt in load_prompts("builtin")]))
@@ -151,13 +156,14 @@ def evaluate_learner(model: BaseAlgorithm, env: TextVectorEnv, prompts: str) -> 
 
 def evaluate(policy: CausalLMPolicy, env: TextVectorEnv) -> dict[str, float]:
     """
-    :param policy: a language model. :param env: prompts and rewards.
-    :return: what ``agents.evaluation.describe`` says of its texts; the same random numbers for every policy.
+    :param policy: a language model.
+    :param env: prompts and rewards.
+    :return: what ``agents.evaluation.evaluate.describe`` says of its texts; the same random numbers for every policy.
     """
     reference = Reference(load_policy("builtin", env, device="cpu").lm)
     set_random_seed(EVALUATION_SEED)
     env.reset(seed=EVALUATION_SEED)
-    return measure(policy, reference, env, EPISODES)
+    return measure_policy(policy, reference, env, EPISODES)
 
 
 def evaluate_continuous(model: BaseAlgorithm, prompts: str) -> dict[str, Any]:

@@ -45,8 +45,10 @@ class Estimate:
 
 def bootstrap(statistic: Callable[..., float], *samples: Sequence[float]) -> Estimate:
     """
-    :param statistic: of as many arrays ``[n]`` as there are samples. :param samples: one value a seed, each resampled
-        on its own. :return: the statistic with its percentile interval.
+    :param statistic: of as many arrays ``[n]`` as there are samples.
+    :param samples: one value a seed, each resampled
+        on its own.
+    :return: the statistic with its percentile interval.
     """
     arrays = [np.asarray(sample, float)[:, None] for sample in samples]
     value, low, high = _bootstrap(lambda *x: np.array([statistic(*(a[:, 0] for a in x))]), arrays)
@@ -57,7 +59,8 @@ def _bootstrap(
     statistic: Callable[..., np.ndarray], arrays: list[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
-    :param statistic: of the arrays; returns ``[k]``. :param arrays: each ``[n, 1, ...]``, resampled along n.
+    :param statistic: of the arrays; returns ``[k]``.
+    :param arrays: each ``[n, 1, ...]``, resampled along n.
     :return: the statistic, lower and upper bounds, ``[k]`` each.
     """
     if min(map(len, arrays)) < 2:
@@ -79,7 +82,8 @@ def _bootstrap(
 def iqm(values: Sequence[float] | np.ndarray) -> Any:
     """The mean of the middle half, ``rliable.metrics.aggregate_iqm`` of one task.
 
-    :param values: ``[n, ...]``. :return: over n, ``[...]``.
+    :param values: ``[n, ...]``.
+    :return: over n, ``[...]``.
     """
     ordered = np.sort(np.asarray(values, float), axis=0)
     cut = len(ordered) // 4
@@ -108,7 +112,8 @@ def probability_of_improvement(ours: Sequence[float], theirs: Sequence[float]) -
 
 def iqm_curve(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
-    :param curves: ``[n, points]``. :return: IQM, lower and upper bound, each ``[points]``, point by point.
+    :param curves: ``[n, points]``.
+    :return: IQM, lower and upper bound, each ``[points]``, point by point.
     """
     return _bootstrap(lambda x: iqm(x[:, 0]), [curves[:, None]])
 
@@ -129,7 +134,8 @@ def objectives(runs: Sequence[Run], kl_coef: float) -> list[float]:
 def collapsed(run: Run, start: dict[str, float] | None = None) -> bool:
     """Whether the score fell back under the start, or distinct-2 under a quarter of the start's.
 
-    :param run: a run. :param start: by default the run's own.
+    :param run: a run.
+    :param start: by default the run's own.
     """
     start = run["start"] if start is None else start
     return run["score"] < start["score"] or run["distinct_2"] < start["distinct_2"] / 4
@@ -137,7 +143,8 @@ def collapsed(run: Run, start: dict[str, float] | None = None) -> bool:
 
 def collapses(runs: dict[str, list[Run]], name: str) -> int:
     """
-    :param runs: algorithm → its runs. :param name: of one.
+    :param runs: algorithm → its runs.
+    :param name: of one.
     :return: how many of its runs collapsed. An actor without a likelihood starts from nothing and is measured by what
         the others start from, the untrained language model.
     """
@@ -147,7 +154,8 @@ def collapses(runs: dict[str, list[Run]], name: str) -> int:
 
 def smoothed_curve(run: Run) -> tuple[np.ndarray, np.ndarray]:
     """
-    :param run: with its ``curve``. :return: tokens and score ``[1 + bins]``: the untrained model at 0 tokens, then the
+    :param run: with its ``curve``.
+    :return: tokens and score ``[1 + bins]``: the untrained model at 0 tokens, then the
         curve under a centred moving average, whose window shrinks at the ends so that it stays centred.
     """
     scores = np.array([point["score"] for point in run["curve"]], float)
@@ -159,7 +167,9 @@ def smoothed_curve(run: Run) -> tuple[np.ndarray, np.ndarray]:
 
 def tokens_to(run: Run, target: float) -> float:
     """
-    :param run: with its ``curve``. :param target: a score. :return: tokens at which the smoothed curve first reaches
+    :param run: with its ``curve``.
+    :param target: a score.
+    :return: tokens at which the smoothed curve first reaches
         it, linearly interpolated; inf where it never does.
     """
     tokens, scores = smoothed_curve(run)
@@ -200,7 +210,8 @@ def has_likelihood(runs: Sequence[Run]) -> bool:
 
 def lines_of_code(path: Path) -> int:
     """
-    :param path: a Python file. :return: lines that hold code: no blank lines, no comments, no docstrings.
+    :param path: a Python file.
+    :return: lines that hold code: no blank lines, no comments, no docstrings.
     """
     source = path.read_text()
     layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
@@ -232,7 +243,8 @@ class Verdict(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Claim:
-    """Something that the numbers can decide. :param text: the claim with its numbers."""
+    """Something that the numbers can decide.
+    :param text: the claim with its numbers."""
 
     text: str
     verdict: Verdict
@@ -242,7 +254,9 @@ class Claim:
 class Sentence:
     """What everybody repeats, its meaning here, and the evidence.
 
-    :param rule: how it is read. :param claims: what decides. :param notes: what a reader should know besides.
+    :param rule: how it is read.
+    :param claims: what decides.
+    :param notes: what a reader should know besides.
     :param combine: ``min``: all the claims must hold; ``max``: one is enough.
     """
 
@@ -261,7 +275,9 @@ class Sentence:
 def positive(text: str, estimate: Estimate, *seeds: int) -> Claim:
     """A claim that holds if a quantity is positive.
 
-    :param text: names the quantity. :param estimate: of it. :param seeds: how many runs each side of it rests on.
+    :param text: names the quantity.
+    :param estimate: of it.
+    :param seeds: how many runs each side of it rests on.
     :return: supported if the interval lies above 0, contradicted if below; undecided otherwise, or with too few seeds.
     """
     verdict = Verdict.UNDECIDED
@@ -324,8 +340,10 @@ FASTER = (
 class Evidence:
     """What the sentences are judged by.
 
-    :param runs: algorithm → its runs. :param tuning: algorithm → trials, each with ``learning_rate`` and ``objective``.
-    :param noise: estimator → ``{"snr", "low", "high", "minus"}``, see ``gradient_noise.py``. :param kl_coef: β.
+    :param runs: algorithm → its runs.
+    :param tuning: algorithm → trials, each with ``learning_rate`` and ``objective``.
+    :param noise: estimator → ``{"snr", "low", "high", "minus"}``, see ``gradient_noise.py``.
+    :param kl_coef: β.
     :param agents: directory of the algorithms' files.
     """
 
@@ -380,7 +398,8 @@ def tuning_loss(evidence: Evidence, name: str, repetitions: int = BOOTSTRAP_REPE
     A trial is one run, so its noise is taken from the final runs: each trial is moved by a deviation that some seed
     showed. The chosen trial stays the chosen one, so that this noise doesn't look like a sensitivity.
 
-    :param evidence: with tuning trials. :param name: the algorithm.
+    :param evidence: with tuning trials.
+    :param name: the algorithm.
     :return: ``[1 + repetitions]``: the objective of the trial chosen − the mean of all, then resamples of it.
     """
     trials, runs = evidence.tuning[name], evidence.runs[name]
@@ -395,7 +414,8 @@ def tuning_loss(evidence: Evidence, name: str, repetitions: int = BOOTSTRAP_REPE
 
 def chosen_trial(name: str, trials: Sequence[dict[str, Any]], runs: Sequence[Run]) -> int:
     """
-    :return: index of the trial whose learning rate the runs used. :raises ValueError: if there is none.
+    :return: index of the trial whose learning rate the runs used.
+    :raises ValueError: if there is none.
     """
     used = runs[0]["learning_rate"]
     matches = [i for i, trial in enumerate(trials) if np.isclose(trial["learning_rate"], used, rtol=1e-6)]
@@ -504,7 +524,8 @@ def worst_seed(evidence: Evidence, *names: str) -> str:
 
 def judge(evidence: Evidence) -> list[Sentence]:
     """
-    :param evidence: everything that was measured. :return: the sentences, each with its verdict.
+    :param evidence: everything that was measured.
+    :return: the sentences, each with its verdict.
     """
 
     def stable(name: str) -> list[Claim]:

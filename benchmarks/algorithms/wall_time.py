@@ -27,7 +27,9 @@ SIDES = ("ppo", "trl-ppo")
 
 def seconds_per_token(algorithm: str, total_timesteps: int, threads: int) -> float:
     """
-    :param algorithm: as for ``benchmarks.algorithms.runs``. :param total_timesteps: tokens. :param threads: of torch.
+    :param algorithm: as for ``benchmarks.algorithms.runs``.
+    :param total_timesteps: tokens.
+    :param threads: of torch.
     :return: of the training alone, in a process of its own.
     """
     with tempfile.TemporaryDirectory() as directory:

@@ -56,7 +56,8 @@ class RewardModule(nn.Module):
     PPO calls the backbone and then the head, and reads the token's output where the text ends: at EOS, which the reward
     model has never seen. So the backbone here gives every token the score of the whole text, and the head does nothing.
 
-    :param score: of texts. :param tokenizer: the policy's.
+    :param score: of texts.
+    :param tokenizer: the policy's.
     """
 
     base_model_prefix = "backbone"
@@ -68,7 +69,8 @@ class RewardModule(nn.Module):
 
     def backbone(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> SimpleNamespace:
         """
-        :param input_ids: [B, T]. :param attention_mask: bool [B, T].
+        :param input_ids: [B, T].
+        :param attention_mask: bool [B, T].
         :return: with ``hidden_states`` [1 × [B, T, 1]].
         """
         ids = [row[mask].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]

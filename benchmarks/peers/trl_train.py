@@ -61,7 +61,8 @@ class Record(TrainerCallback):
 
     def rollout(self, scores: torch.Tensor, tokens: int) -> None:
         """
-        :param scores: [E], of all texts of a rollout. :param tokens: of all their responses.
+        :param scores: [E], of all texts of a rollout.
+        :param tokens: of all their responses.
         """
         self.tokens += tokens
         self._score, self._mean_length = float(scores.mean()), tokens / len(scores)

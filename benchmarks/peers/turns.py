@@ -57,7 +57,8 @@ class Turns:
 class Child:
     """The benchmark's half.
 
-    :param command: of the process. :param directory: where it runs.
+    :param command: of the process.
+    :param directory: where it runs.
     """
 
     def __init__(self, command: list[str], directory: Path) -> None:

@@ -24,7 +24,7 @@ from learners import (
 from tiny import KINDS
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from agents.policy import CausalLMPolicy
+from agents.policies.causal_lm_policy import CausalLMPolicy
 
 V = 300
 WIDTH = 24

@@ -10,11 +10,11 @@ import pytest
 import torch
 from learners import counted_forwards, in_float64, make_env, make_model, make_policy, observation_of, plain_log_probs
 
-from agents.collector import collect_episodes
-from agents.episode_buffer import EpisodeBuffer
-from agents.losses import clipped_surrogate, value_loss
-from agents.policy import CausalLMPolicy
-from agents.ppo import PPO
+from agents.algorithms.ppo import PPO
+from agents.objectives.losses import clipped_surrogate, value_loss
+from agents.policies.causal_lm_policy import CausalLMPolicy
+from agents.rollouts.collector import collect_episodes
+from agents.rollouts.episode_buffer import EpisodeBuffer
 
 KINDS = ("gpt2", "llama")
 Gradient = dict[str, torch.Tensor]
@@ -247,5 +247,5 @@ def test_stock_minibatches_of_whole_episodes_cost_one_row_an_episode() -> None:
 def test_the_head_in_chunks_is_the_head_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = policy_in_float64("gpt2")
     at_once = packed_gradient(policy, [0, 1, 2, 3, 4, 5])
-    monkeypatch.setattr("agents.causal_lm.CHUNK_ELEMENTS", 300 * 4)  # four positions at a time
+    monkeypatch.setattr("agents.models.causal_lm.CHUNK_ELEMENTS", 300 * 4)  # four positions at a time
     assert_same(at_once, packed_gradient(policy, [0, 1, 2, 3, 4, 5]))

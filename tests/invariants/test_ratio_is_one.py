@@ -9,7 +9,7 @@ import pytest
 import torch
 from learners import after_each_rollout, largest_difference, make_env, make_model, make_ppo, weights_of
 
-from agents.ppo import PPO
+from agents.algorithms.ppo import PPO
 
 KINDS = ("gpt2", "llama")
 LORA = {"r": 4, "target_modules": "all-linear"}

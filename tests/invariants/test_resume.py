@@ -11,7 +11,7 @@ import pytest
 import torch
 from learners import make_env, save_model
 
-from agents.ppo import PPO
+from agents.algorithms.ppo import PPO
 
 ROLLOUTS = 3  # before the kill, and as many after it
 
@@ -108,7 +108,7 @@ def test_a_killed_save_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: py
     def killed(*_: Any, **__: Any) -> None:
         raise Killed
 
-    monkeypatch.setattr("agents.checkpoint.save_file", killed)
+    monkeypatch.setattr("agents.state.checkpoint.save_file", killed)
     with pytest.raises(Killed):
         run.save(tmp_path / "checkpoint")
     assert {path.name: path.read_bytes() for path in (tmp_path / "checkpoint").iterdir()} == before

@@ -27,14 +27,14 @@ from learners import (
 from sb3_contrib import MaskablePPO
 from tiny import tiny_tokenizer
 
-from agents.causal_lm import sample
-from agents.collector import collect_episodes
-from agents.constraints import ReferenceTopP
-from agents.episode_buffer import EpisodeBuffer
-from agents.maskable_policy import MaskableCausalLMPolicy
-from agents.policy import CausalLMPolicy
-from agents.ppo import PPO
-from agents.sb3_vec_env import TextVecEnv
+from agents.algorithms.ppo import PPO
+from agents.models.causal_lm import sample
+from agents.models.reference_top_p import ReferenceTopP
+from agents.policies.causal_lm_policy import CausalLMPolicy
+from agents.policies.maskable import MaskableCausalLMPolicy
+from agents.rollouts.collector import collect_episodes
+from agents.rollouts.episode_buffer import EpisodeBuffer
+from agents.rollouts.sb3_vec_env import TextVecEnv
 from text_env.constraints import Contexts, ForbiddenTokens
 from text_env.episodes import NO_ACTION
 from text_env.vector_env import TextVectorEnv
@@ -133,7 +133,8 @@ def test_rare_tokens_at_the_end_of_a_large_vocabulary_are_sampled() -> None:
 class RandomMasks:
     """Allows a random share of the tokens, another one after every context: each token of it counts.
 
-    :param seed: of everything random. :param share: of the tokens that are allowed, about.
+    :param seed: of everything random.
+    :param share: of the tokens that are allowed, about.
     """
 
     def __init__(self, seed: int, share: float) -> None:

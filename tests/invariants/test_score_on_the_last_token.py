@@ -11,10 +11,10 @@ import torch
 from learners import EOS, make_env, make_model, make_policy, make_ppo
 from tiny import tiny_tokenizer
 
-from agents.collector import collect_episodes
-from agents.episode_buffer import EpisodeBuffer
-from agents.policy import CausalLMPolicy
-from agents.sb3_vec_env import TextVecEnv
+from agents.policies.causal_lm_policy import CausalLMPolicy
+from agents.rollouts.collector import collect_episodes
+from agents.rollouts.episode_buffer import EpisodeBuffer
+from agents.rollouts.sb3_vec_env import TextVecEnv
 
 SCORED: list[tuple[list[int], float]] = []
 

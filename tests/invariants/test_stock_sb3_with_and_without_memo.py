@@ -9,9 +9,9 @@ import stable_baselines3 as sb3
 import torch
 from learners import in_float64, largest_difference, make_env, make_model, randomize_value_head, weights_of
 
-from agents.episode_buffer import EpisodeBuffer
-from agents.policy import CausalLMPolicy
-from agents.sb3_vec_env import TextVecEnv
+from agents.policies.causal_lm_policy import CausalLMPolicy
+from agents.rollouts.episode_buffer import EpisodeBuffer
+from agents.rollouts.sb3_vec_env import TextVecEnv
 
 
 def weights_after(

@@ -12,9 +12,9 @@ import pytest
 import torch
 from learners import EOS, length_of, make_env, make_model
 
-from agents.collector import collect_episodes
-from agents.episode_buffer import EpisodeBuffer
-from agents.ppo import PPO
+from agents.algorithms.ppo import PPO
+from agents.rollouts.collector import collect_episodes
+from agents.rollouts.episode_buffer import EpisodeBuffer
 
 # One row writes two texts: 5 6 EOS, whose score is 3, and 7 EOS, whose score is 2.
 TOKENS = [5, 6, EOS, 7, EOS]

@@ -1,0 +1,1 @@
+"""A policy beside another one, and how sure a measured number is."""

@@ -1,0 +1,94 @@
+"""How sure a figure of sampled texts is: 95 % intervals of means and win rates.
+
+Texts of one prompt resemble each other, so four texts of each of 64 prompts say less than one of each of 256. It is
+prompts, therefore, that are taken to be sampled independently: ``clusters``, int [n], names the prompt of each text. If
+there is only one prompt, its texts are, and the interval is about this prompt.
+
+Notation: n texts of C prompts.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+LEVEL = 0.95
+Z = 1.959963984540054  # of the normal distribution lies this far from its mean, on either side, 1 − LEVEL
+RESAMPLES = 2_000
+
+
+def wins(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """
+    :param ours: [n].
+    :param theirs: [n], what competes with each.
+    :return: float64 [n]: 1 where ours is higher, 0 where it is lower, ½ for a tie. The mean is the win rate.
+    """
+    return (np.sign(ours - theirs) + 1) / 2
+
+
+def bootstrap_interval(values: np.ndarray, clusters: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """Percentile interval of a mean, from means of prompts drawn with replacement, each with all of its texts.
+
+    Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 13; of clusters: Field & Welsh 2007,
+    Bootstrapping clustered data, J. R. Statist. Soc. B 69.
+
+    :param values: [n].
+    :param clusters: int [n].
+    :param seed: of the resampling.
+    :return: low and high.
+    """
+    sums, sizes = _cluster_sums(values, clusters)
+    generator = np.random.default_rng(seed)
+    means = np.empty(RESAMPLES)
+    for i in range(RESAMPLES):
+        drawn = generator.integers(len(sums), size=len(sums))
+        means[i] = sums[drawn].sum() / sizes[drawn].sum()
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def wilson_interval(outcomes: np.ndarray, clusters: np.ndarray) -> tuple[float, float]:
+    """Wilson's score interval of a rate, with the effective size in place of n.
+
+    Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953. Unlike the bootstrap's, it has a width even where every
+    outcome is the same.
+
+    :param outcomes: [n] in [0, 1].
+    :param clusters: int [n].
+    :return: low and high, in [0, 1].
+    """
+    rate, size = float(outcomes.mean()), effective_size(outcomes, clusters)
+    shrink = 1 + Z**2 / size
+    centre = (rate + Z**2 / (2 * size)) / shrink
+    half = Z / shrink * math.sqrt(rate * (1 - rate) / size + Z**2 / (4 * size**2))
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def effective_size(outcomes: np.ndarray, clusters: np.ndarray) -> float:
+    """How many independent outcomes would say as much: p (1 − p) over the variance of p that the clusters show.
+
+    Kish 1965, Survey Sampling; with Wilson's interval: Dean & Pagano 2015, Evaluating confidence interval methods for
+    binomial proportions in clustered surveys, J. Surv. Stat. Methodol. 3. Held between C and n: a few clusters may show
+    less variance, or more, than there is.
+
+    :param outcomes: [n] in [0, 1].
+    :param clusters: int [n].
+    :return: at least 1.
+    """
+    sums, sizes = _cluster_sums(outcomes, clusters)
+    rate, count, total = float(outcomes.mean()), len(sums), len(outcomes)
+    if count == 1:
+        return 1.0
+    variance = count / (count - 1) * float(((sums - rate * sizes) ** 2).sum()) / total**2
+    if variance == 0:
+        return float(count)
+    return min(max(rate * (1 - rate) / variance, float(count)), float(total))
+
+
+def _cluster_sums(values: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of the values and number of texts of each prompt, [C] both."""
+    names, which = np.unique(clusters, return_inverse=True)
+    if len(names) == 1:
+        which = np.arange(len(values))
+    return np.bincount(which, values), np.bincount(which)

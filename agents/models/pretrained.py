@@ -1,0 +1,300 @@
+"""Language models by the names that they go by: hub names, directories, GGUF files, PEFT adapters, configs.
+
+A LoRA adapter lives inside its base model; PEFT's wrapper around that is only asked to save it. The frozen model of the
+KL penalty needs no second copy of the base then: it is the same model with the adapter off, or, where training went on
+from an adapter, with a frozen copy of that on (:func:`reference_adapter`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from text_env.tokenization import base_of_adapter, pretrained_name, pretrained_tokenizer
+
+ADAPTER, REFERENCE = "default", "reference"
+"""Names of the adapter that is trained, and of its frozen copy."""
+
+
+def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
+    """
+    :param dtype: a ``torch.dtype``, its name (``"float32"``, ``"bfloat16"``, …), or ``"auto"`` (as saved on disk).
+    :return: what ``from_pretrained(dtype=...)`` takes.
+    :raises ValueError: for a name that is not a floating-point dtype.
+    """
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    resolved = getattr(torch, dtype, None)
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise ValueError(f"Expected dtype 'auto', 'float32', 'bfloat16', 'float16' or 'float64', got {dtype!r}.")
+    return resolved
+
+
+def load_causal_lm(
+    model: str | Path | PretrainedConfig | PreTrainedModel | PeftModel, dtype: str | torch.dtype = "float32"
+) -> PreTrainedModel | PeftModel:
+    """Load a causal language model by any of the names it goes by.
+
+    :param model: ``"builtin"``, a directory, a hub name, a GGUF file, the directory of a PEFT adapter, a
+        ``PretrainedConfig`` (random weights) or a live model.
+    :param dtype: floating-point type of the weights (adapters are float32 whatever their base is, so that small steps
+        aren't lost in rounding); a live model keeps its own.
+    :return: the model; for an adapter, PEFT's wrapper around its base, with the adapter's weights trainable.
+    :raises ValueError: if there is no such model, it is no causal language model, or the adapter is for another base.
+    """
+    if isinstance(model, PeftModel):
+        return _checked_live(model)
+    if isinstance(model, PreTrainedModel):
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                "Expected a live model with an adapter to be a peft.PeftModel, got transformers' own form of it: load "
+                "it by PeftModel.from_pretrained(base, adapter), or give the adapter's name."
+            )
+        return model
+    resolved = resolve_dtype(dtype)
+    if isinstance(model, PretrainedConfig):
+        random_model = AutoModelForCausalLM.from_config(model)
+        return random_model if resolved == "auto" else random_model.to(resolved)
+    if (base := base_of_adapter(model)) is not None:
+        return _load_adapter(str(model), base, dtype)
+    name, options = pretrained_name(model)
+    if options:
+        options |= _unpacked(options["gguf_file"])
+    try:
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=resolved, **options)
+    except Exception as error:
+        # What a GGUF reader says of a type that it doesn't know may be anything; of the others, these are answers.
+        if not (options or isinstance(error, OSError)):
+            raise
+        raise ValueError(
+            "Expected model to be 'builtin', a directory with config.json and weights or with a PEFT adapter, a GGUF "
+            f"file, or a hub name; got {str(model)!r}, which could not be loaded: {_first_line(error)}"
+            + (_GGUF_HINT if options else "")
+        ) from error
+    if getattr(loaded, "_hf_peft_config_loaded", False):  # the hub name of an adapter
+        return _load_adapter(name, str(next(iter(loaded.peft_config.values())).base_model_name_or_path), dtype)
+    return loaded
+
+
+_GGUF_HINT = (
+    ". transformers reads GGUF files of a few architectures (Llama, Qwen2, Mistral, …) and quantisation types (Q4_0 to "
+    "Q8_0, K-quants, F16, …), with the `gguf` package installed: pip install 'textrlhf[gguf]', or convert the file to "
+    "one of those, or take the model's original directory."
+)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _unpacked(gguf_file: str) -> dict[str, Any]:
+    """Weights as ordinary tensors: newer releases otherwise leave them in GGUF blocks, which can't be trained."""
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(gguf_file=gguf_file, dequantize=True)}
+
+
+def _checked_live(model: PeftModel) -> PeftModel:
+    if list(model.peft_config) != [ADAPTER]:
+        raise ValueError(
+            f"Expected a PeftModel with one adapter, called {ADAPTER!r}; this one has {list(model.peft_config)}."
+        )
+    _check_adapter(model)
+    model.set_adapter(ADAPTER)  # PEFT's default is to load adapters frozen
+    return model
+
+
+def _check_adapter(model: PeftModel) -> None:
+    """Whatever an adapter changes must be possible to switch off, or the reference would move with the policy."""
+    config: Any = model.peft_config[ADAPTER]
+    if getattr(config, "modules_to_save", None) or getattr(config, "bias", "none") != "none":
+        raise ValueError(
+            "Expected an adapter without modules_to_save and with bias='none', since weights of the base that are "
+            f"trained themselves can't be switched off for the reference; got modules_to_save={config.modules_to_save} "
+            f"and bias={config.bias!r}. Merge it into its base first (PEFT's merge_and_unload)."
+        )
+
+
+def _load_adapter(directory: str, base: str, dtype: str | torch.dtype) -> PeftModel:
+    def mismatch(reason: str) -> ValueError:
+        return ValueError(
+            f"Expected the adapter in {directory!r} to fit its base {base!r}; {reason} Name the model that it was "
+            "trained on as base_model_name_or_path in adapter_config.json."
+        )
+
+    try:
+        model = load_causal_lm(base, dtype)
+    except ValueError as error:
+        raise mismatch(f"that could not be loaded: {error}") from error
+    if not isinstance(model, PreTrainedModel):
+        raise mismatch("that is an adapter itself: merge it into its base first.")
+    try:
+        with _quiet_peft():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(model, directory, adapter_name=ADAPTER, is_trainable=True)
+    except (RuntimeError, ValueError, UserWarning) as error:
+        raise mismatch(f"they don't fit together: {' '.join(str(error).split())[:300]}") from error
+    _check_adapter(adapted)
+    check_tokenizers(tokenizer_beside(directory), tokenizer_beside(base), base)
+    adapted.peft_config[ADAPTER].base_model_name_or_path = _plain_name(base)
+    return adapted
+
+
+def _plain_name(model: Any) -> str | None:
+    """Under which plain transformers finds this model, from whatever directory; None where it does not."""
+    if not isinstance(model, str | Path):
+        return None  # a live model, or a config: what is in memory is nowhere else
+    name, options = pretrained_name(model)
+    if options:
+        return None
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+@contextlib.contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """PEFT sees by itself that GPT-2 stores layers transposed, but warns; and it uses an old name of transformers."""
+    with warnings.catch_warnings():
+        for message in ("fan_in_fan_out is set to False", "`is_gradient_checkpointing` is deprecated"):
+            warnings.filterwarnings("ignore", message=message)
+        yield
+
+
+def tokenizer_beside(model: Any) -> PreTrainedTokenizerBase | None:
+    """
+    :param model: as for :func:`load_causal_lm`.
+    :return: the tokenizer beside the model, or None for a config or a live model, which have none.
+    """
+    if not isinstance(model, str | Path):
+        return None
+    try:
+        return pretrained_tokenizer(model)
+    except ValueError:
+        return None  # a directory with weights only: saved again without a tokenizer
+
+
+def unwrapped(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """
+    :param model: perhaps PEFT's wrapper.
+    :return: the model itself, with any adapter inside.
+    """
+    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
+def add_lora(model: PreTrainedModel | PeftModel, lora: dict[str, Any], name: Any = None) -> PeftModel:
+    """Add trainable low-rank adapters in place and freeze everything else.
+
+    :param model: the base model.
+    :param lora: arguments of ``peft.LoraConfig``, for example ``{"r": 16, "target_modules": "all-linear"}``.
+    :param name: what :func:`load_causal_lm` loaded the base by; a saved adapter refers to it.
+    :return: the PEFT model around it (``get_base_model()`` is the same object, with adapters inside).
+    :raises ValueError: if the model has an adapter already, or this one trains weights of the base as well.
+    """
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "Expected lora=None with a model that is an adapter already: training goes on with that one. For a new "
+            "adapter on top, merge the old one into its base (PEFT's merge_and_unload) and save that."
+        )
+    with _quiet_peft():
+        adapted = get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **lora}), adapter_name=ADAPTER)
+    if adapted.peft_config[ADAPTER].task_type == "CAUSAL_LM":
+        _check_adapter(adapted)  # a classifier's new head is trained too, and has no reference
+    adapted.peft_config[ADAPTER].base_model_name_or_path = _plain_name(name)
+    return adapted
+
+
+def freeze_copy_of_adapter(model: PeftModel) -> None:
+    """Remember the adapter as it is now, for :func:`reference_adapter`; a few megabytes beside the base.
+
+    :param model: with the adapter that is going to be trained.
+    """
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    with _quiet_peft():
+        model.add_adapter(REFERENCE, model.peft_config[ADAPTER])
+    set_peft_model_state_dict(model, get_peft_model_state_dict(model, adapter_name=ADAPTER), adapter_name=REFERENCE)
+    model.set_adapter(ADAPTER)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trainable.get(name, False))
+
+
+@contextlib.contextmanager
+def reference_adapter(model: nn.Module) -> Iterator[None]:
+    """Within it, the model inside a PEFT wrapper is what it was when its training began.
+
+    :param model: with LoRA layers inside: with the frozen copy of the adapter, where there is one, else without any.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for layer in layers:
+        if REFERENCE in layer._get_available_adapters():
+            layer.set_adapter(REFERENCE)
+        else:
+            layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_adapter(ADAPTER)
+            layer.enable_adapters(True)
+        # PEFT decides by itself what becomes trainable on the way.
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def save_causal_lm(model: PreTrainedModel | PeftModel, directory: Path) -> None:
+    """Write a directory that plain transformers loads.
+
+    An adapter is saved by itself where its base can be loaded by name, else (a GGUF file, a config, a live model)
+    merged into it, in float32, where the sum of both loses nothing.
+
+    :param model: what :func:`load_causal_lm` or :func:`add_lora` gave.
+    :param directory: exists.
+    """
+    if isinstance(model, PreTrainedModel):
+        model.save_pretrained(directory)
+    elif model.peft_config[ADAPTER].base_model_name_or_path:
+        model.save_pretrained(str(directory), selected_adapters=[ADAPTER])
+    else:
+        merged = copy.deepcopy(model).cpu().float().merge_and_unload(adapter_names=[ADAPTER])
+        merged.save_pretrained(directory)
+
+
+def check_positions(model: PreTrainedModel, longest: int) -> None:
+    """Learned position embeddings end somewhere; rotary ones only get worse beyond what they were trained on.
+
+    :param model: any.
+    :param longest: tokens of a context.
+    :raises ValueError: if the model has fewer positions.
+    """
+    available = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if available is not None and longest > available:
+        raise ValueError(
+            f"Expected a model with at least {longest} positions (max_prompt_tokens + max_new_tokens of the "
+            f"environment); {type(model).__name__} has {available}. Make the environment's budgets smaller."
+        )
+
+
+def check_tokenizers(given: PreTrainedTokenizerBase | None, own: PreTrainedTokenizerBase | None, model: object) -> None:
+    """The environment's token ids must mean to the model what they mean to the environment."""
+    if given is None or own is None or given is own:
+        return
+    ids = own.get_vocab()
+    strange = [token for token, index in given.get_vocab().items() if ids.get(token) != index]
+    if strange:
+        raise ValueError(
+            f"Expected the environment to use the tokenizer of the model {model!r}; {len(strange)} of its tokens have "
+            f"another id there or none, for example {strange[:3]}. Make the environment with tokenizer={model!r}."
+        )

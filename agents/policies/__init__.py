@@ -1,0 +1,1 @@
+"""Language models as Stable-Baselines3 policies, and token contexts as features."""

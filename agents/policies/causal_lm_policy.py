@@ -1,0 +1,404 @@
+"""A Hugging Face causal language model as a Stable-Baselines3 actor-critic policy.
+
+The policy is a pure function of token contexts. It keeps the whole contract of SB3's ``ActorCriticPolicy``, so that
+unmodified SB3 algorithms, callbacks and ``evaluate_policy`` work with it, and adds one thing: ``evaluate_actions`` also
+takes packed batches of whole episodes (an ``action_mask`` among the observations), which cost one forward pass each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from safetensors.torch import load_file, save_file
+from stable_baselines3.common.distributions import CategoricalDistribution
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.common.utils import get_device
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from agents.models.causal_lm import CausalLM, sample
+from agents.models.contexts import Contexts, contexts_of, packed_positions, share_prefixes
+from agents.models.critic import make_critic
+from agents.models.prefix_cache import PrefixCache
+from agents.models.pretrained import (
+    add_lora,
+    check_positions,
+    check_tokenizers,
+    load_causal_lm,
+    tokenizer_beside,
+    unwrapped,
+)
+from text_env.vector_env import TextVectorEnv
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+FORBIDDEN_LOGIT = -1e8  # sb3-contrib's own: its exponential is exactly 0, its gradient finite
+
+
+class CausalLMActorCritic(BasePolicy):
+    """Actor: a causal language model. Critic: a linear head on the last hidden state, zero at first.
+
+    :param observation_space: the environment's Dict of ``input_ids``, ``attention_mask``, ``prompt_length``.
+    :param action_space: ``Discrete(V)``, one action a token.
+    :param lr_schedule: learning rate as a function of the remaining progress (1 → 0).
+    :param model: ``"builtin"``, a directory, a hub name, a GGUF file, the directory of a PEFT adapter (which is then
+        trained on), a ``PretrainedConfig`` (random weights) or a live model (which is then trained in place).
+    :param dtype: type of the weights: ``"float32"``, ``"bfloat16"``, … or ``"auto"``. The value head is float32 always.
+    :param temperature: of the policy's distribution, in rollout, update and reference alike.
+    :param min_new_tokens: EOS has probability 0 before so many response tokens. Our algorithms take it from the
+        environment when it isn't given.
+    :param eos_token_id: the token that ends an episode; by default the tokenizer's, else the model config's.
+    :param lora: arguments of ``peft.LoraConfig``; only the adapter and the critic are then trained.
+    :param separate_critic: True: the value gets a decoder of its own, a copy, instead of sharing the actor's. A
+        directory or hub name of a reward model with the same tokenizer (``"builtin"``: the built-in one): the critic
+        starts as that, as in Stiennon et al. 2020 (https://arxiv.org/abs/2009.01325).
+    :param prefix_cache: remember keys and values of contexts already seen. The results are the same without.
+    :param autocast: ``"bfloat16"``: matrix products in that type, weights in theirs.
+    :param compile_forward: training through ``torch.compile`` (minutes to compile; for long trainings).
+    :param constraint: which tokens may follow a context: a callable ``(contexts, n_tokens) -> bool [B, n_tokens]``, its
+        name as ``"module:function"``, or a list of these (see :mod:`text_env.constraints`). The others have probability
+        0, in rollout, update and reference alike. Our algorithms take it from the environment when it isn't given.
+    :param tokenizer: saved beside the model; by default the one found there.
+    :param use_sde: must be False; part of SB3's signature.
+    :param optimizer_class: the optimiser.
+    :param optimizer_kwargs: its arguments (Adam: eps 1e-5 unless said otherwise).
+    :raises ValueError: if the spaces are not the text environment's, the model has fewer logits than V or fewer
+        positions than the longest context, or its tokenizer isn't the environment's.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        lr_schedule: Schedule,
+        model: str | Path | PretrainedConfig | PreTrainedModel = "builtin",
+        dtype: str | torch.dtype = "float32",
+        temperature: float = 1.0,
+        min_new_tokens: int = 0,
+        eos_token_id: int | None = None,
+        lora: dict[str, Any] | None = None,
+        separate_critic: bool | str | Path = False,
+        prefix_cache: bool = True,
+        autocast: str | None = None,
+        compile_forward: bool = False,
+        constraint: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        use_sde: bool = False,
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        _check_spaces(observation_space, action_space)
+        if use_sde:
+            raise ValueError("use_sde=True is for continuous actions; tokens are discrete. Use use_sde=False.")
+        if optimizer_class is torch.optim.Adam:
+            # PyTorch's default of 1e-8 is too aggressive in the first updates (SB3 and OpenAI's baselines use 1e-5).
+            # Fused: one pass over the weights instead of a dozen. It excludes foreach, if that is what was asked for.
+            given = optimizer_kwargs or {}
+            optimizer_kwargs = {"eps": 1e-5, "fused": not given.get("foreach"), **given}
+        # SB3's actor-critic constructors would build an MLP, and orthogonally re-initialise linear layers.
+        BasePolicy.__init__(
+            self,
+            observation_space,
+            action_space,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+        )
+        self.use_sde = False
+        self.share_features_extractor = not separate_critic
+        self.constructor_arguments = {
+            "model": model,
+            "dtype": dtype,
+            "temperature": temperature,
+            "min_new_tokens": min_new_tokens,
+            "eos_token_id": eos_token_id,
+            "lora": lora,
+            "separate_critic": separate_critic,
+            "prefix_cache": prefix_cache,
+            "autocast": autocast,
+            "compile_forward": compile_forward,
+            "constraint": constraint,
+        }
+        own_tokenizer = tokenizer_beside(model)
+        check_tokenizers(tokenizer, own_tokenizer, model)
+        self.tokenizer = tokenizer if tokenizer is not None else own_tokenizer
+        loaded = load_causal_lm(model, dtype)
+        base = unwrapped(loaded)
+        if eos_token_id is None:
+            eos_token_id = base.config.get_text_config().eos_token_id if self.tokenizer is None else None
+            eos_token_id = self.tokenizer.eos_token_id if self.tokenizer is not None else eos_token_id
+            eos_token_id = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id
+        longest = observation_space["input_ids"].shape[0]  # type: ignore[index]
+        critic, value_head = make_critic(base, separate_critic, dtype, self.tokenizer, longest)
+        if lora is not None:
+            loaded = add_lora(loaded, lora, model)
+        assert isinstance(action_space, spaces.Discrete)
+        check_positions(base, longest)
+        n_tokens = int(action_space.n)
+        self.lm = CausalLM(
+            loaded, n_tokens, temperature, eos_token_id, min_new_tokens, autocast, compile_forward, constraint
+        )
+        self.critic = critic
+        self.value_head = value_head
+        if self.lm.model.dtype == torch.float64:
+            self.value_head.double()
+        self._actor_memo = PrefixCache(self.lm.backbone) if prefix_cache else None
+        self._critic_memo = PrefixCache(critic) if prefix_cache and critic is not None else None
+        self._build(lr_schedule)
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        self.optimizer = self.optimizer_class(trainable, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+
+    # ---- SB3's contract -------------------------------------------------------------------------------------------
+
+    def forward(
+        self, obs: PyTorchObs, deterministic: bool = False, action_masks: np.ndarray | torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Choose the next token of each context.
+
+        :param obs: a batch of B observations.
+        :param deterministic: the most probable token instead of a sampled one.
+        :param action_masks: what the environment's ``action_masks()`` says, [B, V], true where a token is allowed.
+        :return: actions int64 [B], values [B, 1], log-probabilities [B].
+        """
+        contexts = contexts_of(obs)
+        hidden = self._last_hidden(contexts)
+        probs = torch.softmax(self._logits(hidden, contexts, action_masks), dim=-1)
+        actions = probs.argmax(dim=-1) if deterministic else sample(probs)
+        log_prob = probs.gather(-1, actions[:, None]).squeeze(-1).log()
+        return actions, self._last_values(contexts, hidden), log_prob
+
+    def evaluate_actions(
+        self, obs: PyTorchObs, actions: torch.Tensor, action_masks: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Score given actions.
+
+        :param obs: B observations, or a packed batch of E whole episodes (with ``action_mask``, see ``EpisodeBuffer``).
+        :param actions: [N] token ids, N = B, or the number of true entries of ``action_mask`` (in row-major order).
+        :param action_masks: [N, V], true (or 1) where a token was allowed.
+        :return: values [N, 1], log-probabilities [N], entropies [N].
+        """
+        assert isinstance(obs, Mapping)
+        if "action_mask" in obs:
+            input_ids, at = obs["input_ids"], packed_positions(obs)
+        else:
+            input_ids, at = share_prefixes(contexts_of(obs), self.lm.device)
+        log_prob, entropy, hidden = self.lm.evaluate(input_ids, at, actions.long().flatten(), action_masks)
+        if self.critic is not None:
+            hidden = self.lm.run(self.critic, input_ids)[at.row, at.column]
+        return self._values(hidden), log_prob, entropy
+
+    def predict_values(self, obs: PyTorchObs) -> torch.Tensor:
+        """
+        :param obs: a batch of B observations.
+        :return: values [B, 1], float32.
+        """
+        contexts = contexts_of(obs)
+        return self._last_values(contexts, None)
+
+    def _predict(
+        self,
+        observation: PyTorchObs,
+        deterministic: bool = False,
+        action_masks: np.ndarray | torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self.forward(observation, deterministic, action_masks)[0]
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:  # opens SB3's `train`: the weights are about to change
+            self.clear_cache()
+        super().train(mode)
+        if self.critic is not None:
+            self.critic.eval()
+        return self
+
+    def reset_noise(self, n_envs: int = 1) -> None:
+        raise ValueError("reset_noise is for state-dependent exploration, which needs continuous actions.")
+
+    @property
+    def lstm_actor(self) -> Any:
+        raise TypeError(  # of an AttributeError, nn.Module would hide the text
+            f"{type(self).__name__} has no LSTM, which RecurrentPPO asks for: a language model's memory is its "
+            "context. Train it with PPO, or use RecurrentPPO('MultiInputLstmPolicy', env, "
+            "policy_kwargs={'features_extractor_class': TokenFeatures})."
+        )
+
+    def clear_cache(self) -> None:
+        """Forget every remembered context. Needed only after weights were changed behind PyTorch's back."""
+        for memo in (self._actor_memo, self._critic_memo):
+            if memo is not None:
+                memo.clear()
+
+    # ---- saving ---------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write a plain Hugging Face directory (model or adapter, tokenizer), and the critic beside it.
+
+        :param directory: is made if missing; ``AutoModelForCausalLM.from_pretrained(directory)`` loads it.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.lm.save_pretrained(directory)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(directory)
+        save_file(self._critic_state(), directory / VALUE_HEAD_FILE)
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
+            own = name.removeprefix(prefix).removeprefix(".")
+            actor = parameter.requires_grad and not own.startswith(("value_head.", "critic."))
+            yield _ParameterName(name, actor), parameter
+
+    def load_value_head(self, directory: str | Path) -> None:
+        """Load the critic that :meth:`save_pretrained` left in a directory."""
+        state = load_file(Path(directory) / VALUE_HEAD_FILE)
+        if strange := sorted(set(state) ^ set(self._critic_state())):
+            raise ValueError(
+                f"Expected {directory} to hold a critic like this policy's; they differ in {strange[:3]}. Make the "
+                "policy with the separate_critic that was saved."
+            )
+        self.load_state_dict(state, strict=False)
+        self.clear_cache()
+
+    def _critic_state(self) -> dict[str, torch.Tensor]:
+        state = self.state_dict()
+        return {name: x.contiguous() for name, x in state.items() if name.startswith(("value_head.", "critic."))}
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {
+            "observation_space": self.observation_space,
+            "action_space": self.action_space,
+            "lr_schedule": self._dummy_schedule,  # SB3's own placeholder: schedules are often lambdas
+            "optimizer_class": self.optimizer_class,
+            "optimizer_kwargs": self.optimizer_kwargs,
+            **self.constructor_arguments,
+        }
+
+    # ---- inside ---------------------------------------------------------------------------------------------------
+
+    def _last_hidden(self, contexts: Contexts) -> torch.Tensor:
+        return self._memoised(self.lm.backbone, self._actor_memo, contexts)
+
+    def _memoised(self, backbone: nn.Module, memo: PrefixCache | None, contexts: Contexts) -> torch.Tensor:
+        """Hidden state at the end of each context [B, H]; remembered only where no gradient is asked for."""
+        if memo is not None and not torch.is_grad_enabled():
+            with self.lm.precision():
+                return memo.last_hidden(contexts)
+        input_ids, at = share_prefixes(contexts, self.lm.device)
+        return self.lm.run(backbone, input_ids)[at.row, at.column]
+
+    def _last_values(self, contexts: Contexts, hidden: torch.Tensor | None) -> torch.Tensor:
+        if self.critic is not None:
+            hidden = self._memoised(self.critic, self._critic_memo, contexts)
+        elif hidden is None:
+            hidden = self._last_hidden(contexts)
+        return self._values(hidden)
+
+    def _values(self, hidden: torch.Tensor) -> torch.Tensor:
+        values: torch.Tensor = self.value_head(hidden.to(self.value_head.weight.dtype))
+        return values
+
+    def _logits(
+        self, hidden: torch.Tensor, contexts: Contexts, action_masks: np.ndarray | torch.Tensor | None
+    ) -> torch.Tensor:
+        return self.lm.logits(hidden, self._steps(contexts), self.lm.allowed(contexts, action_masks))
+
+    def _finite_logits(self, obs: PyTorchObs, action_masks: np.ndarray | torch.Tensor | None = None) -> torch.Tensor:
+        """For PyTorch's distributions, whose KL divergence has no gradient at minus infinity."""
+        contexts = contexts_of(obs)
+        # The fused attention kernels can be differentiated once only; whoever asks for the gradient of a distribution,
+        # as TRPO does, may well want the second. The memo, without gradient, keeps the fast ones.
+        twice = sdpa_kernel(SDPBackend.MATH) if torch.is_grad_enabled() else contextlib.nullcontext()
+        with twice:
+            hidden = self._last_hidden(contexts)
+        return self._logits(hidden, contexts, action_masks).clamp(min=FORBIDDEN_LOGIT)
+
+    def _steps(self, contexts: Contexts) -> torch.Tensor:
+        return torch.from_numpy(contexts.step).to(self.lm.device)
+
+
+class CausalLMPolicy(CausalLMActorCritic, ActorCriticPolicy):
+    # For SB3's PPO and A2C, sb3-contrib's TRPO, and our own algorithms.
+    __doc__ = CausalLMActorCritic.__doc__
+
+    def get_distribution(self, obs: PyTorchObs) -> CategoricalDistribution:
+        """
+        :param obs: a batch of B observations.
+        :return: SB3's categorical distribution over the V tokens; it can be differentiated twice.
+        """
+        return CategoricalDistribution(self.lm.n_tokens).proba_distribution(self._finite_logits(obs))
+
+
+class _ParameterName(str):
+    """A parameter's name, which can tell sb3-contrib's TRPO what that asks: is "value" in it, so is it the critic's?
+
+    Other parts of a language model are called so (``attention.query_key_value``) and would never be trained, and frozen
+    parameters, which TRPO cannot differentiate, are as little the actor's to train as the critic is.
+    """
+
+    is_actor: bool
+
+    def __new__(cls, name: str, is_actor: bool) -> Self:
+        self = super().__new__(cls, name)
+        self.is_actor = is_actor
+        return self
+
+    def __getnewargs__(self) -> tuple[str, bool]:  # type: ignore[override]
+        return str(self), self.is_actor
+
+    def __contains__(self, part: str) -> bool:  # type: ignore[override]
+        return not self.is_actor if part == "value" else super().__contains__(part)
+
+
+def _check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
+    expected = {"input_ids", "attention_mask", "prompt_length"}
+    names = set(observation_space.spaces) if isinstance(observation_space, spaces.Dict) else set()
+    if not expected <= names:
+        raise ValueError(
+            f"CausalLMPolicy reads token contexts: expected a Dict observation space with {sorted(expected)} (as "
+            f"TextRLHF-v0 has it), got {observation_space}."
+        )
+    if not isinstance(action_space, spaces.Discrete) or action_space.start != 0:
+        raise ValueError(
+            f"CausalLMPolicy chooses tokens: expected a Discrete action space starting at 0, got {action_space}."
+        )
+
+
+def load_policy(
+    model: str | Path,
+    env: TextVectorEnv,
+    device: str = "auto",
+    dtype: str = "float32",
+    temperature: float = 1.0,
+) -> CausalLMPolicy:
+    """A policy for evaluation and sampling.
+
+    :param model: as for ``CausalLMPolicy``; a directory of ``save_pretrained`` is one.
+    :param env: gives the spaces, EOS, the minimum length and the constraint.
+    :param device: where it runs.
+    :param dtype: of the weights.
+    :param temperature: 1 evaluates the model itself.
+    :return: the policy.
+    """
+    policy = CausalLMPolicy(
+        env.single_observation_space,
+        env.single_action_space,
+        lambda _: 0.0,
+        model=model,
+        dtype=dtype,
+        temperature=temperature,
+        min_new_tokens=env.min_new_tokens,
+        constraint=env.constraint,
+        eos_token_id=env.eos_token_id,
+        tokenizer=env.tokenizer,
+    )
+    return policy.to(get_device(device))

@@ -1,0 +1,88 @@
+"""Whole episodes from the vector environment: the one loop that our learners and the evaluation share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+from agents.rollouts.episode_buffer import EpisodeBuffer
+from text_env.episodes import NO_ACTION
+from text_env.vector_env import TextVectorEnv
+
+
+class Interrupted(Exception):
+    """A callback asked to stop in the middle of a rollout."""
+
+
+@torch.no_grad()
+def collect_episodes(
+    policy: ActorCriticPolicy,
+    env: TextVectorEnv,
+    n_episodes: int,
+    buffer: EpisodeBuffer,
+    deterministic: bool = False,
+    prompts: Sequence[Any] | None = None,
+    on_step: Callable[[int, dict[str, Any]], bool] | None = None,
+) -> list[dict[str, Any]]:
+    """Start exactly ``n_episodes`` episodes and finish them all.
+
+    Rows that end are refilled only from episodes not yet started: whoever stopped at the first n to *finish* would
+    collect too many short ones. Finished rows leave the policy's batch, so they cost nothing.
+
+    :param policy: chooses the tokens.
+    :param env: is switched to ``AutoresetMode.DISABLED``.
+    :param n_episodes: how many.
+    :param buffer: is emptied, then filled; episode i of it is the i-th that was started.
+    :param deterministic: greedy actions.
+    :param prompts: one an episode, as a reset takes them; by default the environment draws them.
+    :param on_step: called after each step with the number of live rows and the step's infos; False stops.
+    :return: one dict an episode, in the order of their start: ``score``, ``completion``, … (the environment's final
+        info), ``length`` in tokens.
+    :raises Interrupted: if ``on_step`` said so.
+    """
+    if env.autoreset_mode != AutoresetMode.DISABLED:
+        env.autoreset_mode = AutoresetMode.DISABLED
+    buffer.reset()
+    live = np.arange(min(env.num_envs, n_episodes))
+    started = len(live)
+    env.episodes.begin_group()  # an interrupted rollout may have left part of one
+    given = None if prompts is None else [*prompts[:started], *[None] * (env.num_envs - started)]
+    observation, _ = env.reset(options={"prompt": given})
+    starts = np.ones(len(live), dtype=bool)
+    length = np.zeros(env.num_envs, dtype=np.int64)
+    episodes: list[dict[str, Any]] = [{} for _ in range(n_episodes)]
+    while len(live):
+        batch = {name: array[live] for name, array in observation.items()}
+        tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+        chosen, value, log_prob = policy(tensors, deterministic)
+        # One device-to-host copy a token; float64 holds token ids and float32 numbers exactly.
+        host = torch.stack([chosen.double(), value.flatten().double(), log_prob.double()]).cpu().numpy()
+        actions = np.full(env.num_envs, NO_ACTION, dtype=np.int64)
+        actions[live] = host[0].astype(np.int64)
+        observation, rewards, terminations, truncations, infos = env.step(actions)
+        buffer.add(batch, actions[live], rewards[live], starts, host[1], host[2], rows=live)
+        length[live] += 1
+        if on_step is not None and not on_step(len(live), infos):
+            raise Interrupted
+        over = (terminations | truncations)[live]
+        starts = np.zeros(len(live), dtype=bool)
+        if over.any():
+            for row in live[over]:
+                final = {k: v[row] for k, v in infos.items() if not k.startswith("_") and infos[f"_{k}"][row]}
+                episodes[buffer.close(row)] = {**final, "length": int(length[row])}
+                length[row] = 0
+            refill = live[over][: n_episodes - started]
+            started += len(refill)
+            if len(refill):
+                mask = np.isin(np.arange(env.num_envs), refill)
+                given = None if prompts is None else list(prompts[started - len(refill) : started])
+                observation, _ = env.reset(options={"reset_mask": mask, "prompt": given})
+            going_on = ~over | np.isin(live, refill)
+            starts = over[going_on]
+            live = live[going_on]
+    return episodes

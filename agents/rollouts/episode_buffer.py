@@ -1,0 +1,350 @@
+"""Rollout storage: every token once.
+
+Transitions are appended as they come, from whichever rows are live, each with the number of its *segment*: an episode,
+or the rest of one that an n-step rollout cut (its context so far is then prefix without loss). Once the rollout is
+over, one stable sort lays the segments out one after the other; a minibatch is a packed batch of whole segments.
+
+The buffer is a drop-in ``rollout_buffer_class`` for SB3's on-policy algorithms, and pays the KL penalty to both worlds:
+r_t = −β k(log π_old − log π_ref), plus the score on the last token. The estimator k is k1, the log-ratio itself, unless
+another is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
+
+from agents.models.contexts import contexts_of
+from agents.models.reference import Reference
+from agents.objectives.advantages import gae
+from agents.objectives.kl import KL_ESTIMATORS, KLEstimator
+
+# Tokens of one micro-batch through the reference, in inference only.
+REFERENCE_TOKENS = 2048
+
+
+class EpisodeSamples(NamedTuple):
+    """A packed batch of E whole episodes with N action tokens (SB3's ``RolloutBufferSamples`` and more).
+
+    :param observations: ``input_ids`` int64 [E, T] (right-padded; the last action, which nothing follows, left out),
+        ``action_mask`` bool [E, T] (true where an action follows), ``prompt_length`` int64 [E, 1].
+    :param actions: int64 [N], row by row. All that follows is float32 [N] in the same order.
+    :param old_values: V while sampling.
+    :param old_log_prob: log π while sampling.
+    :param advantages: as the algorithm estimates them.
+    :param returns: targets of the value function.
+    :param ref_log_prob: log π_ref; log π while sampling where there is no reference.
+    """
+
+    observations: dict[str, torch.Tensor]
+    actions: torch.Tensor
+    old_values: torch.Tensor
+    old_log_prob: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
+    ref_log_prob: torch.Tensor
+
+
+class _Column:
+    """An array that grows by doubling."""
+
+    def __init__(self, dtype: type[np.generic]) -> None:
+        self._data = np.empty(1024, dtype=dtype)
+        self._size = 0
+
+    def extend(self, values: Any) -> None:
+        end = self._size + len(values)
+        if end > len(self._data):
+            self._data = np.resize(self._data, max(end, 2 * len(self._data)))
+        self._data[self._size : end] = values
+        self._size = end
+
+    @property
+    def array(self) -> np.ndarray:
+        return self._data[: self._size]
+
+
+class EpisodeBuffer(RolloutBuffer):
+    """Episodes of token contexts, O(tokens) of memory.
+
+    :param buffer_size: steps of each environment row in an n-step rollout (SB3's ``n_steps``); our algorithms, which
+        collect whole episodes, leave it at 0: no limit.
+    :param observation_space: the text environment's.
+    :param action_space: the text environment's.
+    :param device: where samples go.
+    :param gae_lambda: λ.
+    :param gamma: discount.
+    :param n_envs: rows.
+    :param reference: the frozen model of the KL penalty, or None. A model's name stands for ``Reference.load(name)``;
+        for a policy with a temperature, a minimum length or a constraint, give ``Reference.load(name, ...,
+        temperature=...)``.
+    :param kl_coef: β; a plain attribute, so that a controller may adapt it. 0 measures the KL and pays nothing.
+    :param kl_estimator: k, the estimator of each token's KL that the reward pays for: ``"k1"``, ``"k2"`` or ``"k3"``
+        (see ``agents.objectives.losses``). Only k1 makes the policy gradient that of the KL (``docs/ppo.md``).
+    :raises ValueError: for another estimator.
+    """
+
+    def __init__(
+        self,
+        buffer_size: int,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        device: torch.device | str = "auto",
+        gae_lambda: float = 0.95,
+        gamma: float = 1.0,
+        n_envs: int = 1,
+        reference: Reference | str | None = None,
+        kl_coef: float = 0.04,
+        kl_estimator: KLEstimator = "k1",
+    ) -> None:
+        if kl_estimator not in KL_ESTIMATORS:
+            raise ValueError(f"Expected kl_estimator to be one of {sorted(KL_ESTIMATORS)}, got {kl_estimator!r}.")
+        if isinstance(reference, str):
+            assert isinstance(action_space, spaces.Discrete)
+            reference = Reference.load(reference, n_tokens=int(action_space.n), device=device)
+        self.reference = reference
+        self.kl_coef = kl_coef
+        self.kl_estimator = kl_estimator
+        super().__init__(buffer_size, observation_space, action_space, device, gae_lambda, gamma, n_envs)
+
+    # ---- filling --------------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        self.pos = 0
+        self.full = False
+        self._n_segments = 0
+        self._open = np.full(self.n_envs, -1, dtype=np.int64)  # segment of each row, -1: none
+        self._prefixes: list[np.ndarray] = []
+        self._prompt_lengths: list[int] = []
+        self._segment = _Column(np.int32)
+        self._tokens = _Column(np.int32)
+        self._logged = {name: _Column(np.float32) for name in ("rewards", "values", "log_probs")}
+        self._finalized = False
+
+    def add(  # type: ignore[override]
+        self,
+        obs: Mapping[str, np.ndarray],
+        action: np.ndarray,
+        reward: np.ndarray,
+        episode_start: np.ndarray,
+        value: torch.Tensor | np.ndarray,
+        log_prob: torch.Tensor | np.ndarray,
+        rows: np.ndarray | None = None,
+    ) -> None:
+        """Append one transition of each of B rows.
+
+        :param obs: observations before the action.
+        :param action: [B] or [B, 1].
+        :param reward: [B].
+        :param episode_start: bool [B], the first step of an episode.
+        :param value: [B] or [B, 1].
+        :param log_prob: [B].
+        :param rows: int [B], which environment rows these are; by default all of them.
+        """
+        rows = np.arange(self.n_envs) if rows is None else rows
+        opening = np.asarray(episode_start, dtype=bool) | (self._open[rows] < 0)
+        if opening.any():
+            which = np.flatnonzero(opening)
+            input_ids, length, step = contexts_of({name: array[which] for name, array in obs.items()})
+            for i, row in enumerate(rows[which]):
+                self._open[row] = self._n_segments
+                self._prefixes.append(input_ids[i, : length[i]].astype(np.int32))
+                self._prompt_lengths.append(int(length[i] - step[i]))
+                self._n_segments += 1
+        self._segment.extend(self._open[rows])
+        self._tokens.extend(np.asarray(action).reshape(-1))
+        self._logged["rewards"].extend(reward)
+        self._logged["values"].extend(_flat(value))
+        self._logged["log_probs"].extend(_flat(log_prob))
+        self.pos += 1
+        self.full = self.pos == self.buffer_size
+
+    def close(self, row: int) -> int:
+        """Say that a row's episode is over.
+
+        :return: the number of its segment, in the order in which segments were opened.
+        """
+        segment = int(self._open[row])
+        self._open[row] = -1
+        return segment
+
+    # ---- laying out -----------------------------------------------------------------------------------------------
+
+    def finalize(self) -> None:
+        """Sort by segment, ask the reference, pay the KL penalty."""
+        if self._finalized:
+            return
+        order = np.argsort(self._segment.array, kind="stable")
+        self.actions = self._tokens.array[order]
+        self.values = self._logged["values"].array[order]
+        self.log_probs = self._logged["log_probs"].array[order]
+        self.rewards = self._logged["rewards"].array[order]  # the environment's; shaped below
+        self.lengths = np.bincount(self._segment.array, minlength=self._n_segments)
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
+        del self._segment, self._tokens, self._logged
+        self._finalized = True
+        self.advantages = np.zeros_like(self.rewards)
+        self.returns = np.zeros_like(self.rewards)
+        self.log_ratio = np.zeros_like(self.rewards)  # log π_old − log π_ref
+        if self.reference is not None:
+            for batch in self.batches(np.arange(self.n_episodes), REFERENCE_TOKENS):
+                index = self._token_index(batch)
+                samples = self.pack(batch)
+                ref_log_prob = self.reference.log_probs(samples.observations, samples.actions)
+                self.log_ratio[index] = self.log_probs[index] - ref_log_prob.cpu().numpy()
+            if not np.isfinite(self.log_ratio).all():
+                raise ValueError(
+                    "The reference gives probability 0 to a token that the policy sampled, so the KL is infinite. "
+                    "Expected policy and reference under the same constraint, a pure function of contexts."
+                )
+            self.rewards = self.rewards - self.kl_coef * self.token_kl(self.kl_estimator)
+
+    def token_kl(self, estimator: KLEstimator) -> np.ndarray:
+        """
+        :param estimator: ``"k1"``, ``"k2"`` or ``"k3"``.
+        :return: float32 [N], that estimate of each token's KL(π_old ‖ π_ref), nats; 0 where there is no reference.
+        """
+        log_ratio = torch.from_numpy(self.log_ratio).double()  # rounding then cannot make k3 negative
+        return KL_ESTIMATORS[estimator](log_ratio).float().numpy()
+
+    @property
+    def n_episodes(self) -> int:
+        """Segments in the buffer."""
+        return self._n_segments
+
+    @property
+    def n_tokens(self) -> int:
+        """Action tokens in the buffer."""
+        return len(self.actions)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the stored rollout takes."""
+        arrays = (
+            self.actions,
+            self.values,
+            self.log_probs,
+            self.rewards,
+            self.advantages,
+            self.returns,
+            self.log_ratio,
+        )
+        return sum(a.nbytes for a in (*arrays, self.lengths, self.starts, *self._prefixes))
+
+    @property
+    def mask(self) -> np.ndarray:
+        """bool [E, T], true on real action tokens."""
+        mask: np.ndarray = np.arange(self.lengths.max()) < self.lengths[:, None]
+        return mask
+
+    def padded(self, flat: np.ndarray) -> np.ndarray:
+        """[N] → [E, T], zeros on padding."""
+        mask = self.mask
+        out = np.zeros(mask.shape, dtype=flat.dtype)
+        out[mask] = flat
+        return out
+
+    def episode_sums(self, flat: np.ndarray) -> np.ndarray:
+        """[N] → [E], the sum over each episode."""
+        return np.add.reduceat(flat, self.starts[:-1])
+
+    def compute_returns_and_advantage(self, last_values: torch.Tensor, dones: np.ndarray) -> None:
+        """GAE over every segment, after the reward has been shaped.
+
+        :param last_values: [n_envs], values after the last step.
+        :param dones: [n_envs], whether the last step ended an episode.
+        """
+        bootstrap = np.zeros(self._n_segments, dtype=np.float32)
+        cut = (self._open >= 0) & ~np.asarray(dones, dtype=bool)
+        bootstrap[self._open[cut]] = _flat(last_values)[cut]
+        self.finalize()
+        self.estimate_gae(self.gamma, self.gae_lambda, bootstrap)
+
+    def estimate_gae(self, gamma: float, gae_lambda: float, last_values: np.ndarray | None = None) -> None:
+        """Set advantages and returns by generalized advantage estimation.
+
+        :param gamma: discount.
+        :param gae_lambda: λ.
+        :param last_values: [E], the value after the last step of each segment; by default 0: all have terminated.
+        """
+        mask = self.mask
+        last_values = np.zeros(self.n_episodes) if last_values is None else last_values
+        rewards, values = self.padded(self.rewards), self.padded(self.values)
+        advantages, returns = gae(rewards, values, last_values, mask, gamma, gae_lambda)
+        self.advantages = advantages[mask].astype(np.float32)
+        self.returns = returns[mask].astype(np.float32)
+
+    # ---- handing out ----------------------------------------------------------------------------------------------
+
+    def pack(self, episodes: np.ndarray) -> EpisodeSamples:
+        """
+        :param episodes: int [E], which ones, in this order.
+        :return: their packed batch, on the buffer's device.
+        """
+        prefixes = [self._prefixes[e] for e in episodes]
+        prefix_length = np.array([len(p) for p in prefixes])
+        lengths = self.lengths[episodes]
+        total = prefix_length + lengths - 1  # the last action is followed by nothing
+        columns = np.arange(total.max())
+        index = self._token_index(episodes)
+        input_ids = np.repeat([[p[0]] for p in prefixes], len(columns), axis=1).astype(np.int64)
+        input_ids[columns < prefix_length[:, None]] = np.concatenate(prefixes)
+        is_input = np.ones(len(index), dtype=bool)
+        is_input[np.cumsum(lengths) - 1] = False
+        input_ids[(columns >= prefix_length[:, None]) & (columns < total[:, None])] = self.actions[index][is_input]
+        action_mask = (columns >= prefix_length[:, None] - 1) & (columns < total[:, None])
+        prompt_length = np.array([[self._prompt_lengths[e]] for e in episodes])
+        tensors = {"input_ids": input_ids, "action_mask": action_mask, "prompt_length": prompt_length}
+        return EpisodeSamples(
+            {name: self.to_torch(array) for name, array in tensors.items()},
+            self.to_torch(self.actions[index].astype(np.int64)),
+            self.to_torch(self.values[index]),
+            self.to_torch(self.log_probs[index]),
+            self.to_torch(self.advantages[index]),
+            self.to_torch(self.returns[index]),
+            self.to_torch(self.log_probs[index] - self.log_ratio[index]),
+        )
+
+    def batches(self, episodes: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
+        """Split episodes into batches of similar length under a budget of tokens, padding counted.
+
+        :param episodes: int [E].
+        :param max_tokens: budget; an episode that is longer goes alone.
+        :return: the parts; together they hold every episode once.
+        """
+        size = np.array([len(self._prefixes[e]) for e in episodes]) + self.lengths[episodes]
+        order = np.argsort(-size, kind="stable")
+        start = 0
+        while start < len(order):
+            count = max(1, max_tokens // int(size[order[start]]))
+            yield episodes[order[start : start + count]]
+            start += count
+
+    def get(self, batch_size: int | None = None) -> Generator[EpisodeSamples, None, None]:  # type: ignore[override]
+        """Shuffled packed minibatches, for SB3's own ``train()``.
+
+        :param batch_size: action tokens, as SB3 counts; whole segments are added until it is reached. None: everything.
+        """
+        order = np.random.permutation(self.n_episodes)
+        if batch_size is None:
+            yield self.pack(order)
+            return
+        tokens = np.cumsum(self.lengths[order])
+        # A segment belongs to the minibatch in which it starts.
+        number = (tokens - self.lengths[order]) // batch_size
+        for part in np.split(order, np.flatnonzero(np.diff(number)) + 1):
+            yield self.pack(part)
+
+    def _token_index(self, episodes: np.ndarray) -> np.ndarray:
+        """Where the tokens of these episodes are in the flat arrays."""
+        return np.concatenate([np.arange(self.starts[e], self.starts[e + 1]) for e in episodes])
+
+
+def _flat(array: torch.Tensor | np.ndarray) -> np.ndarray:
+    values = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
+    return values.reshape(-1)

@@ -1,0 +1,139 @@
+"""The native vector environment as a Stable-Baselines3 ``VecEnv``, for SB3's own algorithms and tools."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from stable_baselines3.common.vec_env import VecEnv
+
+import text_env  # noqa: F401  registers TextRLHF-v0
+from text_env.vector_env import TextVectorEnv
+
+# Methods of the vector environment whose answer has one entry a row.
+PER_ROW_METHODS = frozenset({"action_masks", "render"})
+
+
+class TextVecEnv(VecEnv):
+    """A thin adapter. Finished episodes carry ``terminal_observation`` and Monitor's ``episode`` statistics.
+
+    :param vector_env: the environment, or an action wrapper around it (``TextRLHFContinuous-v0``); is switched to
+        ``AutoresetMode.SAME_STEP``, the only mode SB3 knows.
+    :raises ValueError: if it is no text environment.
+    """
+
+    def __init__(self, vector_env: VectorEnv[Any, Any, Any]) -> None:
+        if not isinstance(vector_env.unwrapped, TextVectorEnv):
+            raise ValueError(f"Expected a text environment, for example gym.make_vec('TextRLHF-v0'), got {vector_env}.")
+        self.vector_env = vector_env.unwrapped
+        self._wrapped = vector_env  # takes the actions
+        self.render_mode = vector_env.render_mode
+        super().__init__(vector_env.num_envs, vector_env.single_observation_space, vector_env.single_action_space)
+        self.vector_env.autoreset_mode = AutoresetMode.SAME_STEP
+        self._actions = np.zeros(0)
+        self._returns = np.zeros(self.num_envs)
+        self._lengths = np.zeros(self.num_envs, dtype=np.int64)
+        self._start = time.time()
+
+    def reset(self) -> dict[str, np.ndarray]:
+        # SB3 keeps one seed and one options dict a row; ours reads one seed a row and options by key.
+        seeds = [seed for seed in self._seeds if seed is not None]
+        options = {
+            key: [row.get(key) for row in self._options]
+            for key in ("prompt", "response")
+            if any(key in row for row in self._options)
+        }
+        observation, infos = self._wrapped.reset(
+            seed=list(self._seeds) if len(seeds) == self.num_envs else None,  # type: ignore[arg-type]
+            options=options or None,
+        )
+        self.reset_infos = _rows_of(infos, self.num_envs)
+        self._returns[:] = 0
+        self._lengths[:] = 0
+        self._reset_seeds()
+        self._reset_options()
+        return observation
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self._actions = np.asarray(actions).reshape(self.num_envs, *(self.action_space.shape or ()))
+
+    def step_wait(self) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        # A learner of ours may have driven the same environment in between.
+        self.vector_env.autoreset_mode = AutoresetMode.SAME_STEP
+        observation, rewards, terminations, truncations, infos = self._wrapped.step(self._actions)
+        dones = terminations | truncations
+        self._returns += rewards
+        self._lengths += 1
+        rows: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        if dones.any():
+            final = _rows_of(infos["final_info"], self.num_envs)
+            for row in np.flatnonzero(dones):
+                elapsed = round(time.time() - self._start, 6)
+                rows[row] = {
+                    **final[row],
+                    "terminal_observation": infos["final_obs"][row],
+                    "TimeLimit.truncated": bool(truncations[row] and not terminations[row]),
+                    "episode": {"r": float(self._returns[row]), "l": int(self._lengths[row]), "t": elapsed},
+                }
+            self._returns[dones] = 0
+            self._lengths[dones] = 0
+        return observation, rewards.astype(np.float32), dones, rows
+
+    def close(self) -> None:
+        self._wrapped.close()
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        owner = self._wrapped if hasattr(self._wrapped, attr_name) else self.vector_env
+        return [getattr(owner, attr_name) for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        if len(list(self._get_indices(indices))) != self.num_envs:
+            raise ValueError(f"The rows share their attributes: set {attr_name!r} for all of them (indices=None).")
+        setattr(self.vector_env, attr_name, value)
+
+    def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
+        owner = self._wrapped if hasattr(self._wrapped, method_name) else self.vector_env
+        result = getattr(owner, method_name)(*method_args, **method_kwargs)
+        return [result[row] if method_name in PER_ROW_METHODS else result for row in self._get_indices(indices)]
+
+    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: Any = None) -> list[bool]:
+        # SB3 asks this to learn whether episode statistics are there; they are, in Monitor's form.
+        from stable_baselines3.common.monitor import Monitor
+
+        return [wrapper_class is Monitor for _ in self._get_indices(indices)]
+
+    def get_images(self) -> Sequence[np.ndarray | None]:
+        return list(self.vector_env.render()) if self.render_mode == "rgb_array" else [None] * self.num_envs
+
+
+def make_vec_env(
+    env_id: str = "TextRLHF-v0",
+    n_envs: int = 1,
+    seed: int | None = None,
+    env_kwargs: dict[str, Any] | None = None,
+) -> TextVecEnv:
+    """Like SB3's function of the same name, over the native vector environment (one reward call a batch).
+
+    :param env_id: registered name.
+    :param n_envs: rows.
+    :param seed: of row 0; row i gets seed + i.
+    :param env_kwargs: the environment's keyword arguments.
+    :return: an SB3 ``VecEnv``.
+    """
+    env = TextVecEnv(gym.make_vec(env_id, num_envs=n_envs, **(env_kwargs or {})))
+    env.seed(seed)
+    return env
+
+
+def _rows_of(infos: dict[str, Any], num_envs: int) -> list[dict[str, Any]]:
+    """Gymnasium's dict of arrays as SB3's list of dicts."""
+    rows: list[dict[str, Any]] = [{} for _ in range(num_envs)]
+    for key, values in infos.items():
+        if not key.startswith("_"):
+            for row in np.flatnonzero(infos[f"_{key}"]):
+                rows[row][key] = values[row]
+    return rows

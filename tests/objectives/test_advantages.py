@@ -1,0 +1,128 @@
+"""`agents.objectives.advantages` against arithmetic that can be followed by eye."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agents.objectives.advantages import discounted_returns, gae, whiten
+
+# Two episodes, of three steps and of two; the 99s are padding, which must not be looked at.
+REWARDS = np.array([[1.0, 2.0, 3.0], [5.0, -1.0, 99.0]])
+VALUES = np.array([[0.5, 1.0, 1.5], [2.0, 0.25, 99.0]])
+MASK = np.array([[True, True, True], [True, True, False]])
+ENDED = np.zeros(2)
+
+
+def test_gae_is_the_sum_worked_out_by_hand() -> None:
+    # γ = 0.9, λ = 0.5, so γλ = 0.45. First episode, from the back:
+    #   δ_2 = 3 + 0.9 · 0   − 1.5 = 1.5        A_2 = 1.5
+    #   δ_1 = 2 + 0.9 · 1.5 − 1   = 2.35       A_1 = 2.35 + 0.45 · 1.5   = 3.025
+    #   δ_0 = 1 + 0.9 · 1   − 0.5 = 1.4        A_0 = 1.4  + 0.45 · 3.025 = 2.76125
+    # Second episode:
+    #   δ_1 = −1 + 0.9 · 0    − 0.25 = −1.25   A_1 = −1.25
+    #   δ_0 =  5 + 0.9 · 0.25 − 2    = 3.225   A_0 = 3.225 − 0.45 · 1.25 = 2.6625
+    advantages, returns = gae(REWARDS, VALUES, ENDED, MASK, gamma=0.9, gae_lambda=0.5)
+    np.testing.assert_allclose(advantages, [[2.76125, 3.025, 1.5], [2.6625, -1.25, 0]], rtol=1e-12)
+    # The value's targets are A + V.
+    np.testing.assert_allclose(returns, [[3.26125, 4.025, 3.0], [4.6625, -1.0, 0]], rtol=1e-12)
+
+
+@pytest.mark.parametrize(("gamma", "gae_lambda"), [(0.9, 0.6), (0.9, 0.4), (1.0, 0.5), (0.8, 0.5)])
+def test_gae_with_another_lambda_or_gamma_misses_by_a_lot(gamma: float, gae_lambda: float) -> None:
+    advantages, _ = gae(REWARDS, VALUES, ENDED, MASK, gamma, gae_lambda)
+    assert abs(advantages[0, 0] - 2.76125) > 0.1
+
+
+def test_a_cut_episode_is_bootstrapped_by_the_value_after_its_last_step() -> None:
+    # The first episode goes on, with V = 2 for what follows: δ_2 = 3 + 0.9 · 2 − 1.5 = 3.3
+    #   A_1 = 2.35 + 0.45 · 3.3 = 3.835 and A_0 = 1.4 + 0.45 · 3.835 = 3.12575. The second one ended as before.
+    advantages, _ = gae(REWARDS, VALUES, np.array([2.0, 0.0]), MASK, gamma=0.9, gae_lambda=0.5)
+    np.testing.assert_allclose(advantages, [[3.12575, 3.835, 3.3], [2.6625, -1.25, 0]], rtol=1e-12)
+
+
+def test_returns_are_the_discounted_sums_worked_out_by_hand() -> None:
+    # 3;  2 + 0.5 · 3 = 3.5;  1 + 0.5 · 3.5 = 2.75.   −1;  5 − 0.5 · 1 = 4.5
+    returns = discounted_returns(REWARDS, ENDED, MASK, gamma=0.5)
+    np.testing.assert_allclose(returns, [[2.75, 3.5, 3.0], [4.5, -1.0, 0.0]], rtol=1e-12)
+    # With 4 to come after the first episode's cut: 3 + 0.5 · 4 = 5;  2 + 2.5 = 4.5;  1 + 2.25 = 3.25
+    returns = discounted_returns(REWARDS, np.array([4.0, 0.0]), MASK, gamma=0.5)
+    np.testing.assert_allclose(returns[0], [3.25, 4.5, 5.0], rtol=1e-12)
+
+
+def test_whitening_is_the_standard_score_worked_out_by_hand() -> None:
+    # Mean of 1, 2, 3, 6 is 3; squared deviations 4, 1, 0, 9 have the mean 3.5, so the standard deviation is √3.5.
+    np.testing.assert_allclose(
+        whiten(np.array([1.0, 2.0, 3.0, 6.0])), np.array([-2, -1, 0, 3]) / np.sqrt(3.5), rtol=1e-7
+    )
+    assert whiten(np.array([7.0])).tolist() == [0.0]
+    assert whiten(np.array([2.0, 2.0, 2.0])).tolist() == [0.0, 0.0, 0.0]
+
+
+# ---- identities ----------------------------------------------------------------------------------------------------
+
+numbers = st.floats(-10, 10, allow_subnormal=False)
+
+
+@st.composite
+def rollouts(draw: st.DrawFn) -> tuple[np.ndarray, ...]:
+    n, t = draw(st.integers(1, 4)), draw(st.integers(1, 6))
+    lengths = np.array(draw(st.lists(st.integers(1, t), min_size=n, max_size=n)))
+    table = st.lists(st.lists(numbers, min_size=t, max_size=t), min_size=n, max_size=n)
+    rewards, values = np.array(draw(table)), np.array(draw(table))
+    last = np.array(draw(st.lists(numbers, min_size=n, max_size=n)))
+    return rewards, values, last, np.arange(t) < lengths[:, None]
+
+
+@given(rollouts(), st.floats(0, 1))
+@settings(max_examples=100, deadline=None)
+def test_lambda_one_is_the_monte_carlo_return_minus_the_value(rollout: tuple[np.ndarray, ...], gamma: float) -> None:
+    rewards, values, last, mask = rollout
+    advantages, returns = gae(rewards, values, last, mask, gamma, gae_lambda=1.0)
+    for row in range(len(rewards)):
+        n = int(mask[row].sum())
+        for t in range(n):
+            powers = gamma ** np.arange(n - t)
+            monte_carlo = (powers * rewards[row, t:n]).sum() + gamma ** (n - t) * last[row]
+            assert returns[row, t] == pytest.approx(monte_carlo, abs=1e-9)
+            assert advantages[row, t] == pytest.approx(monte_carlo - values[row, t], abs=1e-9)
+    np.testing.assert_allclose(discounted_returns(rewards, last, mask, gamma), returns, atol=1e-9)
+
+
+@given(rollouts(), st.floats(0, 1))
+@settings(max_examples=100, deadline=None)
+def test_lambda_zero_is_the_one_step_temporal_difference(rollout: tuple[np.ndarray, ...], gamma: float) -> None:
+    rewards, values, last, mask = rollout
+    advantages, _ = gae(rewards, values, last, mask, gamma, gae_lambda=0.0)
+    for row in range(len(rewards)):
+        n = int(mask[row].sum())
+        following = np.append(values[row, 1:n], last[row])
+        expected = rewards[row, :n] + gamma * following - values[row, :n]
+        np.testing.assert_allclose(advantages[row, :n], expected, atol=1e-9)
+
+
+@given(rollouts(), st.floats(0, 1), st.floats(0, 1))
+@settings(max_examples=100, deadline=None)
+def test_padding_is_never_looked_at_and_stays_zero(rollout: tuple[np.ndarray, ...], gamma: float, lam: float) -> None:
+    rewards, values, last, mask = rollout
+    clean = gae(np.where(mask, rewards, 0), np.where(mask, values, 0), last, mask, gamma, lam)
+    dirty = gae(np.where(mask, rewards, 1e6), np.where(mask, values, -1e6), last, mask, gamma, lam)
+    for ours, theirs in zip(clean, dirty, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+        assert (ours[~mask] == 0).all()
+
+
+@given(st.lists(numbers, min_size=2, max_size=30).filter(lambda xs: np.std(xs) > 1e-2), numbers, st.floats(0.1, 10))
+@settings(max_examples=100, deadline=None)
+def test_whitening_forgets_shift_and_scale(advantages: list[float], shift: float, scale: float) -> None:
+    whitened = whiten(np.array(advantages))
+    assert whitened.mean() == pytest.approx(0, abs=1e-6)
+    assert whitened.std() == pytest.approx(1, abs=1e-5)
+    np.testing.assert_allclose(whiten(scale * np.array(advantages) + shift), whitened, atol=1e-4)
+
+
+def test_shapes_that_do_not_match_are_refused() -> None:
+    with pytest.raises(AssertionError, match=r"\(2, 3\), \(2, 2\)"):
+        gae(REWARDS, VALUES[:, :2], ENDED, MASK, 1.0, 1.0)

@@ -1,0 +1,178 @@
+"""`agents.objectives.losses` against arithmetic that can be followed by eye, and against each other."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agents.objectives.kl import KL_ESTIMATORS, kl_k1, kl_k2, kl_k3
+from agents.objectives.losses import clipped_surrogate, policy_gradient, value_loss
+
+
+def log(*probabilities: float) -> torch.Tensor:
+    return torch.tensor(probabilities, dtype=torch.float64).log()
+
+
+def test_the_clipped_surrogate_is_the_one_worked_out_by_hand() -> None:
+    # ε = 0.2. Ratios are 0.6/0.4 = 1.5, 0.2/0.4 = 0.5, and 0.44/0.4 = 1.1; the smaller of ρA and clip(ρ)A counts.
+    #   ρ = 1.5, A =  2: min(3.0, 1.2 · 2)      =  2.4    clipped: no more to be gained
+    #   ρ = 1.5, A = −2: min(−3.0, 1.2 · −2)    = −3.0    not clipped: the mistake must be undone
+    #   ρ = 0.5, A =  2: min(1.0, 0.8 · 2)      =  1.0
+    #   ρ = 0.5, A = −2: min(−1.0, 0.8 · −2)    = −1.6    clipped
+    #   ρ = 1.1, A =  3: 3.3 either way
+    log_prob, old_log_prob = log(0.6, 0.6, 0.2, 0.2, 0.44), log(0.4, 0.4, 0.4, 0.4, 0.4)
+    advantages = torch.tensor([2.0, -2.0, 2.0, -2.0, 3.0], dtype=torch.float64)
+    expected = [-2.4, 3.0, -1.0, 1.6, -3.3]
+    np.testing.assert_allclose(clipped_surrogate(log_prob, old_log_prob, advantages, 0.2), expected, rtol=1e-12)
+    wrong = clipped_surrogate(log_prob, old_log_prob, advantages, 0.3).numpy()
+    assert np.abs(wrong - expected).max() > 0.15  # another ε misses by a lot
+
+
+def test_a_clipped_ratio_has_no_gradient_and_an_unclipped_one_has() -> None:
+    log_prob, old_log_prob = log(0.6, 0.6, 0.2, 0.2).requires_grad_(), log(0.4, 0.4, 0.4, 0.4)
+    advantages = torch.tensor([2.0, -2.0, 2.0, -2.0], dtype=torch.float64)
+    clipped_surrogate(log_prob, old_log_prob, advantages, 0.2).sum().backward()
+    # d(−ρA)/d log π = −ρA where it isn't clipped: 0, 1.5 · 2, −0.5 · 2, 0
+    np.testing.assert_allclose(log_prob.grad, [0.0, 3.0, -1.0, 0.0], rtol=1e-12)
+
+
+@given(st.lists(st.tuples(st.floats(-8, -0.01), st.floats(-5, 5)), min_size=1, max_size=10), st.floats(0.01, 0.5))
+@settings(max_examples=50, deadline=None)
+def test_at_ratio_one_the_surrogate_has_the_policy_gradient(tokens: list[tuple[float, float]], epsilon: float) -> None:
+    values, advantages = torch.tensor(tokens, dtype=torch.float64).unbind(dim=1)
+    gradients = []
+    for loss in (
+        lambda x: clipped_surrogate(x, values, advantages, epsilon),
+        lambda x: policy_gradient(x, advantages),
+    ):
+        log_prob = values.clone().requires_grad_()
+        loss(log_prob).mean().backward()
+        gradients.append(log_prob.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-12, rtol=1e-12)
+
+
+def test_the_policy_gradient_is_the_one_worked_out_by_hand() -> None:
+    loss = policy_gradient(torch.tensor([-1.0, -2.0]), torch.tensor([3.0, -0.5]))
+    assert loss.tolist() == [3.0, -1.0]  # −(−1 · 3) and −(−2 · −0.5)
+
+
+def test_the_value_loss_is_the_one_worked_out_by_hand() -> None:
+    values, old_values, returns = torch.tensor([[2.0, 1.1, 0.0, 3.0], [1.0, 1.0, 1.0, 1.0], [1.0, 2.0, 3.0, 3.0]])
+    # Unclipped: ½ (V − G)²: ½ · 1, ½ · 0.81, ½ · 9, ½ · 0
+    np.testing.assert_allclose(value_loss(values, old_values, returns, None), [0.5, 0.405, 4.5, 0.0], rtol=1e-6)
+    # Clipped to within 0.5 of V_old = 1: V becomes 1.5, 1.1, 0.5, 1.5; the larger error counts:
+    #   max(1, 0.25) = 1;  max(0.81, 0.81);  max(9, 6.25) = 9;  max(0, 2.25) = 2.25
+    np.testing.assert_allclose(value_loss(values, old_values, returns, 0.5), [0.5, 0.405, 4.5, 1.125], rtol=1e-6)
+
+
+@given(st.lists(st.tuples(*[st.floats(-5, 5)] * 3), min_size=1, max_size=10), st.floats(0.01, 10))
+@settings(max_examples=50, deadline=None)
+def test_clipping_never_lowers_the_value_loss(tokens: list[tuple[float, float, float]], epsilon: float) -> None:
+    values, old_values, returns = torch.tensor(tokens, dtype=torch.float64).unbind(dim=1)
+    free, clipped = value_loss(values, old_values, returns, None), value_loss(values, old_values, returns, epsilon)
+    assert (clipped >= free).all()
+    near = (values - old_values).abs() < epsilon
+    torch.testing.assert_close(clipped[near], free[near])
+
+
+# ---- KL estimators -------------------------------------------------------------------------------------------------
+
+P, Q = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+
+
+def test_kl_estimators_are_the_ones_worked_out_by_hand() -> None:
+    # log(p/q) for p/q = 2.5, 1, 0.4 is 0.9162907, 0, −0.9162907.
+    log_ratio = (P / Q).log()
+    np.testing.assert_allclose(kl_k1(log_ratio), [0.9162907, 0, -0.9162907], atol=1e-7)
+    # k2 = ½ · 0.9162907² = 0.4197943 in both cases.
+    np.testing.assert_allclose(kl_k2(log_ratio), [0.4197943, 0, 0.4197943], atol=1e-7)
+    # k3 = q/p − 1 − log(q/p): 0.4 − 1 + 0.9162907 = 0.3162907;  0;  2.5 − 1 − 0.9162907 = 0.5837093
+    np.testing.assert_allclose(kl_k3(log_ratio), [0.3162907, 0, 0.5837093], atol=1e-7)
+
+
+def test_k1_and_k3_have_the_true_kl_as_their_mean_and_k2_has_not() -> None:
+    # KL(p‖q) = 0.5 · 0.9162907 + 0 − 0.2 · 0.9162907 = 0.2748872
+    log_ratio = (P / Q).log()
+    assert float((P * kl_k1(log_ratio)).sum()) == pytest.approx(0.2748872, abs=1e-7)
+    assert float((P * kl_k3(log_ratio)).sum()) == pytest.approx(0.2748872, abs=1e-7)
+    # k2's mean is 0.7 · 0.4197943 = 0.2938560
+    assert float((P * kl_k2(log_ratio)).sum()) == pytest.approx(0.2938560, abs=1e-7)
+
+
+def test_with_the_ratio_the_wrong_way_round_k3_misses_by_a_lot() -> None:
+    wrong = float((P * kl_k3((Q / P).log())).sum())
+    assert abs(wrong - 0.2748872) > 0.05
+
+
+class FourTokens:
+    """A policy with logits, the reference's probabilities, and exact expectations and gradients (of the logits)."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.ref = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+        away = torch.tensor([0.9, -0.7, 0.1, -0.3], dtype=torch.float64)
+        self.logits = (self.ref.log() + scale * away).requires_grad_()
+        self.log_prob = self.logits.log_softmax(-1)
+        self.prob = self.log_prob.detach().exp()
+        self.log_ratio = self.log_prob - self.ref.log()
+
+    def gradient(self, expression: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(expression.sum(), self.logits, retain_graph=True)[0]
+
+    def reverse_kl(self) -> torch.Tensor:
+        """∇ KL(π ‖ π_ref)."""
+        return self.gradient(self.log_prob.exp() * self.log_ratio)
+
+    def forward_kl(self) -> torch.Tensor:
+        """∇ KL(π_ref ‖ π)."""
+        return self.gradient(-self.ref * self.log_prob)
+
+    def in_reward(self, name: str) -> torch.Tensor:
+        """E[∇ log π · k(x)]: the policy gradient of a penalty that is a constant to it."""
+        return self.gradient(self.prob * self.log_prob * KL_ESTIMATORS[name](self.log_ratio).detach())
+
+    def in_loss(self, name: str) -> torch.Tensor:
+        """E[∇ k(x)]: the gradient of a penalty that is differentiated, over tokens that π itself has written."""
+        return self.gradient(self.prob * KL_ESTIMATORS[name](self.log_ratio))
+
+
+def test_in_the_reward_only_k1_makes_the_policy_gradient_that_of_the_kl() -> None:
+    four = FourTokens()
+    kl = four.reverse_kl()
+    torch.testing.assert_close(four.in_reward("k1"), kl, atol=1e-12, rtol=0)
+    torch.testing.assert_close(four.in_reward("k3"), kl - four.forward_kl(), atol=1e-12, rtol=0)
+    k2 = four.gradient(four.log_prob.exp() * kl_k2(four.log_ratio))  # of its expectation
+    torch.testing.assert_close(four.in_reward("k2"), k2 - kl, atol=1e-12, rtol=0)
+    for wrong in ("k2", "k3"):
+        assert float((four.in_reward(wrong) - kl).norm()) > 0.5 * float(kl.norm())
+
+
+def test_in_the_loss_it_is_k2_whose_gradient_is_that_of_the_kl_and_k3s_is_that_of_the_other_direction() -> None:
+    four = FourTokens()
+    torch.testing.assert_close(four.in_loss("k1"), torch.zeros(4, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(four.in_loss("k2"), four.reverse_kl(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(four.in_loss("k3"), four.forward_kl(), atol=1e-12, rtol=0)
+    assert float((four.forward_kl() - four.reverse_kl()).norm()) > 0.05
+
+
+@pytest.mark.parametrize(("name", "order"), [("k1", 1), ("k2", 2), ("k3", 2)])
+def test_near_the_reference_k2_and_k3_in_the_reward_hardly_pull(name: str, order: int) -> None:
+    far, near = (FourTokens(scale).in_reward(name).norm() for scale in (1e-2, 1e-3))
+    assert float(far / near) == pytest.approx(10**order, rel=0.05)
+
+
+@given(st.lists(st.floats(-3, 3), min_size=1, max_size=20))
+@settings(max_examples=50, deadline=None)
+def test_k2_and_k3_are_never_negative_and_agree_with_each_other_near_zero(log_ratios: list[float]) -> None:
+    log_ratio = torch.tensor(log_ratios, dtype=torch.float64)
+    assert (kl_k2(log_ratio) >= 0).all()
+    assert (kl_k3(log_ratio) >= 0).all()
+    small = log_ratio * 1e-3  # k3 − k2 = −x³/6 + …
+    assert float((kl_k3(small) - kl_k2(small)).abs().max()) < 1e-8
+
+
+def test_k3_does_not_lose_tiny_ratios_to_rounding() -> None:
+    """exp(x) − 1 in float32 is 0 or 1.2e-7 for x = 5e-8, either of which is larger than k3 itself."""
+    assert float(kl_k3(torch.tensor([1e-3]))[0]) == pytest.approx(0.5e-6, rel=1e-2)

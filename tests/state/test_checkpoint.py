@@ -1,0 +1,180 @@
+"""What a checkpoint holds, what loading it needs, and SB3's CheckpointCallback. Exactness: tests/invariants."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from learners import largest_difference, make_env, make_model, make_ppo, save_model, weights_of
+from safetensors import safe_open
+from stable_baselines3.common.callbacks import CheckpointCallback
+from transformers import GPT2Config
+
+from agents.algorithms.ppo import PPO
+from agents.models.reference import Reference
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> PPO:
+    """One iteration old, of a model that goes by name."""
+    return make_ppo(model=save_model(tmp_path / "model"), clip_range=0.15, stats_window_size=7).learn(1)
+
+
+def test_a_checkpoint_is_safetensors_and_json_only(run: PPO, tmp_path: Path) -> None:
+    run.save(tmp_path / "checkpoint")
+    names = sorted(path.name for path in (tmp_path / "checkpoint").iterdir())
+    weights = ["generators", "optimizer", "policy", "reference"]
+    assert names == [*(f"{name}.safetensors" for name in weights), "state.json"]
+    for name in names[:4]:
+        with safe_open(tmp_path / "checkpoint" / name, "pt") as file:
+            assert len(list(file.keys())) > 0
+    assert json.loads((tmp_path / "checkpoint" / "state.json").read_text())["algorithm"] == "agents.algorithms.ppo:PPO"
+
+
+def test_nothing_is_unpickled_when_a_checkpoint_is_loaded(
+    run: PPO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.save(tmp_path / "checkpoint")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("loading a checkpoint must not run code that stands in it")
+
+    for module, function in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+        monkeypatch.setattr(module, function, refuse)
+    loaded = PPO.load(tmp_path / "checkpoint", env=make_env(), device="cpu")
+    assert largest_difference(weights_of(run.policy), weights_of(loaded.policy)) == 0.0
+
+
+def test_arguments_come_back_and_may_be_overruled(run: PPO, tmp_path: Path) -> None:
+    run.save(tmp_path / "checkpoint")
+    loaded = PPO.load(tmp_path / "checkpoint", env=make_env(), device="cpu", clip_range=0.3)
+    assert (loaded.n_episodes, loaded.batch_size, loaded.n_epochs, loaded.seed) == (8, 4, 2, 0)
+    assert loaded._stats_window_size == 7
+    assert loaded.clip_range == 0.3
+    assert loaded.num_timesteps == run.num_timesteps
+    assert loaded.ep_info_buffer == run.ep_info_buffer
+
+
+def test_the_optimizer_goes_on_where_it_was(run: PPO, tmp_path: Path) -> None:
+    run.save(tmp_path / "checkpoint")
+    loaded = PPO.load(tmp_path / "checkpoint", env=make_env(), device="cpu")
+    ours, theirs = run.policy.optimizer.state_dict(), loaded.policy.optimizer.state_dict()
+    assert json.dumps(ours["param_groups"]) == json.dumps(theirs["param_groups"])
+    assert ours["state"].keys() == theirs["state"].keys()
+    assert ours["state"]
+    for index, moments in ours["state"].items():
+        assert all(torch.equal(value, theirs["state"][index][name]) for name, value in moments.items())
+
+
+def test_the_reference_is_the_model_that_the_run_started_from(run: PPO, tmp_path: Path) -> None:
+    run.save(tmp_path / "checkpoint")
+    loaded = PPO.load(tmp_path / "checkpoint", env=make_env(), device="cpu")
+    samples = run.buffer.pack(torch.arange(8).numpy())
+    assert run.reference is not None
+    assert loaded.reference is not None
+    ours = run.reference.log_probs(samples.observations, samples.actions)
+    assert ours.equal(loaded.reference.log_probs(samples.observations, samples.actions))
+    assert (
+        float((ours - run.policy.evaluate_actions(samples.observations, samples.actions)[1]).detach().abs().max())
+        > 1e-5
+    )
+
+
+def test_sb3s_checkpoint_callback_saves_checkpoints_that_load(tmp_path: Path) -> None:
+    run = make_ppo(model=save_model(tmp_path / "model"))
+    run.learn(60, callback=CheckpointCallback(save_freq=5, save_path=str(tmp_path / "checkpoints")))
+    saved = sorted((tmp_path / "checkpoints").iterdir(), key=lambda path: int(path.name.split("_")[2]))
+    assert len(saved) >= 2
+    assert all(path.is_dir() for path in saved)
+    loaded = PPO.load(tmp_path / "checkpoints" / (saved[-1].name + ".zip"), env=make_env(), device="cpu")
+    before = loaded.num_timesteps
+    assert before == int(saved[-1].name.split("_")[2])
+    loaded.learn(20, reset_num_timesteps=False)
+    assert loaded.num_timesteps >= before + 20
+
+
+# ---- what can go wrong ---------------------------------------------------------------------------------------------
+
+
+def test_loading_without_an_environment_says_what_to_pass(run: PPO, tmp_path: Path) -> None:
+    run.save(tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match=r"Expected env: .* Pass load\(path, env=\.\.\.\)"):
+        PPO.load(tmp_path / "checkpoint")
+
+
+def test_loading_what_is_not_there_says_what_was_expected(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"Expected a checkpoint directory with state\.json, found none at .*nowhere"
+    ):
+        PPO.load(tmp_path / "nowhere", env=make_env())
+
+
+def test_a_schedule_must_be_given_again(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    make_ppo(model=model, learning_rate=lambda progress: 1e-3 * progress).save(tmp_path / "checkpoint")
+    with pytest.raises(
+        ValueError, match=r"\['learning_rate'\] can't be written down .* load\(path, env, learning_rate=\.\.\.\)"
+    ):
+        PPO.load(tmp_path / "checkpoint", env=make_env())
+    loaded = PPO.load(tmp_path / "checkpoint", env=make_env(), device="cpu", learning_rate=lambda _: 5e-4)
+    assert loaded.lr_schedule(1.0) == 5e-4
+
+
+@pytest.mark.parametrize(
+    "policy_kwargs",
+    [{"model": GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4)}, {"optimizer_class": torch.optim.RMSprop}],
+    ids=["model", "optimizer_class"],
+)
+def test_a_live_object_of_the_policy_must_be_given_again(tmp_path: Path, policy_kwargs: dict[str, Any]) -> None:
+    """Otherwise the built-in model, or Adam, would quietly take its place."""
+    [name] = policy_kwargs
+    model = save_model(tmp_path / "model")
+    run = make_ppo(model=model, policy_kwargs=policy_kwargs).learn(1)
+    run.save(tmp_path / "checkpoint")
+    with pytest.raises(
+        ValueError, match=rf"\['{name}'\] can't be .* load\(path, env, policy_kwargs={{'{name}': \.\.\.}}\)"
+    ):
+        PPO.load(tmp_path / "checkpoint", env=make_env())
+    loaded = PPO.load(tmp_path / "checkpoint", env=make_env(), device="cpu", policy_kwargs=policy_kwargs)
+    assert largest_difference(weights_of(run.policy), weights_of(loaded.policy)) == 0.0
+
+
+def test_a_reference_of_ones_own_must_be_given_again(tmp_path: Path) -> None:
+    """Otherwise the KL would quietly be measured against another model."""
+    model = save_model(tmp_path / "model")
+    reference = Reference.load(save_model(tmp_path / "other", sharp=0.1), n_tokens=300, device="cpu")
+    make_ppo(model=model, reference=reference).save(tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match=r"\['reference'\] can't be written down"):
+        PPO.load(tmp_path / "checkpoint", env=make_env())
+    assert PPO.load(tmp_path / "checkpoint", env=make_env(), device="cpu", reference=reference).reference is reference
+
+
+def test_a_model_may_go_by_a_path_object(tmp_path: Path) -> None:
+    save_model(tmp_path / "model")
+    run = make_ppo(model=tmp_path / "model")
+    run.save(tmp_path / "checkpoint")
+    loaded = PPO.load(tmp_path / "checkpoint", env=make_env(), device="cpu")
+    assert largest_difference(weights_of(run.policy), weights_of(loaded.policy)) == 0.0
+
+
+def test_a_checkpoint_of_another_shape_does_not_load(run: PPO, tmp_path: Path) -> None:
+    run.save(tmp_path / "checkpoint")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        PPO.load(
+            tmp_path / "checkpoint", env=make_env(), device="cpu", policy_kwargs={"model": make_model(hidden_size=16)}
+        )
+
+
+def test_a_resumed_run_is_held_to_the_reference_that_it_started_from(tmp_path: Path) -> None:
+    model = make_model()  # live, and trained in place: when it is given again it is no longer what it was
+    run = make_ppo(model=model).learn(1)
+    run.save(tmp_path / "checkpoint")
+    loaded = PPO.load(tmp_path / "checkpoint", env=make_env(), device="cpu", policy_kwargs={"model": model})
+    assert run.reference is not None
+    assert loaded.reference is not None
+    assert largest_difference(weights_of(run.reference.lm), weights_of(loaded.reference.lm)) == 0.0
+    assert largest_difference(weights_of(run.policy.lm), weights_of(loaded.reference.lm)) > 0.0
