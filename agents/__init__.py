@@ -6,12 +6,14 @@ from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.algorithms.ppo import PPO
 from agents.algorithms.reinforce import REINFORCE
 from agents.algorithms.rloo import RLOO
+from agents.models.distribution import TokenDistribution
 from agents.models.reference import Reference
 from agents.models.reference_top_p import ReferenceTopP
 from agents.objectives.kl import AdaptiveKL, FixedKL
 from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.policies.maskable import MaskableCausalLMPolicy
 from agents.policies.token_features import TokenFeatures
+from agents.policies.trpo import TRPOCausalLMPolicy
 from agents.rollouts.episode_buffer import EpisodeBuffer, EpisodeSamples
 from agents.rollouts.sb3_vec_env import TextVecEnv, make_vec_env
 
@@ -30,7 +32,9 @@ __all__ = [
     "OnPolicyAlgorithm",
     "Reference",
     "ReferenceTopP",
+    "TRPOCausalLMPolicy",
     "TextVecEnv",
+    "TokenDistribution",
     "TokenFeatures",
     "make_vec_env",
 ]

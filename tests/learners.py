@@ -154,10 +154,10 @@ def tensors_of(observation: dict[str, np.ndarray]) -> Observation:
 @torch.no_grad()
 def plain_log_probs(policy: CausalLMPolicy, context: Sequence[int], response_length: int) -> torch.Tensor:
     """The policy's distribution after one context [V], by one call of the Hugging Face model itself."""
-    logits = policy.lm.model(torch.tensor([list(context)])).logits[0, -1, : policy.lm.n_tokens].double()
-    logits = logits / policy.lm.temperature
-    if response_length < policy.lm.min_new_tokens:
-        logits[policy.lm.eos_token_id] = -torch.inf
+    logits = policy.lm.model(torch.tensor([list(context)])).logits[0, -1, : policy.distribution.n_tokens].double()
+    logits = logits / policy.distribution.temperature
+    if response_length < policy.distribution.min_new_tokens:
+        logits[list(policy.distribution.eos_token_ids)] = -torch.inf
     return torch.log_softmax(logits, dim=-1)
 
 

@@ -147,7 +147,7 @@ def test_arguments_of_the_algorithm_reach_it(run: Run, tmp_path: Path, monkeypat
     assert (model.clip_range, model.clip_range_vf, model.kl_target) == (0.07, None, 2.0)
     assert model.kl_estimator == model.buffer.kl_estimator == "k3"
     assert model.lr_schedule(0.0) == model.lr_schedule(1.0) == 1e-4
-    assert model.policy.lm.temperature == 0.9
+    assert model.policy.distribution.temperature == 0.9
     # The adapter that was left is a policy like any other.
     assert run.evaluate(tmp_path / "run" / "policy", "--episodes", "4") == 0
 

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
-from agents.models.pretrained import resolve_dtype, save_causal_lm, unwrapped
-from text_env.constraints import Constraint, Contexts, MinimumLength, all_of, allowed_tokens, make_constraint, name_of
+from agents.models.adapter import Adapter, unwrapped
+from agents.models.distribution import LogProbAndEntropy, TokenDistribution
+from text_env.constraints import Constraint, Contexts, all_of, allowed_tokens
 
 # Logits of one chunk in float32: 2^22 values are 16 MB, large enough for full-speed matrix products.
 CHUNK_ELEMENTS = 2**22
@@ -48,43 +48,23 @@ class CausalLM(nn.Module):
     """Next-token distributions of a causal language model, restricted to the environment's tokens.
 
     :param model: the Hugging Face model, or PEFT's wrapper around it; dropout is off, always.
-    :param n_tokens: V; the model's first V logits are used, so padded embeddings are fine.
-    :param temperature: divides the logits, everywhere (sampling, training, reference).
-    :param eos_token_id: the token that ends an episode.
-    :param min_new_tokens: EOS has probability 0 before so many response tokens.
-    :param autocast: dtype of the matrix products (``"bfloat16"``), while the weights keep theirs; None: no autocast.
+    :param distribution: the distribution that is sampled and scored; says how many of the model's logits are used, so
+        padded embeddings are fine.
     :param compile_forward: run whole sequences through ``torch.compile``; needs a C++ compiler on CPUs.
-    :param constraint: which tokens may follow a context; what :func:`text_env.constraints.make_constraint` takes. The
-        others have probability 0.
     :raises ValueError: if the model has fewer than V logits, or a head that is not a function of the last hidden state.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel | PeftModel,
-        n_tokens: int,
-        temperature: float = 1.0,
-        eos_token_id: int | None = None,
-        min_new_tokens: int = 0,
-        autocast: str | torch.dtype | None = None,
-        compile_forward: bool = False,
-        constraint: Any = None,
+        self, model: PreTrainedModel | PeftModel, distribution: TokenDistribution, compile_forward: bool = False
     ) -> None:
         super().__init__()
-        if temperature <= 0:
-            raise ValueError(f"Expected temperature > 0, got {temperature}. For greedy actions use deterministic=True.")
-        minimum = None
-        if min_new_tokens > 0:
-            if eos_token_id is None:
-                raise ValueError(f"min_new_tokens={min_new_tokens} needs eos_token_id: the token to forbid until then.")
-            minimum = MinimumLength(min_new_tokens, eos_token_id)
-        # In a tuple, like the constraint below: a wrapper shares its modules with the model, which is registered once.
-        self._peft = (model,) if isinstance(model, PeftModel) else None
+        self.adapter = Adapter(model) if isinstance(model, PeftModel) else None
         model = unwrapped(model)
         head = model.get_output_embeddings()
         if head is None or model.config.is_encoder_decoder:
             raise ValueError(f"Expected a causal language model (a decoder with a head), got {type(model).__name__}.")
         n_logits, self.hidden_size = head.weight.shape
+        n_tokens = distribution.n_tokens
         if n_logits < n_tokens:
             raise ValueError(
                 f"Expected a model with at least {n_tokens} logits, one for each token of the environment; "
@@ -93,16 +73,7 @@ class CausalLM(nn.Module):
             )
         fuse_activations(model)
         self.model = model.eval()
-        self.n_tokens = n_tokens
-        self.temperature = temperature
-        self.eos_token_id = eos_token_id
-        self.min_new_tokens = min_new_tokens
-        # In a tuple: a constraint that happens to be a module is none of this one's, and not to be trained.
-        self._constraint = (all_of(minimum, make_constraint(constraint)),)
-        resolved = None if autocast is None else resolve_dtype(autocast)
-        if isinstance(resolved, str):
-            raise ValueError("Expected autocast to be 'bfloat16', 'float16' or None, got 'auto'.")
-        self.autocast = resolved
+        self.distribution = distribution
         self.compile_forward = compile_forward
         config = model.config.get_text_config()
         self._logit_scale = float(getattr(config, "logit_scale", None) or 1.0)
@@ -110,27 +81,20 @@ class CausalLM(nn.Module):
         self._logit_softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._check_head()
 
-    @property
-    def peft_model(self) -> PeftModel | None:
-        """PEFT's wrapper, where the model has an adapter inside."""
-        return None if self._peft is None else self._peft[0]
-
     def save_pretrained(self, directory: Path) -> None:
         """Write a directory that plain transformers loads: the model, or the adapter that was trained.
 
         :param directory: exists.
         """
-        save_causal_lm(self.peft_model or self.model, directory)
+        if self.adapter is None:
+            self.model.save_pretrained(directory)
+        else:
+            self.adapter.save_pretrained(directory)
 
     @property
     def backbone(self) -> nn.Module:
         """The decoder below the language-model head: token ids in, last hidden states out."""
         return self.model.base_model
-
-    @property
-    def constraint(self) -> Constraint | None:
-        """Which tokens may follow, ``min_new_tokens`` included."""
-        return self._constraint[0]
 
     @property
     def device(self) -> torch.device:
@@ -163,9 +127,9 @@ class CausalLM(nn.Module):
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         """The autocast that the model runs under, in rollout, update and reference alike."""
-        if self.autocast is None:
+        if self.distribution.autocast is None:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.autocast)
+        return torch.autocast(self.device.type, dtype=getattr(torch, self.distribution.autocast))
 
     def allowed(self, contexts: Contexts, action_masks: np.ndarray | torch.Tensor | None = None) -> torch.Tensor | None:
         """The tokens that may follow.
@@ -175,20 +139,14 @@ class CausalLM(nn.Module):
         :return: bool [N, V]; None where :meth:`logits` needs none.
         :raises ValueError: if no token is left after some context.
         """
-        if action_masks is None and not self._needs_masks:
+        if action_masks is None and not self.distribution.needs_masks:
             return None
-        constraint = self.constraint
+        constraint, n_tokens = self.distribution.all_constraints, self.distribution.n_tokens
         if action_masks is not None:
             given = action_masks.cpu().numpy() if isinstance(action_masks, torch.Tensor) else np.asarray(action_masks)
-            given = given.astype(np.bool_).reshape(-1, self.n_tokens)
-            constraint = all_of(constraint, action_masks_given(given))
+            constraint = all_of(constraint, action_masks_given(given.astype(np.bool_).reshape(-1, n_tokens)))
         assert constraint is not None
-        return torch.from_numpy(allowed_tokens(constraint, contexts, self.n_tokens)).to(self.device)
-
-    @property
-    def _needs_masks(self) -> bool:
-        # A minimum length concerns one column, which needs no mask of [N, V].
-        return not (self.constraint is None or isinstance(self.constraint, MinimumLength))
+        return torch.from_numpy(allowed_tokens(constraint, contexts, n_tokens)).to(self.device)
 
     def logits(self, hidden: torch.Tensor, step: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor:
         """Logits of the sampled distribution: temperature applied, forbidden tokens at minus infinity.
@@ -199,22 +157,8 @@ class CausalLM(nn.Module):
         :return: float32 (float64 for float64 models) [N, V].
         """
         with self.precision():
-            logits = self._head(hidden)[:, : self.n_tokens]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.temperature != 1.0:
-            logits = logits / self.temperature
-        # In place: the logits are this call's own, and a full copy would cost as much as the softmax.
-        if allowed is not None:
-            logits.masked_fill_(~allowed, -torch.inf)
-        elif isinstance(self.constraint, MinimumLength):
-            eos = logits[:, self.constraint.eos_token_id]
-            too_early = step < self.constraint.min_new_tokens
-            logits[:, self.constraint.eos_token_id] = eos.masked_fill(too_early, -torch.inf)
-        elif self.constraint is not None:
-            raise ValueError(
-                f"Expected allowed=self.allowed(contexts), the masks of {name_of(self.constraint)}, got None."
-            )
-        return logits
+            logits = self._head(hidden)[:, : self.distribution.n_tokens]
+        return self.distribution.logits(logits.to(torch.promote_types(logits.dtype, torch.float32)), step, allowed)
 
     def log_prob_and_entropy(
         self,
@@ -238,10 +182,10 @@ class CausalLM(nn.Module):
         def chunk(
             part: slice, hidden: torch.Tensor, step: torch.Tensor, actions: torch.Tensor
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            log_prob, entropy = _LogProbAndEntropy.apply(self.logits(hidden, step, allowed(part)), actions)
+            log_prob, entropy = LogProbAndEntropy.apply(self.logits(hidden, step, allowed(part)), actions)
             return log_prob, entropy
 
-        size = max(1, CHUNK_ELEMENTS // self.n_tokens)
+        size = max(1, CHUNK_ELEMENTS // self.distribution.n_tokens)
         if len(actions) <= size:
             return chunk(slice(0, size), hidden, step, actions)
         slices = [slice(start, start + size) for start in range(0, len(actions), size)]
@@ -265,7 +209,7 @@ class CausalLM(nn.Module):
         :return: log-probabilities [N], entropies [N], hidden states [N, H].
         """
         hidden = self.hidden_states(input_ids)[at.row, at.column]
-        if action_masks is None and not self._needs_masks:
+        if action_masks is None and not self.distribution.needs_masks:
             log_prob, entropy = self.log_prob_and_entropy(hidden, at.step, actions)
             return log_prob, entropy, hidden
         ids, row, column, step = (x.cpu().numpy() for x in (input_ids, *at))
@@ -288,7 +232,7 @@ class CausalLM(nn.Module):
     @torch.no_grad()
     def _check_head(self) -> None:
         """The head is applied apart from the model, only where it is needed: prove that this is the same."""
-        probe = torch.arange(4, device=self.device)[None] % self.n_tokens
+        probe = torch.arange(4, device=self.device)[None] % self.distribution.n_tokens
         expected = self.model(input_ids=probe, use_cache=False).logits
         actual = self._head(full_forward(self.backbone, probe))
         if not torch.allclose(actual, expected, rtol=1e-2, atol=1e-3):
@@ -324,56 +268,6 @@ def full_forward(backbone: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
 def _compiled_forward() -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
     # One function for all models and lengths: it specialises on the model by itself.
     return torch.compile(full_forward, dynamic=True)
-
-
-class _LogProbAndEntropy(torch.autograd.Function):
-    """log π(a) and −Σ π log π of categorical distributions, keeping one [N, V] tensor for the backward pass.
-
-    With ℓ = log π and H the entropy: ∂ log π(a)/∂logit_j = [j = a] − π_j and ∂H/∂logit_j = −π_j (ℓ_j + H).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        log_probs = torch.log_softmax(logits, dim=-1)
-        entropy = -_plogp(log_probs.exp(), log_probs).sum(dim=-1)
-        ctx.save_for_backward(log_probs, actions, entropy)
-        ctx.set_materialize_grads(False)
-        return log_probs.gather(-1, actions[:, None]).squeeze(-1), entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad_log_prob: torch.Tensor | None, grad_entropy: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, None]:
-        log_probs, actions, entropy = ctx.saved_tensors
-        probs = log_probs.exp()
-        grad = torch.zeros_like(probs) if grad_log_prob is None else probs * -grad_log_prob[:, None]
-        if grad_log_prob is not None:
-            grad.scatter_add_(-1, actions[:, None], grad_log_prob[:, None])
-        if grad_entropy is not None:
-            grad -= (_plogp(probs, log_probs) + probs * entropy[:, None]) * grad_entropy[:, None]
-        return grad, None
-
-
-def _plogp(probs: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
-    """π log π with 0 log 0 = 0."""
-    return probs * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)
-
-
-def sample(probs: torch.Tensor) -> torch.Tensor:
-    """Sample tokens by inverting the cumulative distribution: one uniform number per row instead of V.
-
-    A token of probability 0 is never returned: the first cumulative sum *above* u·total is never at one.
-
-    :param probs: [N, V], 0 where forbidden; rows need not sum to exactly 1.
-    :return: int64 [N].
-    """
-    # Sums in float64: over a large vocabulary, float32 would lose the rare tokens at the far end.
-    cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
-    total = cumulative[:, -1:]
-    target = torch.rand(len(probs), 1, dtype=torch.float64, device=probs.device) * total
-    below_total = torch.nextafter(total, torch.zeros_like(total))
-    return torch.searchsorted(cumulative, torch.minimum(target, below_total), right=True).squeeze(-1)
 
 
 def fuse_activations(model: nn.Module) -> None:

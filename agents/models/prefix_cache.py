@@ -1,192 +1,39 @@
 """The memo under the policy: keys and values of contexts already seen.
 
-``last_hidden(contexts)`` is a pure function; calls that extend earlier contexts by one token pay for that token only.
-What extends what is read off the tokens themselves, never off flags, so rows may restart at any time, and a rollout
-and an evaluation may interleave: each finds its own block.
+``last_hidden(contexts)`` is a pure function. A context that extends an earlier one by k tokens pays for those k tokens
+only, and contexts that begin alike have their beginning read once. What extends what is read off the tokens
+themselves, never off flags, so rows may restart at any time, and a rollout and an evaluation may interleave: each
+finds its own block.
 
-Layout of a block: one cache column per call. A row's tokens end in the newest column; a row that restarts has its
-whole context prefilled into the columns that end there; ``visible`` hides from each row what is not its own. Position
-ids are explicit, so it doesn't matter to the model in which column a token lies. Rows that a call doesn't mention are
-forgotten: the last row moves into their place, so that live rows are always the first n and finished rows cost nothing.
+Layout of a block: one cache column a call, or more where a row needs them. A row's tokens end in the newest column.
+Rows that grew by one token are read in place, all in one forward pass. A row that is new, or grew by several tokens,
+is read apart, on top of a copy of what is known of its beginning, and put into the columns that end at the newest
+one; ``visible`` hides from each row what is not its own. Position ids are explicit, so it doesn't matter to the model
+in which column a token lies. Rows that a call doesn't mention are forgotten: the last row moves into their place, so
+that live rows are always the first n and finished rows cost nothing.
 """
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
+from agents.models.cache_storage import Beginning, Block, CacheLayer, Reading
 from agents.models.causal_lm import Positions
+from agents.models.context_matching import common_prefix, distinct
 from agents.models.contexts import Contexts, share_prefixes
+from agents.models.weights import WeightsWatch
 
-SPARE_COLUMNS = 64
-
-_optimizer_steps = 0
-
-
-def _count_step(*_: Any) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
-
-
-# Fused optimisers change weights and not their versions. The hook is on all of them, whoever made them: one on the
-# policy's own would be lost whenever that is copied.
-register_optimizer_step_post_hook(_count_step)
-
-
-class _Layer(CacheLayerMixin):
-    """Keys and values of one attention layer: storage made in advance, whose first n rows and t columns are in use.
-
-    :param keys: storage [rows, heads, columns, head_dim].
-    :param values: likewise.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        super().__init__()
-        self.keys = keys
-        self.values = values
-        self.is_initialized = True
-        self.rows = 0
-        self.columns = 0
-
-    def resized(self, columns: int, drop: int) -> _Layer:
-        """The same without the first ``drop`` columns, and with room for ``columns``."""
-        rows, heads, _, head_dim = self.keys.shape
-        value_dim = self.values.shape[-1]
-        layer = _Layer(
-            self.keys.new_zeros(rows, heads, columns, head_dim), self.values.new_zeros(rows, heads, columns, value_dim)
-        )
-        layer.columns = self.columns - drop
-        layer.keys[:, :, : layer.columns] = self.keys[:, :, drop : self.columns]
-        layer.values[:, :, : layer.columns] = self.values[:, :, drop : self.columns]
-        return layer
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Called by the model: append columns, hand out everything that is in use."""
-        new = slice(self.columns, self.columns + key_states.shape[-2])
-        self.keys[: self.rows, :, new] = key_states
-        self.values[: self.rows, :, new] = value_states
-        self.columns = new.stop
-        return self.keys[: self.rows, :, : new.stop], self.values[: self.rows, :, : new.stop]
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing to do: the storage is there."""
-
-    def get_seq_length(self) -> int:
-        return self.columns
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.columns + query_length, 0
-
-
-class _Block:
-    """The cached rows of one stream of calls.
-
-    :param n_rows: how many rows there is room for.
-    :param width: L, the longest context.
-    :param like: keys and values of each layer, for shapes, dtype and device.
-    :param hidden: hidden states, likewise.
-    """
-
-    def __init__(
-        self, n_rows: int, width: int, like: list[tuple[torch.Tensor, torch.Tensor]], hidden: torch.Tensor
-    ) -> None:
-        self.n_rows = n_rows
-        self.width = width
-        self.live = 0
-        self.tokens = np.zeros((n_rows, width), dtype=np.int64)
-        self.length = np.zeros(n_rows, dtype=np.int64)
-        self.first_column = np.zeros(n_rows, dtype=np.int64)
-        self.slots = np.zeros(0, dtype=np.int64)  # where the rows of the latest call are
-        self.layers = [
-            _Layer(*(x.new_zeros(n_rows, x.shape[1], SPARE_COLUMNS, x.shape[3]) for x in pair)) for pair in like
-        ]
-        self.hidden = hidden.new_zeros(n_rows, hidden.shape[-1])  # at each row's last token
-        self.visible = torch.zeros(n_rows, SPARE_COLUMNS, dtype=torch.bool, device=hidden.device)
-
-    @property
-    def columns(self) -> int:
-        """Columns in use."""
-        return self.layers[0].columns
-
-    def match(self, contexts: Contexts) -> np.ndarray:
-        """For each context the slot that holds it, or holds it but for its last token; −1 where there is none."""
-        input_ids, length, _ = contexts
-        if len(length) == len(self.slots):
-            cached = self.length[self.slots]
-            columns = np.arange(int(cached.max()))
-            same = (input_ids[:, columns] == self.tokens[np.ix_(self.slots, columns)]) | (columns >= cached[:, None])
-            new_tokens = length - cached
-            if same.all() and ((new_tokens == 0) | (new_tokens == 1)).all():
-                return self.slots
-        # Rows were dropped, restarted or re-ordered. A key may stand for several slots: two episodes of one prompt.
-        slots_of: dict[bytes, list[int]] = {}
-        for slot in range(self.live):
-            slots_of.setdefault(self.tokens[slot, : self.length[slot]].tobytes(), []).append(slot)
-        found = np.full(len(length), -1, dtype=np.int64)
-        for i, n in enumerate(length):
-            slots = slots_of.get(input_ids[i, : n - 1].tobytes()) or slots_of.get(input_ids[i, :n].tobytes())
-            if slots:
-                found[i] = slots.pop(0)
-        return found
-
-    def keep(self, slots: np.ndarray) -> np.ndarray:
-        """Forget every row but these, closing the gaps from the end.
-
-        :return: for each old slot its new one.
-        """
-        moved = np.arange(self.n_rows)
-        holes = np.setdiff1d(np.arange(self.live), slots)
-        kept = self.live - len(holes)
-        sources = np.setdiff1d(np.arange(kept, self.live), holes)
-        targets = holes[holes < kept]
-        if len(sources):
-            source, target = self.to_torch(sources), self.to_torch(targets)
-            for layer in self.layers:
-                layer.keys[target, :, : layer.columns] = layer.keys[source, :, : layer.columns]
-                layer.values[target, :, : layer.columns] = layer.values[source, :, : layer.columns]
-            self.hidden[target] = self.hidden[source]
-            self.visible[target] = self.visible[source]
-            for array in (self.tokens, self.length, self.first_column):
-                array[targets] = array[sources]
-            moved[sources] = targets
-        self.live = kept
-        return moved
-
-    def reserve(self, more: int, at_least: int = 0) -> None:
-        """Make room for so many more columns, and for so many in all.
-
-        When there is none, columns on the left that no live row sees any more are dropped.
-        """
-        if max(self.columns + more, at_least) <= self.visible.shape[1]:
-            return
-        drop = int(self.first_column[: self.live].min()) if self.live else self.columns
-        # At least as many spare columns as used ones: moving what is kept then costs O(1) columns a call.
-        needed = max(self.columns - drop + more, at_least)
-        capacity = needed + max(SPARE_COLUMNS, needed)
-        self.layers = [layer.resized(capacity, drop) for layer in self.layers]
-        visible = self.visible.new_zeros(self.n_rows, capacity)
-        visible[:, : self.columns] = self.visible[:, drop : drop + self.columns]
-        self.visible = visible
-        self.first_column -= drop
-
-    def to_torch(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.hidden.device)
+# Reading rows apart, on top of what is known of their beginnings, is worth a forward pass of its own if it saves so
+# many tokens.
+WORTH_A_PASS = 8
 
 
 class PrefixCache:
@@ -199,15 +46,13 @@ class PrefixCache:
     def __init__(self, backbone: nn.Module, max_blocks: int = 3) -> None:
         self._backbone = backbone
         self._max_blocks = max_blocks
-        self._blocks: list[_Block] = []  # most recently used first
-        self._weights: list[nn.Parameter] = list(backbone.parameters())
-        self._fingerprint: list[tuple[int, int]] = []  # of the weights that the memo belongs to
+        self._blocks: list[Block] = []  # most recently used first
+        self._weights = WeightsWatch(backbone)
         self.enabled = self._is_supported()
 
     def clear(self) -> None:
         """Forget everything."""
         self._blocks = []
-        self._weights = list(self._backbone.parameters())
 
     @torch.inference_mode(False)  # what is remembered may be written to by a later call that is not in that mode
     @torch.no_grad()
@@ -218,49 +63,62 @@ class PrefixCache:
         """
         if not self.enabled:
             return self._plain(contexts)
-        if self._fingerprint != (now := self._fingerprint_now()):
+        if self._weights.changed():
             self.clear()
-            self._fingerprint = now
         try:
             return self._memoised(contexts)
         except BaseException:  # an interrupted update leaves rows half-written: better to forget them
             self.clear()
             raise
 
-    def _fingerprint_now(self) -> list[tuple[int, int]]:
-        # No optimiser moves a weight without gradient: a frozen model remembers while others are trained.
-        steps = _optimizer_steps if any(p.requires_grad for p in self._weights) else 0
-        return [(steps, 0), *((p.data_ptr(), p._version) for p in self._weights)]
-
     def _memoised(self, contexts: Contexts) -> torch.Tensor:
         block, slots = self._find(contexts)
-        if block is not None:
-            moved = block.keep(slots[slots >= 0])
-            slots = np.where(slots >= 0, moved[slots], -1)
-            self._decode(block, contexts, slots)
         if block is None:
             # The first step of a rollout; or a batch to learn from, most of which are the beginnings of a few texts:
             # these are read once, and nobody will go on from each of them.
-            input_ids, at = share_prefixes(contexts, self._weights[0].device)
+            input_ids, at = share_prefixes(contexts, self._weights.device)
             row = at.row.cpu().numpy()
             longest = np.zeros(len(input_ids), dtype=np.int64)
             np.maximum.at(longest, row, contexts.length)
             if 2 * (contexts.length < longest[row]).sum() > len(row):
                 return self._read(input_ids, at)
-        if block is None or (slots < 0).any():
-            block, slots = self._prefill(block, contexts, slots)
-        block.slots = slots
+        held = np.zeros(len(slots), dtype=np.int64) if block is None else block.known.length[slots]
+        apart = np.flatnonzero((slots < 0) | (contexts.length > held + 1))
+        readings: list[tuple[np.ndarray, Reading, np.ndarray]] = []
+        if len(apart):  # before any row moves or is forgotten, since they may begin as one of those does
+            readings = self._read_apart(_chosen(contexts, apart), block, slots[apart])
+        if block is None:
+            block = Block(len(slots), contexts.input_ids.shape[1], readings[0][1])
+        else:
+            moved = block.keep(slots[slots >= 0])
+            slots = np.where(slots >= 0, moved[slots], -1)
+            grows = np.flatnonzero((slots >= 0) & (contexts.length == held + 1))
+            if len(grows):
+                self._decode(block, contexts, slots, grows)
+        if len(apart):
+            slots = slots.copy()
+            new = slots < 0
+            slots[new] = block.known.live + np.arange(new.sum())
+            # The newest column stays the newest, unless a new context is longer than all columns so far.
+            longest_new = int(contexts.length[apart].max())
+            block.reserve(0, longest_new)
+            for layer in block.layers:
+                layer.columns = max(layer.columns, longest_new)
+            for part, reading, rows in readings:
+                chosen = apart[part]
+                block.put(slots[chosen], _chosen(contexts, chosen), reading, rows)
+        block.known.latest = slots
         self._blocks = [block, *(other for other in self._blocks if other is not block)][: self._max_blocks]
         return block.hidden[block.to_torch(slots)]
 
-    def _find(self, contexts: Contexts) -> tuple[_Block | None, np.ndarray]:
+    def _find(self, contexts: Contexts) -> tuple[Block | None, np.ndarray]:
         """The block that knows most of these contexts, if there is one, and where in it they are (−1: nowhere)."""
         n, width = contexts.input_ids.shape
         best, best_slots, best_known = None, np.full(n, -1, dtype=np.int64), 0
         for block in self._blocks:
-            if block.n_rows < n or block.width != width:
+            if block.known.n_slots < n or block.known.width != width:
                 continue
-            slots = block.match(contexts)
+            slots = block.known.match(contexts)
             known = int((slots >= 0).sum())
             if known > best_known:
                 best, best_slots, best_known = block, slots, known
@@ -268,27 +126,24 @@ class PrefixCache:
                 break
         return best, best_slots
 
-    def _decode(self, block: _Block, contexts: Contexts, slots: np.ndarray) -> None:
+    def _decode(self, block: Block, contexts: Contexts, slots: np.ndarray, grows: np.ndarray) -> None:
         """One new token for each row that has grown; the others are carried along, and their answer is thrown away."""
-        grows = (slots >= 0) & (contexts.length > block.length[slots])
-        n, growing = block.live, slots[grows]
-        if len(growing) == 0:
-            return
+        known, growing = block.known, slots[grows]
+        n = known.live
         block.reserve(1)
         column = block.columns
         tokens = np.zeros(n, dtype=np.int64)
         tokens[growing] = contexts.input_ids[grows, contexts.length[grows] - 1]
-        positions = block.length[:n] - 1  # rows that wait get their last token's: the model may have none beyond
+        positions = known.length[:n] - 1  # rows that wait get their last token's: the model may have none beyond
         positions[growing] += 1
-        block.tokens[growing, positions[growing]] = tokens[growing]
-        block.length[growing] += 1
+        known.append(growing, tokens[growing], column)
         index = slice(0, n) if len(growing) == n else block.to_torch(growing)
         block.visible[index, column] = True
         for layer in block.layers:
             layer.rows = n
         inputs = block.to_torch(np.stack([tokens, positions]))
         # Without a mask, where every row sees every column, attention is faster.
-        all_visible = bool((block.length[:n] == column + 1).all())
+        all_visible = bool((known.length[:n] == column + 1).all())
         hidden = self._backbone(
             input_ids=inputs[0, :, None],
             position_ids=inputs[1, :, None],
@@ -298,46 +153,115 @@ class PrefixCache:
         ).last_hidden_state[:, 0]
         block.hidden[index] = hidden[index]
 
-    def _prefill(self, block: _Block | None, contexts: Contexts, slots: np.ndarray) -> tuple[_Block, np.ndarray]:
-        """Whole contexts for the rows that are new, into the columns that end at the newest one."""
-        new = np.flatnonzero(slots < 0)
-        length = contexts.length[new]
-        longest = int(length.max())
-        tokens = contexts.input_ids[new, :longest]
-        padded = np.where(np.arange(longest) < length[:, None], tokens, tokens[:, :1])
+    def _read_apart(
+        self, contexts: Contexts, block: Block | None, slots: np.ndarray
+    ) -> list[tuple[np.ndarray, Reading, np.ndarray]]:
+        """Read contexts that are new, or that grew by several tokens: each kind once, on top of what is known of it.
+
+        :param contexts: B contexts.
+        :param block: holds the beginnings of those that grew.
+        :param slots: int64 [B], where in the block these are; −1 for a new context.
+        :return: for each forward pass the indices of its contexts, what was read, and each one's row in that.
+        """
+        first, kind = distinct(contexts)
+        kinds = _chosen(contexts, first)
+        beginnings = [self._beginning(kinds, i, block, int(slots[first[i]])) for i in range(len(first))]
+        forked = [beginnings[i] for i in np.flatnonzero(slots[first] < 0) if beginnings[i] is not None]
+        if sum(len(beginning.columns) for beginning in forked if beginning is not None) < WORTH_A_PASS:
+            beginnings = [b if slots[first[i]] >= 0 else None for i, b in enumerate(beginnings)]
+        fresh = np.array([i for i, beginning in enumerate(beginnings) if beginning is None], dtype=np.int64)
+        passes: list[tuple[np.ndarray, Reading]] = []
+        if len(fresh):
+            news = _chosen(kinds, fresh)
+            shared = common_prefix(news)
+            if 2 * shared >= int(news.length.max()) and (len(fresh) - 1) * shared >= WORTH_A_PASS:
+                one = Contexts(news.input_ids[:1], np.array([shared]), news.step[:1])
+                prefix = self._read_whole(one)
+                for i in fresh:
+                    beginnings[i] = Beginning(prefix.layers, 0, np.arange(shared))
+            else:
+                passes.append((fresh, self._read_whole(news)))
+        known = np.array([i for i, beginning in enumerate(beginnings) if beginning is not None], dtype=np.int64)
+        if len(known):
+            on_top_of = [beginning for beginning in beginnings if beginning is not None]
+            passes.append((known, self._read_rest(_chosen(kinds, known), on_top_of)))
+        readings = []
+        for numbers, reading in passes:
+            part = np.flatnonzero(np.isin(kind, numbers))
+            readings.append((part, reading, np.searchsorted(numbers, kind[part])))
+        return readings
+
+    def _beginning(self, contexts: Contexts, i: int, block: Block | None, slot: int) -> Beginning | None:
+        """What is known of a context: all of the row that it extends, or what it shares with any row of any block."""
+        if block is not None and slot >= 0:
+            return block.beginning(slot, int(block.known.length[slot]))
+        n = int(contexts.length[i])
+        best, longest = None, 0
+        for other in self._blocks:
+            shared = other.known.shared_prefix(contexts.input_ids[i, :n], np.arange(other.known.live))
+            if len(shared) and (length := min(int(shared.max()), n - 1)) > longest:
+                best, longest = (other, int(shared.argmax())), length
+        # Less than half is not worth copying.
+        return best[0].beginning(best[1], longest) if best is not None and 2 * longest >= n else None
+
+    def _read_whole(self, contexts: Contexts) -> Reading:
+        """One forward pass over whole contexts, right-padded: causal attention never looks at the padding."""
+        input_ids, length = contexts.input_ids, contexts.length
+        columns = np.arange(int(length.max()))
+        # Padding repeats the first token: some models look for the pad token in their inputs, and warn.
+        padded = np.where(columns < length[:, None], input_ids[:, columns], input_ids[:, :1])
         fresh = DynamicCache()
         hidden = self._backbone(
-            input_ids=torch.from_numpy(padded).to(self._weights[0].device), past_key_values=fresh, use_cache=True
+            input_ids=torch.from_numpy(padded).to(self._weights.device), past_key_values=fresh, use_cache=True
         ).last_hidden_state
-        like = [(cast(_Layer, layer).keys, cast(_Layer, layer).values) for layer in fresh.layers]
-        if block is None:
-            block = _Block(len(slots), contexts.input_ids.shape[1], like, hidden)
-        # The newest column stays the newest, unless a new context is longer than all columns so far.
-        block.reserve(0, longest)
-        end = max(block.columns, longest)
-        target = block.live + np.arange(len(new))
-        row = np.repeat(np.arange(len(new)), length)
-        position = np.concatenate([np.arange(n) for n in length])
-        from_row, from_column = block.to_torch(row), block.to_torch(position)
-        to_row, to_column = block.to_torch(target[row]), block.to_torch(end - length[row] + position)
-        for layer, (keys, values) in zip(block.layers, like, strict=True):
-            layer.keys.transpose(1, 2)[to_row, to_column] = keys.transpose(1, 2)[from_row, from_column]
-            layer.values.transpose(1, 2)[to_row, to_column] = values.transpose(1, 2)[from_row, from_column]
-            layer.columns = end
-        filled = slice(block.live, block.live + len(new))
-        block.visible[filled] = False
-        block.visible[to_row, to_column] = True
-        block.hidden[filled] = hidden[torch.arange(len(new), device=hidden.device), block.to_torch(length - 1)]
-        block.tokens[target] = contexts.input_ids[new]
-        block.length[target] = length
-        block.first_column[target] = end - length
-        block.live += len(new)
-        slots = slots.copy()
-        slots[new] = target
-        return block, slots
+        layers = [(cast(CacheLayer, layer).keys, cast(CacheLayer, layer).values) for layer in fresh.layers]
+        last = torch.from_numpy(length - 1).to(hidden.device)
+        return Reading(layers, np.zeros_like(length), hidden[torch.arange(len(length), device=hidden.device), last])
+
+    def _read_rest(self, contexts: Contexts, beginnings: list[Beginning]) -> Reading:
+        """One forward pass over what follows known beginnings, on top of a copy of their keys and values."""
+        length = contexts.length
+        device = self._weights.device
+        held = np.array([len(beginning.columns) for beginning in beginnings])
+        most, rest = int(held.max()), length - held
+        layers = []
+        for keys, values in beginnings[0].layers:
+            shape = (len(length), keys.shape[1], most + int(rest.max()))
+            layers.append(CacheLayer(keys.new_zeros(*shape, keys.shape[3]), values.new_zeros(*shape, values.shape[3])))
+        for storage in {id(beginning.layers[0][0]): beginning.layers for beginning in beginnings}.values():
+            rows = [i for i, beginning in enumerate(beginnings) if beginning.layers[0][0] is storage[0][0]]
+            index = (
+                np.repeat([beginnings[i].row for i in rows], held[rows]),
+                np.concatenate([beginnings[i].columns for i in rows]),
+                np.repeat(rows, held[rows]),
+                np.concatenate([np.arange(most - held[i], most) for i in rows]),
+            )
+            from_row, from_column, to_row, to_column = (torch.from_numpy(x).to(device) for x in index)
+            for layer, (keys, values) in zip(layers, storage, strict=True):
+                layer.keys.transpose(1, 2)[to_row, to_column] = keys.transpose(1, 2)[from_row, from_column]
+                layer.values.transpose(1, 2)[to_row, to_column] = values.transpose(1, 2)[from_row, from_column]
+        for layer in layers:
+            layer.rows, layer.columns = len(length), most
+        # Right-padded, as in a whole reading; on the left stands nothing where a beginning is shorter than the longest.
+        position = np.minimum(held[:, None] + np.arange(int(rest.max())), length[:, None] - 1)
+        tokens = np.take_along_axis(contexts.input_ids, position, axis=1)
+        mask = np.arange(most + int(rest.max())) >= (most - held)[:, None]
+        hidden = self._backbone(
+            input_ids=torch.from_numpy(tokens).to(device),
+            position_ids=torch.from_numpy(position).to(device),
+            attention_mask=torch.from_numpy(mask.astype(np.int64)).to(device),
+            past_key_values=Cache(layers=[*layers]),
+            use_cache=True,
+        ).last_hidden_state
+        last = torch.from_numpy(rest - 1).to(device)
+        return Reading(
+            [(layer.keys, layer.values) for layer in layers],
+            most - held,
+            hidden[torch.arange(len(length), device=device), last],
+        )
 
     def _plain(self, contexts: Contexts) -> torch.Tensor:
-        return self._read(*share_prefixes(contexts, self._weights[0].device))
+        return self._read(*share_prefixes(contexts, self._weights.device))
 
     def _read(self, input_ids: torch.Tensor, at: Positions) -> torch.Tensor:
         hidden: torch.Tensor = self._backbone(input_ids=input_ids, use_cache=False).last_hidden_state
@@ -358,7 +282,7 @@ class PrefixCache:
             except Exception as problem:  # whatever an unknown architecture does: it has a correct path without memo
                 reason = f"the memo's probe failed ({type(problem).__name__}: {problem})"
             else:
-                tolerance = 1e-3 if self._weights[0].dtype in (torch.float32, torch.float64) else 0.1
+                tolerance = 1e-3 if self._weights.dtype in (torch.float32, torch.float64) else 0.1
                 if not error <= tolerance:
                     reason = f"memoised and plain hidden states differ by {error:.1e}"
         self.clear()
@@ -372,15 +296,25 @@ class PrefixCache:
 
     @torch.no_grad()
     def _probe(self) -> float:
-        """Largest relative difference between memoised and plain hidden states over a few steps with a restart."""
+        """Largest relative difference between memoised and plain hidden states over a few steps with a restart, a row
+        that grows by several tokens, and a row that begins as another one does.
+        """
         self.enabled = True
         vocabulary: int = self._backbone.config.get_text_config().vocab_size  # type: ignore[operator,union-attr]
         tokens = (np.arange(3 * 8).reshape(3, 8) * 5 + 1) % min(11, vocabulary)
+        calls = [(tokens, lengths) for lengths in ([2, 3, 1], [3, 4, 2], [4, 2, 3], [5, 3, 4], [5, 5, 4])]
+        branches = np.repeat(tokens[:1], 3, axis=0)
+        branches[1:, 4] = [(tokens[0, 4] + 1) % vocabulary, (tokens[0, 4] + 2) % vocabulary]
+        calls.append((branches, [5, 5, 5]))
         worst = 0.0
-        for lengths in ([2, 3, 1], [3, 4, 2], [4, 2, 3], [5, 3, 4]):
+        for input_ids, lengths in calls:
             length = np.array(lengths)
-            contexts = Contexts(tokens, length, length)
+            contexts = Contexts(input_ids, length, length)
             expected = self._plain(contexts).float()
             actual = self.last_hidden(contexts).float()
             worst = max(worst, float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-6)))
         return worst
+
+
+def _chosen(contexts: Contexts, index: np.ndarray) -> Contexts:
+    return Contexts(*(array[index] for array in contexts))

@@ -1,29 +1,17 @@
-"""Language models by the names that they go by: hub names, directories, GGUF files, PEFT adapters, configs.
-
-A LoRA adapter lives inside its base model; PEFT's wrapper around that is only asked to save it. The frozen model of the
-KL penalty needs no second copy of the base then: it is the same model with the adapter off, or, where training went on
-from an adapter, with a frozen copy of that on (:func:`reference_adapter`).
-"""
+"""Language models by the names that they go by: hub names, directories, GGUF files, PEFT adapters, configs."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from agents.models.adapter import ADAPTER, check_adapter, quiet_peft
 from text_env.tokenization import base_of_adapter, pretrained_name, pretrained_tokenizer
-
-ADAPTER, REFERENCE = "default", "reference"
-"""Names of the adapter that is trained, and of its frozen copy."""
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
@@ -111,20 +99,9 @@ def _checked_live(model: PeftModel) -> PeftModel:
         raise ValueError(
             f"Expected a PeftModel with one adapter, called {ADAPTER!r}; this one has {list(model.peft_config)}."
         )
-    _check_adapter(model)
+    check_adapter(model)
     model.set_adapter(ADAPTER)  # PEFT's default is to load adapters frozen
     return model
-
-
-def _check_adapter(model: PeftModel) -> None:
-    """Whatever an adapter changes must be possible to switch off, or the reference would move with the policy."""
-    config: Any = model.peft_config[ADAPTER]
-    if getattr(config, "modules_to_save", None) or getattr(config, "bias", "none") != "none":
-        raise ValueError(
-            "Expected an adapter without modules_to_save and with bias='none', since weights of the base that are "
-            f"trained themselves can't be switched off for the reference; got modules_to_save={config.modules_to_save} "
-            f"and bias={config.bias!r}. Merge it into its base first (PEFT's merge_and_unload)."
-        )
 
 
 def _load_adapter(directory: str, base: str, dtype: str | torch.dtype) -> PeftModel:
@@ -141,12 +118,12 @@ def _load_adapter(directory: str, base: str, dtype: str | torch.dtype) -> PeftMo
     if not isinstance(model, PreTrainedModel):
         raise mismatch("that is an adapter itself: merge it into its base first.")
     try:
-        with _quiet_peft():
+        with quiet_peft():
             warnings.filterwarnings("error", message="Found missing adapter keys")
             adapted = PeftModel.from_pretrained(model, directory, adapter_name=ADAPTER, is_trainable=True)
     except (RuntimeError, ValueError, UserWarning) as error:
         raise mismatch(f"they don't fit together: {' '.join(str(error).split())[:300]}") from error
-    _check_adapter(adapted)
+    check_adapter(adapted)
     check_tokenizers(tokenizer_beside(directory), tokenizer_beside(base), base)
     adapted.peft_config[ADAPTER].base_model_name_or_path = _plain_name(base)
     return adapted
@@ -162,15 +139,6 @@ def _plain_name(model: Any) -> str | None:
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
-@contextlib.contextmanager
-def _quiet_peft() -> Iterator[None]:
-    """PEFT sees by itself that GPT-2 stores layers transposed, but warns; and it uses an old name of transformers."""
-    with warnings.catch_warnings():
-        for message in ("fan_in_fan_out is set to False", "`is_gradient_checkpointing` is deprecated"):
-            warnings.filterwarnings("ignore", message=message)
-        yield
-
-
 def tokenizer_beside(model: Any) -> PreTrainedTokenizerBase | None:
     """
     :param model: as for :func:`load_causal_lm`.
@@ -182,14 +150,6 @@ def tokenizer_beside(model: Any) -> PreTrainedTokenizerBase | None:
         return pretrained_tokenizer(model)
     except ValueError:
         return None  # a directory with weights only: saved again without a tokenizer
-
-
-def unwrapped(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """
-    :param model: perhaps PEFT's wrapper.
-    :return: the model itself, with any adapter inside.
-    """
-    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
 def add_lora(model: PreTrainedModel | PeftModel, lora: dict[str, Any], name: Any = None) -> PeftModel:
@@ -206,70 +166,12 @@ def add_lora(model: PreTrainedModel | PeftModel, lora: dict[str, Any], name: Any
             "Expected lora=None with a model that is an adapter already: training goes on with that one. For a new "
             "adapter on top, merge the old one into its base (PEFT's merge_and_unload) and save that."
         )
-    with _quiet_peft():
+    with quiet_peft():
         adapted = get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **lora}), adapter_name=ADAPTER)
     if adapted.peft_config[ADAPTER].task_type == "CAUSAL_LM":
-        _check_adapter(adapted)  # a classifier's new head is trained too, and has no reference
+        check_adapter(adapted)  # a classifier's new head is trained too, and has no reference
     adapted.peft_config[ADAPTER].base_model_name_or_path = _plain_name(name)
     return adapted
-
-
-def freeze_copy_of_adapter(model: PeftModel) -> None:
-    """Remember the adapter as it is now, for :func:`reference_adapter`; a few megabytes beside the base.
-
-    :param model: with the adapter that is going to be trained.
-    """
-    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-    with _quiet_peft():
-        model.add_adapter(REFERENCE, model.peft_config[ADAPTER])
-    set_peft_model_state_dict(model, get_peft_model_state_dict(model, adapter_name=ADAPTER), adapter_name=REFERENCE)
-    model.set_adapter(ADAPTER)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trainable.get(name, False))
-
-
-@contextlib.contextmanager
-def reference_adapter(model: nn.Module) -> Iterator[None]:
-    """Within it, the model inside a PEFT wrapper is what it was when its training began.
-
-    :param model: with LoRA layers inside: with the frozen copy of the adapter, where there is one, else without any.
-    """
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for layer in layers:
-        if REFERENCE in layer._get_available_adapters():
-            layer.set_adapter(REFERENCE)
-        else:
-            layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.set_adapter(ADAPTER)
-            layer.enable_adapters(True)
-        # PEFT decides by itself what becomes trainable on the way.
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
-def save_causal_lm(model: PreTrainedModel | PeftModel, directory: Path) -> None:
-    """Write a directory that plain transformers loads.
-
-    An adapter is saved by itself where its base can be loaded by name, else (a GGUF file, a config, a live model)
-    merged into it, in float32, where the sum of both loses nothing.
-
-    :param model: what :func:`load_causal_lm` or :func:`add_lora` gave.
-    :param directory: exists.
-    """
-    if isinstance(model, PreTrainedModel):
-        model.save_pretrained(directory)
-    elif model.peft_config[ADAPTER].base_model_name_or_path:
-        model.save_pretrained(str(directory), selected_adapters=[ADAPTER])
-    else:
-        merged = copy.deepcopy(model).cpu().float().merge_and_unload(adapter_names=[ADAPTER])
-        merged.save_pretrained(directory)
 
 
 def check_positions(model: PreTrainedModel, longest: int) -> None:

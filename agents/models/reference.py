@@ -1,4 +1,4 @@
-"""The frozen model that the KL penalty is measured against, and how strongly.
+"""The frozen model that the KL penalty is measured against.
 
 It lives outside every ``nn.Module`` that is trained: nothing to pickle, nothing for an optimiser to find.
 """
@@ -12,38 +12,45 @@ from typing import Any
 
 import torch
 from stable_baselines3.common.utils import get_device
+from transformers import PreTrainedTokenizerBase
 
 from agents.models.causal_lm import CausalLM
 from agents.models.contexts import packed_positions
-from agents.models.pretrained import freeze_copy_of_adapter, load_causal_lm, reference_adapter, tokenizer_beside
+from agents.models.distribution import TokenDistribution
+from agents.models.pretrained import load_causal_lm, tokenizer_beside
 
 
 class Reference:
     """Log-probabilities under the frozen model, of the same distribution as the policy's (temperature, masks).
 
     :param lm: the frozen model.
-    :param shares_base: ``lm`` is the policy's own model, and the reference is it without its LoRA adapter, or with the
-        adapter that it started from.
+    :param shares_base: whether ``lm`` is the policy's own model, and the reference is that model as it was before its
+        adapter was trained.
+    :param tokenizer: the frozen model's own, where it is known.
     """
 
-    def __init__(self, lm: CausalLM, shares_base: bool = False) -> None:
+    def __init__(
+        self, lm: CausalLM, shares_base: bool = False, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
         self.lm = lm
         self.shares_base = shares_base
+        self.tokenizer = tokenizer
 
     @classmethod
     def of(cls, policy: Any) -> Reference:
         """The policy as it is now: a frozen copy, or with LoRA the base model that both share (no second copy).
 
         :param policy: a ``CausalLMPolicy``.
+        :return: the reference.
         """
-        if policy.lm.peft_model is not None:
+        if policy.lm.adapter is not None:
             if policy.constructor_arguments["lora"] is None:  # it goes on from an adapter, which is no longer zero
-                freeze_copy_of_adapter(policy.lm.peft_model)
+                policy.lm.adapter.remember()
                 policy.clear_cache()
-            return cls(policy.lm, shares_base=True)
-        # A constraint is a function, the same for both; it may hold a model of its own.
-        shared = {id(policy.lm.constraint): policy.lm.constraint}
-        return cls(copy.deepcopy(policy.lm, shared).requires_grad_(False))
+            return cls(policy.lm, shares_base=True, tokenizer=policy.tokenizer)
+        # The description is the same for both, and so is a constraint in it, which may hold a model of its own.
+        shared = {id(policy.lm.distribution): policy.lm.distribution}
+        return cls(copy.deepcopy(policy.lm, shared).requires_grad_(False), tokenizer=policy.tokenizer)
 
     @classmethod
     def load(
@@ -52,21 +59,31 @@ class Reference:
         n_tokens: int,
         device: torch.device | str = "auto",
         dtype: str = "float32",
+        eos_token_id: int | None = None,
         **distribution: Any,
     ) -> Reference:
-        """
+        """Load a frozen model.
+
         :param model: as for ``CausalLMPolicy``.
         :param n_tokens: V.
         :param device: where it runs.
-        :param dtype: of the weights.
-        :param distribution: ``temperature``, ``min_new_tokens``, ``eos_token_id``,
-            ``constraint``.
+        :param dtype: type of the weights.
+        :param eos_token_id: the token that ends a text; by default that of the tokenizer beside the model.
+        :param distribution: ``temperature``, ``min_new_tokens``, ``constraint`` and ``autocast`` of
+            :class:`agents.models.distribution.TokenDistribution`; they must be the policy's.
+        :return: the reference.
         """
-        if distribution.get("eos_token_id") is None:
-            tokenizer = tokenizer_beside(model)
-            distribution["eos_token_id"] = None if tokenizer is None else tokenizer.eos_token_id
-        lm = CausalLM(load_causal_lm(model, dtype), n_tokens, **distribution)
-        return cls(lm.requires_grad_(False).to(get_device(device)))
+        tokenizer = tokenizer_beside(model)
+        if eos_token_id is None and tokenizer is not None:
+            eos_token_id = tokenizer.eos_token_id
+        ends = () if eos_token_id is None else (eos_token_id,)
+        lm = CausalLM(load_causal_lm(model, dtype), TokenDistribution(n_tokens, eos_token_ids=ends, **distribution))
+        return cls(lm.requires_grad_(False).to(get_device(device)), tokenizer=tokenizer)
+
+    @property
+    def distribution(self) -> TokenDistribution:
+        """What the log-probabilities are of."""
+        return self.lm.distribution
 
     @torch.no_grad()
     def log_probs(self, observations: Mapping[str, torch.Tensor], actions: torch.Tensor) -> torch.Tensor:
@@ -77,5 +94,12 @@ class Reference:
         """
         device = self.lm.device
         packed = {name: x.to(device) for name, x in observations.items()}
-        with reference_adapter(self.lm) if self.shares_base else contextlib.nullcontext():
+        with self._frozen():
             return self.lm.evaluate(packed["input_ids"], packed_positions(packed), actions.to(device))[0]
+
+    def _frozen(self) -> contextlib.AbstractContextManager[None]:
+        """Within it, a model that is shared with the policy is what it was when training began."""
+        if not self.shares_base:
+            return contextlib.nullcontext()
+        assert self.lm.adapter is not None
+        return self.lm.adapter.as_remembered()

@@ -12,9 +12,11 @@ import torch
 from stable_baselines3.common.utils import get_device
 from transformers import PretrainedConfig, PreTrainedModel
 
+from agents.models.adapter import unwrapped
 from agents.models.causal_lm import CHUNK_ELEMENTS, CausalLM
+from agents.models.distribution import TokenDistribution
 from agents.models.prefix_cache import PrefixCache
-from agents.models.pretrained import check_positions, load_causal_lm, unwrapped
+from agents.models.pretrained import check_positions, load_causal_lm
 from text_env.constraints import Constraint, Contexts, all_of, allowed_tokens
 
 
@@ -53,7 +55,8 @@ class ReferenceTopP:
         self._name = str(model) if isinstance(model, str | Path) else type(model).__name__
         self._memory_bytes = memory_bytes
         loaded = unwrapped(load_causal_lm(copy.deepcopy(model) if isinstance(model, PreTrainedModel) else model, dtype))
-        self._lm = CausalLM(loaded, loaded.get_output_embeddings().weight.shape[0]).requires_grad_(False)
+        everything = TokenDistribution(loaded.get_output_embeddings().weight.shape[0])
+        self._lm = CausalLM(loaded, everything).requires_grad_(False)
         self._lm.to(get_device(device))
         self._memo = PrefixCache(self._lm.backbone)
         self._within: Constraint | None = None
@@ -61,6 +64,15 @@ class ReferenceTopP:
 
     def __repr__(self) -> str:
         return f"ReferenceTopP({self._name!r}, p={self.p})"
+
+    def __eq__(self, other: object) -> bool:
+        # Copies made by `within` are the same function where they have the same model and the same context.
+        if not isinstance(other, ReferenceTopP):
+            return NotImplemented
+        return (self._lm, self.p, self._within) == (other._lm, other.p, other._within)
+
+    def __hash__(self) -> int:
+        return hash((id(self._lm), self.p))
 
     def __copy__(self) -> ReferenceTopP:
         other = object.__new__(type(self))
@@ -89,10 +101,10 @@ class ReferenceTopP:
 
     @torch.no_grad()
     def __call__(self, contexts: Contexts, n_tokens: int) -> np.ndarray:
-        if n_tokens > self._lm.n_tokens:
+        if n_tokens > self._lm.distribution.n_tokens:
             raise ValueError(
                 f"Expected {self} to have a logit for each of the {n_tokens} tokens of the environment, got "
-                f"{self._lm.n_tokens}. Use a reference with the environment's tokenizer."
+                f"{self._lm.distribution.n_tokens}. Use a reference with the environment's tokenizer."
             )
         check_positions(self._lm.model, int(contexts.length.max()))
         fixed = np.ones((len(contexts.length), n_tokens), np.bool_)

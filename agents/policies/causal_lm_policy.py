@@ -8,7 +8,7 @@ takes packed batches of whole episodes (an ``action_mask`` among the observation
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,18 +24,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from agents.models.causal_lm import CausalLM, sample
+from agents.models.adapter import unwrapped
+from agents.models.causal_lm import CausalLM
 from agents.models.contexts import Contexts, contexts_of, packed_positions, share_prefixes
 from agents.models.critic import make_critic
+from agents.models.distribution import TokenDistribution, sample
 from agents.models.prefix_cache import PrefixCache
-from agents.models.pretrained import (
-    add_lora,
-    check_positions,
-    check_tokenizers,
-    load_causal_lm,
-    tokenizer_beside,
-    unwrapped,
-)
+from agents.models.pretrained import add_lora, check_positions, check_tokenizers, load_causal_lm, tokenizer_beside
 from text_env.vector_env import TextVectorEnv
 
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -140,10 +135,15 @@ class CausalLMActorCritic(BasePolicy):
             loaded = add_lora(loaded, lora, model)
         assert isinstance(action_space, spaces.Discrete)
         check_positions(base, longest)
-        n_tokens = int(action_space.n)
-        self.lm = CausalLM(
-            loaded, n_tokens, temperature, eos_token_id, min_new_tokens, autocast, compile_forward, constraint
+        distribution = TokenDistribution(
+            int(action_space.n),
+            temperature,
+            eos_token_ids=() if eos_token_id is None else (eos_token_id,),
+            min_new_tokens=min_new_tokens,
+            constraint=constraint,
+            autocast=autocast,
         )
+        self.lm = CausalLM(loaded, distribution, compile_forward)
         self.critic = critic
         self.value_head = value_head
         if self.lm.model.dtype == torch.float64:
@@ -219,6 +219,11 @@ class CausalLMActorCritic(BasePolicy):
             self.critic.eval()
         return self
 
+    @property
+    def distribution(self) -> TokenDistribution:
+        """Everything but the weights that decides how probable a token is."""
+        return self.lm.distribution
+
     def reset_noise(self, n_envs: int = 1) -> None:
         raise ValueError("reset_noise is for state-dependent exploration, which needs continuous actions.")
 
@@ -249,14 +254,6 @@ class CausalLMActorCritic(BasePolicy):
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(directory)
         save_file(self._critic_state(), directory / VALUE_HEAD_FILE)
-
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
-            own = name.removeprefix(prefix).removeprefix(".")
-            actor = parameter.requires_grad and not own.startswith(("value_head.", "critic."))
-            yield _ParameterName(name, actor), parameter
 
     def load_value_head(self, directory: str | Path) -> None:
         """Load the critic that :meth:`save_pretrained` left in a directory."""
@@ -335,28 +332,30 @@ class CausalLMPolicy(CausalLMActorCritic, ActorCriticPolicy):
         :param obs: a batch of B observations.
         :return: SB3's categorical distribution over the V tokens; it can be differentiated twice.
         """
-        return CategoricalDistribution(self.lm.n_tokens).proba_distribution(self._finite_logits(obs))
+        logits = self._finite_logits(obs)
+        if logits.requires_grad:
+            logits.register_hook(self._check_names)
+        return CategoricalDistribution(self.distribution.n_tokens).proba_distribution(logits)
+
+    def _check_names(self, _: torch.Tensor) -> None:
+        """Called when the distribution is differentiated. Whoever wants the second derivative, as TRPO does, goes by
+        the names of the parameters, and must not be misled by them.
+        """
+        misleading = [name for name, p in self.named_parameters() if is_actor(name, p) and "value" in name]
+        if torch.is_grad_enabled() and misleading:
+            raise ValueError(
+                "TRPO takes a parameter with 'value' in its name for the critic's, and would never train "
+                f"{misleading[0]!r}, one of {len(misleading)}: use agents.TRPOCausalLMPolicy, not CausalLMPolicy."
+            )
 
 
-class _ParameterName(str):
-    """A parameter's name, which can tell sb3-contrib's TRPO what that asks: is "value" in it, so is it the critic's?
-
-    Other parts of a language model are called so (``attention.query_key_value``) and would never be trained, and frozen
-    parameters, which TRPO cannot differentiate, are as little the actor's to train as the critic is.
+def is_actor(name: str, parameter: nn.Parameter) -> bool:
     """
-
-    is_actor: bool
-
-    def __new__(cls, name: str, is_actor: bool) -> Self:
-        self = super().__new__(cls, name)
-        self.is_actor = is_actor
-        return self
-
-    def __getnewargs__(self) -> tuple[str, bool]:  # type: ignore[override]
-        return str(self), self.is_actor
-
-    def __contains__(self, part: str) -> bool:  # type: ignore[override]
-        return not self.is_actor if part == "value" else super().__contains__(part)
+    :param name: a parameter's name in the policy.
+    :param parameter: the parameter.
+    :return: whether the actor trains it: neither frozen nor the critic's.
+    """
+    return parameter.requires_grad and not name.startswith(("value_head.", "critic."))
 
 
 def _check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:

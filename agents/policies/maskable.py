@@ -41,4 +41,4 @@ class MaskableCausalLMPolicy(CausalLMActorCritic, MaskableActorCriticPolicy):
         :return: sb3-contrib's categorical distribution over the V tokens.
         """
         logits = self._finite_logits(obs, action_masks)
-        return MaskableCategoricalDistribution(self.lm.n_tokens).proba_distribution(logits)
+        return MaskableCategoricalDistribution(self.distribution.n_tokens).proba_distribution(logits)

@@ -19,10 +19,11 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 from transformers import PreTrainedModel
 
+from agents.models.adapter import unwrapped
 from agents.models.causal_lm import full_forward
 from agents.models.contexts import Contexts, contexts_of, share_prefixes
 from agents.models.prefix_cache import PrefixCache
-from agents.models.pretrained import check_positions, load_causal_lm, unwrapped
+from agents.models.pretrained import check_positions, load_causal_lm
 
 # The observations' entries, in the order in which Gymnasium flattens them.
 NAMES = ("attention_mask", "input_ids", "prompt_length")

@@ -497,7 +497,7 @@ def test_a_kl_target_that_cannot_be_reached_is_refused() -> None:
 def test_the_policy_takes_what_the_environment_knows() -> None:
     env = make_env(4, min_new_tokens=3)
     model = make_ppo(env, make_model(ends=0.9))
-    assert (model.policy.lm.min_new_tokens, model.policy.lm.eos_token_id) == (3, 0)
+    assert (model.policy.distribution.min_new_tokens, model.policy.distribution.eos_token_ids) == (3, (0,))
     assert model.policy.tokenizer is env.tokenizer
     model.learn(1)
     assert model.buffer.lengths.min() == 4  # EOS comes after three tokens at the earliest, and then soon

@@ -128,7 +128,11 @@ def test_one_text_is_written_for_each_prompt_in_order() -> None:
 def test_a_loaded_policy_takes_its_distribution_from_the_environment() -> None:
     env = make_env(2, min_new_tokens=3)
     policy = load_policy(make_model(), env, device="cpu", temperature=0.5)  # type: ignore[arg-type]
-    assert (policy.lm.min_new_tokens, policy.lm.eos_token_id, policy.lm.temperature) == (3, 0, 0.5)
+    assert (policy.distribution.min_new_tokens, policy.distribution.eos_token_ids, policy.distribution.temperature) == (
+        3,
+        (0,),
+        0.5,
+    )
     assert policy.tokenizer is env.tokenizer
 
 

@@ -274,7 +274,7 @@ def test_a_call_pays_for_the_tokens_that_it_has_not_seen(kind: str) -> None:
         policy.forward(observation_of(contexts, [3, 4], WIDTH))  # seen already
         assert len(shapes) == 7
         policy.forward(observation_of([[*contexts[0], 3], [4, 4]], [3, 2], WIDTH))  # the second row restarts
-        assert shapes[7:] == [(1, 1), (1, 2)]
+        assert sorted(shapes[7:]) == [(1, 1), (1, 2)]
         policy.forward(observation_of([[*contexts[0], 3, 3]], [3], WIDTH))  # the second row has left
         assert shapes[9:] == [(1, 1)]
 

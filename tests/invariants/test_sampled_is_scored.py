@@ -28,7 +28,7 @@ from sb3_contrib import MaskablePPO
 from tiny import tiny_tokenizer
 
 from agents.algorithms.ppo import PPO
-from agents.models.causal_lm import sample
+from agents.models.distribution import sample
 from agents.models.reference_top_p import ReferenceTopP
 from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.policies.maskable import MaskableCausalLMPolicy

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from agents.algorithms.ppo import PPO
 from agents.cli import main
 from agents.models.causal_lm import CausalLM
+from agents.models.distribution import TokenDistribution
 from agents.models.pretrained import load_causal_lm, tokenizer_beside
 from agents.models.reference import Reference
 from agents.policies.causal_lm_policy import CausalLMPolicy, load_policy
@@ -278,7 +279,7 @@ def test_a_second_adapter_on_top_of_one_is_refused(tmp_path: Path, base: Path) -
 def test_the_reference_of_a_lora_policy_is_its_base_to_1e_5(base: Path) -> None:
     env = environment(str(base))
     model = trained(str(base), env, lora=LORA)
-    untouched = CausalLM(load_causal_lm(base), len(env.tokenizer))
+    untouched = CausalLM(load_causal_lm(base), TokenDistribution(len(env.tokenizer)))
     samples = model.buffer.pack(np.arange(4))
     assert model.reference is not None
     ours = model.reference.log_probs(samples.observations, samples.actions)

@@ -119,7 +119,7 @@ def test_it_is_saved_and_loaded_as_stable_baselines_does_it(tmp_path: Path) -> N
     model.save(tmp_path / "model.zip")
     loaded = MaskablePPO.load(tmp_path / "model.zip", env=TextVecEnv(make_env(4)), device="cpu")
     assert largest_difference(weights_of(loaded.policy), weights_of(model.policy)) == 0
-    assert loaded.policy.lm.constraint == ALLOWED
+    assert loaded.policy.distribution.all_constraints == ALLOWED
     assert set(loaded.policy.state_dict()) == set(make_policy(make_env(), model=make_model(ends=0.1)).state_dict())
 
 

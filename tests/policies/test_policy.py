@@ -28,8 +28,8 @@ from learners import (
 from tiny import KINDS, tiny_classifier, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, T5Config, T5ForConditionalGeneration
 
-from agents.models.causal_lm import _LogProbAndEntropy
 from agents.models.critic import ValueHead
+from agents.models.distribution import LogProbAndEntropy
 from agents.models.pretrained import load_causal_lm
 from agents.models.reference import Reference
 from agents.policies.causal_lm_policy import CausalLMPolicy, load_policy
@@ -75,7 +75,7 @@ def test_deterministic_actions_are_the_most_probable_tokens() -> None:
 def test_log_prob_and_entropy_are_those_worked_out_by_hand() -> None:
     # Logits log 1, log 2, log 5 and a forbidden token: probabilities 1/8, 2/8, 5/8, 0.
     logits = torch.tensor([[1.0, 2.0, 5.0, 0.0]], dtype=torch.float64).log().requires_grad_()
-    log_prob, entropy = _LogProbAndEntropy.apply(logits, torch.tensor([1]))
+    log_prob, entropy = LogProbAndEntropy.apply(logits, torch.tensor([1]))
     assert float(log_prob.detach()) == pytest.approx(np.log(0.25))
     # −(⅛ log ⅛ + ¼ log ¼ + ⅝ log ⅝) = 0.259930 + 0.346574 + 0.293752
     assert float(entropy.detach()) == pytest.approx(0.900256, abs=1e-6)
@@ -93,7 +93,7 @@ def test_the_closed_form_gradient_of_log_prob_and_entropy_is_the_numerical_one()
     generator = torch.Generator().manual_seed(0)
     logits = (3 * torch.randn(5, 7, generator=generator, dtype=torch.float64)).requires_grad_()
     actions = torch.tensor([0, 6, 3, 3, 1])
-    assert torch.autograd.gradcheck(lambda x: _LogProbAndEntropy.apply(x, actions), (logits,))
+    assert torch.autograd.gradcheck(lambda x: LogProbAndEntropy.apply(x, actions), (logits,))
 
 
 def test_values_are_zero_until_something_is_learned() -> None:
@@ -137,7 +137,7 @@ def test_a_model_goes_by_directory_path_config_or_itself(tmp_path: Path) -> None
     config = GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2)
     assert load_causal_lm(config, "bfloat16").dtype == torch.bfloat16
     for model in (name, tmp_path / "model", config, by_name):
-        assert make_policy(make_env(), model=model).lm.n_tokens == 300
+        assert make_policy(make_env(), model=model).distribution.n_tokens == 300
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", torch.bfloat16])
@@ -212,8 +212,8 @@ def test_a_minimum_length_needs_to_know_eos() -> None:
 def test_eos_is_found_at_the_tokenizer_then_at_the_config(tmp_path: Path) -> None:
     by_tokenizer = make_policy(make_env(), model=save_model(tmp_path / "model"), eos_token_id=None)
     by_config = make_policy(make_env(), model=tiny_model("gpt2", eos_token_id=[7, 8]), eos_token_id=None)
-    assert by_tokenizer.lm.eos_token_id == EOS
-    assert by_config.lm.eos_token_id == 7
+    assert by_tokenizer.distribution.eos_token_ids == (EOS,)
+    assert by_config.distribution.eos_token_ids == (7,)
 
 
 def test_other_spaces_are_refused() -> None:

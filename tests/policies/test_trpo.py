@@ -1,13 +1,12 @@
 """sb3-contrib's TRPO, unmodified, moves every trainable parameter of a language model.
 
 It differentiates the KL twice, and tells actor from critic by the word "value" in a parameter's name, which
-``attention.query_key_value`` has too.
+``attention.query_key_value`` has too: ``TRPOCausalLMPolicy`` is for such models, and for frozen parameters.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from sb3_contrib import TRPO
 
 import agents.policies.causal_lm_policy
 from agents.policies.causal_lm_policy import CausalLMPolicy
+from agents.policies.trpo import TRPOCausalLMPolicy
 from agents.rollouts.episode_buffer import EpisodeBuffer
 from agents.rollouts.sb3_vec_env import TextVecEnv
 from text_env.constraints import AllowedTokens
@@ -25,7 +25,7 @@ LORA = {"r": 2, "target_modules": "all-linear"}
 
 
 def make_trpo(
-    kind: str, policy: type[CausalLMPolicy] = CausalLMPolicy, rollout_buffer_class: Any = None, **policy_kwargs: Any
+    kind: str, policy: type[CausalLMPolicy] = TRPOCausalLMPolicy, rollout_buffer_class: Any = None, **policy_kwargs: Any
 ) -> TRPO:
     return TRPO(
         policy,
@@ -71,22 +71,42 @@ def test_it_changes_every_trainable_parameter_and_no_other(kind: str, policy_kwa
     assert min(moved[name] for name in trainable) > 1e-6
 
 
-class PlainNames(CausalLMPolicy):
-    """The control: names as they are."""
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_where_no_name_misleads_it_the_ordinary_policy_does(kind: str) -> None:
+    model = make_trpo(kind, CausalLMPolicy)
+    before = weights_of(model.policy)
+    model.learn(64)
+    assert all(not tensor.equal(before[name]) for name, tensor in weights_of(model.policy).items())
 
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        for name, parameter in super().named_parameters(*args, **kwargs):
-            yield "".join(name), parameter
+
+def test_where_a_name_misleads_it_the_ordinary_policy_says_which_one_to_use() -> None:
+    with pytest.raises(ValueError, match=r"query_key_value\.weight', one of 4: use agents"):
+        make_trpo("gpt_neox", CausalLMPolicy).learn(64)
+
+
+def test_the_ordinary_policys_distribution_can_be_differentiated_once_whatever_the_names() -> None:
+    policy = make_trpo("gpt_neox", CausalLMPolicy).policy
+    policy.get_distribution(observation_of([[5, 6, 7]], [1])).distribution.logits[0, 3].backward()
+    gradient = dict(policy.named_parameters())["lm.model.gpt_neox.layers.0.attention.query_key_value.weight"].grad
+    assert gradient is not None
+    assert gradient.abs().sum() > 0
+
+
+class Unchecked(CausalLMPolicy):
+    """The control: names as they are, and nobody who says so."""
+
+    def _check_names(self, _: torch.Tensor) -> None:
+        pass
 
 
 def test_with_the_names_as_they_are_it_would_leave_out_queries_keys_and_values() -> None:
-    model = make_trpo("gpt_neox", PlainNames, separate_critic=True)  # else the critic's loss would move them instead
+    model = make_trpo("gpt_neox", Unchecked, separate_critic=True)  # else the critic's loss would move them instead
     before = weights_of(model.policy)
     model.learn(64)
     still = {name for name, tensor in weights_of(model.policy).items() if tensor.equal(before[name])}
     assert still == {name for name in before if name.startswith("lm.") and "query_key_value" in name}
     with pytest.raises(RuntimeError, match="does not require grad"):
-        make_trpo("gpt_neox", PlainNames, lora=LORA).learn(64)
+        make_trpo("gpt_neox", Unchecked, lora=LORA).learn(64)
 
 
 def test_names_are_names_but_for_the_one_question() -> None:

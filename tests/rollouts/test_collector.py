@@ -84,7 +84,7 @@ def test_finished_rows_cost_no_row_of_any_forward_pass(kind: str) -> None:
         infos = collect_episodes(policy, env, 6, buffer)
     lengths = np.array([info["length"] for info in infos])
     assert len(set(lengths)) > 1
-    assert shapes[0][0] == 6  # the prompts, in one go
+    assert shapes[0][0] == len({info["prompt"] for info in infos})  # the prompts, in one go, each of them once
     # Then one row and one column for every text that has not ended yet.
     expected = [(int((lengths > step).sum()), 1) for step in range(1, lengths.max())]
     assert shapes[1:] == expected

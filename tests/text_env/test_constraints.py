@@ -31,6 +31,7 @@ from torch.distributions import kl_divergence
 import agents.models.causal_lm
 from agents.algorithms.ppo import PPO
 from agents.models.contexts import contexts_of
+from agents.models.distribution import LogProbAndEntropy
 from agents.models.reference import Reference
 from agents.models.reference_top_p import ReferenceTopP
 from agents.policies.causal_lm_policy import CausalLMPolicy
@@ -245,7 +246,7 @@ def test_forbidden_tokens_have_probability_zero_and_the_others_keep_their_propor
     free, bound = make_policy(env), make_policy(env, constraint=[not_the_last_token_again, AllowedTokens(range(4, 90))])
     observation = observation_of(CONTEXTS, [2] * 4)
     with torch.no_grad():
-        masks = torch.from_numpy(allowed_tokens(bound.lm.constraint, contexts_of(observation), V))  # type: ignore[arg-type]
+        masks = torch.from_numpy(allowed_tokens(bound.distribution.all_constraints, contexts_of(observation), V))  # type: ignore[arg-type]
         expected = free.get_distribution(observation).distribution.probs * masks
         actual = bound.get_distribution(observation).distribution.probs
     assert masks.sum(dim=1).tolist() == [85, 85, 85, 85]
@@ -278,7 +279,7 @@ def test_gradients_are_finite_and_flow_through_allowed_tokens_only(sharp: float)
     masks = torch.rand(3, V) < 0.5
     logits = policy.lm.logits(hidden, torch.zeros(3), masks)
     logits.retain_grad()
-    agents.models.causal_lm._LogProbAndEntropy.apply(logits, masks.int().argmax(dim=1))[1].sum().backward()
+    LogProbAndEntropy.apply(logits, masks.int().argmax(dim=1))[1].sum().backward()
     assert logits.grad is not None
     assert (logits.grad[~masks] == 0).all()
 
@@ -330,7 +331,7 @@ def test_rollout_update_and_reference_ask_about_the_same_contexts() -> None:
     env, asked = make_env(4), Asked()
     policy = make_policy(env, model=make_model(ends=0.1), constraint=asked)
     reference = Reference.of(policy)
-    assert reference.lm.constraint is asked  # shared by the copy
+    assert reference.distribution.all_constraints is asked  # shared by the copy
     buffer = filled(policy, env)
     rollout = asked.take()
     assert len(rollout) > 20
@@ -410,13 +411,13 @@ def test_a_checkpoint_holds_a_constraint_by_name_and_asks_again_for_a_live_one(t
     policy_kwargs = {"model": save_model(tmp_path / "model")}
     named = make_ppo(policy_kwargs={**policy_kwargs, "constraint": name})
     named.save(tmp_path / "named")
-    assert PPO.load(tmp_path / "named", make_env()).policy.lm.constraint is not None
+    assert PPO.load(tmp_path / "named", make_env()).policy.distribution.all_constraints is not None
     live = make_ppo(policy_kwargs={**policy_kwargs, "constraint": not_the_last_token_again})
     live.save(tmp_path / "live")
     with pytest.raises(ValueError, match=r"\['constraint'\] can't be written down .* policy_kwargs="):
         PPO.load(tmp_path / "live", make_env())
     again = PPO.load(tmp_path / "live", make_env(), policy_kwargs={"constraint": not_the_last_token_again})
-    assert again.policy.lm.constraint is not_the_last_token_again
+    assert again.policy.distribution.all_constraints is not_the_last_token_again
 
 
 # ---- the nucleus of the frozen reference ---------------------------------------------------------------------------

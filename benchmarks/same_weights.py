@@ -1,0 +1,189 @@
+"""Does this commit train to the same weights as another one?
+
+    python -m benchmarks.same_weights BASE
+
+checks BASE out beside this tree, trains PPO, A2C, REINFORCE, RLOO, GRPO, Stable-Baselines3's own PPO and the run of the
+demo for three iterations in both, with the same seed, and compares the policies' weights after each iteration: equal to
+the last bit, or how far apart. Only public names are used, so that any two commits can be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+ITERATIONS = 3
+CLOSE = 1e-5
+"""How far apart weights may be after the first iteration where a forward pass has another shape than before."""
+
+
+# ---- in either tree ------------------------------------------------------------------------------------------------
+
+
+def learners(seed: int) -> dict[str, Callable[[], tuple[Any, int]]]:
+    """
+    :param seed: seed of every learner.
+    :return: for each name a function that makes the learner and says how many tokens are at least ``ITERATIONS``.
+    """
+    import stable_baselines3 as sb3
+
+    from agents import A2C, GRPO, PPO, REINFORCE, RLOO, CausalLMPolicy, make_vec_env
+
+    def ours(algorithm: type[Any], **kwargs: Any) -> Callable[[], tuple[Any, int]]:
+        def make() -> tuple[Any, int]:
+            options = {"n_episodes": 16, "seed": seed, "device": "cpu", **kwargs}
+            return algorithm("CausalLMPolicy", "TextRLHF-v0", policy_kwargs={"model": "builtin"}, **options), 10**9
+
+        return make
+
+    def stock() -> tuple[Any, int]:
+        env = make_vec_env("TextRLHF-v0", n_envs=8)
+        kwargs: dict[str, Any] = {"n_steps": 16, "batch_size": 64, "n_epochs": 2, "learning_rate": 1e-4}
+        policy_kwargs = {"model": "builtin"}
+        return sb3.PPO(CausalLMPolicy, env, policy_kwargs=policy_kwargs, seed=seed, device="cpu", **kwargs), 10**9
+
+    return {
+        "ppo": ours(PPO, batch_size=8, n_epochs=2),
+        "a2c": ours(A2C),
+        "reinforce": ours(REINFORCE),
+        "rloo": ours(RLOO),
+        "grpo": ours(GRPO),
+        "sb3-ppo": stock,
+    }
+
+
+def train(name: str, out: Path, iterations: int, seed: int) -> None:
+    """Train one learner and leave its weights after each iteration.
+
+    :param name: one of :func:`learners`.
+    :param out: directory for ``<name>-<iteration>.safetensors``.
+    :param iterations: how many.
+    :param seed: seed of the learner.
+    """
+    from safetensors.torch import save_file
+    from stable_baselines3.common.callbacks import BaseCallback
+
+    class Weights(BaseCallback):
+        iteration = 0
+
+        def _on_step(self) -> bool:
+            return self.iteration <= iterations
+
+        def _on_rollout_start(self) -> None:
+            if self.iteration:
+                state = {key: x.detach().clone() for key, x in self.model.policy.state_dict().items()}
+                save_file(state, out / f"{name}-{self.iteration}.safetensors")
+            self.iteration += 1
+
+    learner, tokens = learners(seed)[name]()
+    learner.learn(tokens, callback=Weights())
+
+
+def demo(out: Path, iterations: int, seed: int) -> None:
+    """Run what ``textrlhf demo`` trains, a few iterations of it, and leave the weights.
+
+    :param out: directory for ``demo-<iterations>.safetensors``.
+    :param iterations: how many.
+    :param seed: seed of the run.
+    """
+    from agents.cli import main
+
+    run = out / "demo"
+    # A rollout is 64 texts of at most 48 tokens; they end by themselves at about 41.
+    tokens = 64 * 48 * (iterations - 1)
+    options = ["--total-timesteps", str(tokens), "--seed", str(seed), "--device", "cpu", "--no-progress"]
+    assert main(["train", "--run-dir", str(run), *options]) == 0
+    (run / "policy" / "model.safetensors").rename(out / f"demo-{iterations}.safetensors")
+
+
+def worker(names: list[str], out: Path, iterations: int, seed: int) -> None:
+    import torch
+
+    torch.set_num_threads(1)  # with several the order of additions, and the last digits, would depend on the machine
+    for name in names:
+        if name == "demo":
+            demo(out, iterations, seed)
+        else:
+            train(name, out, iterations, seed)
+
+
+# ---- both trees ----------------------------------------------------------------------------------------------------
+
+
+def compare(base: Path, ours: Path) -> dict[str, dict[str, float]]:
+    """
+    :param base: directory of the other tree's weights.
+    :param ours: directory of this tree's.
+    :return: for each learner the largest difference of any weight after each iteration.
+    """
+    from safetensors.torch import load_file
+
+    found: dict[str, dict[str, float]] = {}
+    for path in sorted(base.glob("*.safetensors")):
+        name, _, iteration = path.stem.rpartition("-")
+        before, after = load_file(path), load_file(ours / path.name)
+        assert before.keys() == after.keys(), sorted(before.keys() ^ after.keys())
+        difference = max(float((before[key].double() - after[key].double()).abs().max()) for key in before)
+        found.setdefault(name, {})[iteration] = difference
+    return found
+
+
+def verdict(differences: dict[str, float]) -> str:
+    """
+    :param differences: of one learner, by iteration.
+    :return: in words.
+    """
+    if not any(differences.values()):
+        return "the same bits"
+    first = differences[min(differences)]
+    return "close" if first <= CLOSE else "different"
+
+
+def main(args: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("base", help="commit to compare with")
+    parser.add_argument("--learners", nargs="+", default=["ppo", "a2c", "reinforce", "rloo", "grpo", "sb3-ppo", "demo"])
+    parser.add_argument("--iterations", type=int, default=ITERATIONS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the differences here")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(args)
+    if options.worker is not None:
+        worker(options.learners, options.worker, options.iterations, options.seed)
+        return 0
+    commit = subprocess.check_output(["git", "rev-parse", options.base], cwd=ROOT, text=True).strip()
+    with tempfile.TemporaryDirectory() as scratch:
+        other = Path(scratch) / "tree"
+        subprocess.run(["git", "worktree", "add", "--detach", "--quiet", str(other), commit], cwd=ROOT, check=True)
+        try:
+            directories = []
+            for tree in (other, ROOT):
+                out = Path(scratch) / f"weights-{len(directories)}"
+                out.mkdir()
+                directories.append(out)
+                command = [sys.executable, str(Path(__file__).resolve()), commit, "--worker", str(out)]
+                command += ["--iterations", str(options.iterations), "--seed", str(options.seed)]
+                command += ["--learners", *options.learners]
+                # This file runs in both, but each on its own packages.
+                subprocess.run(command, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, check=True)
+            differences = compare(*directories)
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", str(other)], cwd=ROOT, check=True)
+    for name, values in differences.items():
+        print(f"{name:10} {verdict(values):14} {', '.join(f'{i}: {x:.1e}' for i, x in sorted(values.items()))}")
+    if options.json is not None:
+        result = {"base": commit, "iterations": options.iterations, "seed": options.seed, "differences": differences}
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 1 if any(verdict(values) == "different" for values in differences.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
