@@ -184,9 +184,12 @@ class CausalLMActorCritic(BasePolicy):
         :param actions: [N] token ids, N = B, or the number of true entries of ``action_mask`` (in row-major order).
         :param action_masks: [N, V], true (or 1) where a token was allowed.
         :return: values [N, 1], log-probabilities [N], entropies [N].
+        :raises ValueError: if the packed batch was compared with a reference of another distribution.
         """
         assert isinstance(obs, Mapping)
         if "action_mask" in obs:
+            if (measured := getattr(obs, "distribution", None)) is not None:
+                self.distribution.check_same(measured, "policy", "reference")
             input_ids, at = obs["input_ids"], packed_positions(obs)
         else:
             input_ids, at = share_prefixes(contexts_of(obs), self.lm.device)

@@ -1,12 +1,16 @@
 """Rollout storage: every token once.
 
-Transitions are appended as they come, from whichever rows are live, each with the number of its *segment*: an episode,
-or the rest of one that an n-step rollout cut (its context so far is then prefix without loss). Once the rollout is
-over, one stable sort lays the segments out one after the other; a minibatch is a packed batch of whole segments.
+An episode is one stream of tokens, some of which the policy chose. The others are context without loss: the prompt, a
+response that was begun before the rollout, the beginning of an episode that an n-step rollout cut, and whatever an
+environment writes between two actions. Tokens are appended as they come, from whichever rows are live, each with the
+number of its *segment*: an episode, or the rest of one that was cut. Once the rollout is over, one stable sort lays the
+segments out one after the other; a minibatch is a packed batch of whole segments.
 
 The buffer is a drop-in ``rollout_buffer_class`` for SB3's on-policy algorithms, and pays the KL penalty to both worlds:
 r_t = −β k(log π_old − log π_ref), plus the score on the last token. The estimator k is k1, the log-ratio itself, unless
 another is asked for.
+
+Notation: E segments, M tokens of all streams, N actions among them.
 """
 
 from __future__ import annotations
@@ -20,9 +24,10 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 
 from agents.models.contexts import contexts_of
+from agents.models.distribution import TokenDistribution
 from agents.models.reference import Reference
 from agents.objectives.advantages import gae
-from agents.objectives.kl import KL_ESTIMATORS, KLEstimator
+from agents.objectives.kl import KL_ESTIMATORS, FixedKL, KLController, KLEstimator
 
 # Tokens of one micro-batch through the reference, in inference only.
 REFERENCE_TOKENS = 2048
@@ -48,6 +53,18 @@ class EpisodeSamples(NamedTuple):
     advantages: torch.Tensor
     returns: torch.Tensor
     ref_log_prob: torch.Tensor
+
+
+class PackedObservations(dict[str, torch.Tensor]):
+    """The observations of a packed batch, which know what distribution its log-probabilities are of.
+
+    :param tensors: as in :class:`EpisodeSamples`.
+    :param distribution: the reference's, or None where there is no reference. A policy checks its own against it.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], distribution: TokenDistribution | None) -> None:
+        super().__init__(tensors)
+        self.distribution = distribution
 
 
 class _Column:
@@ -82,10 +99,11 @@ class EpisodeBuffer(RolloutBuffer):
     :param n_envs: rows.
     :param reference: the frozen model of the KL penalty, or None. A model's name stands for ``Reference.load(name)``;
         for a policy with a temperature, a minimum length or a constraint, give ``Reference.load(name, ...,
-        temperature=...)``.
-    :param kl_coef: β; a plain attribute, so that a controller may adapt it. 0 measures the KL and pays nothing.
+        temperature=...)``. A policy that learns from the buffer refuses a reference of another distribution.
+    :param kl_coef: β, or the controller that decides it after every rollout. 0 measures the KL and pays nothing.
     :param kl_estimator: k, the estimator of each token's KL that the reward pays for: ``"k1"``, ``"k2"`` or ``"k3"``
-        (see ``agents.objectives.losses``). Only k1 makes the policy gradient that of the KL (``docs/ppo.md``).
+        (see ``agents.objectives.kl``); None where the reward pays for none. Only k1 makes the policy gradient that of
+        the KL (``docs/ppo.md``).
     :raises ValueError: for another estimator.
     """
 
@@ -99,18 +117,27 @@ class EpisodeBuffer(RolloutBuffer):
         gamma: float = 1.0,
         n_envs: int = 1,
         reference: Reference | str | None = None,
-        kl_coef: float = 0.04,
-        kl_estimator: KLEstimator = "k1",
+        kl_coef: float | KLController = 0.04,
+        kl_estimator: KLEstimator | None = "k1",
     ) -> None:
-        if kl_estimator not in KL_ESTIMATORS:
+        if kl_estimator is not None and kl_estimator not in KL_ESTIMATORS:
             raise ValueError(f"Expected kl_estimator to be one of {sorted(KL_ESTIMATORS)}, got {kl_estimator!r}.")
         if isinstance(reference, str):
             assert isinstance(action_space, spaces.Discrete)
             reference = Reference.load(reference, n_tokens=int(action_space.n), device=device)
         self.reference = reference
-        self.kl_coef = kl_coef
+        self.kl: KLController = FixedKL(kl_coef) if isinstance(kl_coef, int | float) else kl_coef
         self.kl_estimator = kl_estimator
         super().__init__(buffer_size, observation_space, action_space, device, gae_lambda, gamma, n_envs)
+
+    @property
+    def kl_coef(self) -> float:
+        """β, as the controller has it now."""
+        return self.kl.coef
+
+    @kl_coef.setter
+    def kl_coef(self, coef: float) -> None:
+        self.kl.coef = coef
 
     # ---- filling --------------------------------------------------------------------------------------------------
 
@@ -119,10 +146,13 @@ class EpisodeBuffer(RolloutBuffer):
         self.full = False
         self._n_segments = 0
         self._open = np.full(self.n_envs, -1, dtype=np.int64)  # segment of each row, -1: none
-        self._prefixes: list[np.ndarray] = []
+        self._written = np.zeros(self.n_envs, dtype=np.int64)  # tokens of each row's stream so far
         self._prompt_lengths: list[int] = []
-        self._segment = _Column(np.int32)
-        self._tokens = _Column(np.int32)
+        self._stream = {
+            "segment": _Column(np.int32),
+            "token": _Column(np.int32),
+            "is_action": _Column(np.bool_),
+        }
         self._logged = {name: _Column(np.float32) for name in ("rewards", "values", "log_probs")}
         self._finalized = False
 
@@ -147,22 +177,65 @@ class EpisodeBuffer(RolloutBuffer):
         :param rows: int [B], which environment rows these are; by default all of them.
         """
         rows = np.arange(self.n_envs) if rows is None else rows
-        opening = np.asarray(episode_start, dtype=bool) | (self._open[rows] < 0)
-        if opening.any():
-            which = np.flatnonzero(opening)
-            input_ids, length, step = contexts_of({name: array[which] for name, array in obs.items()})
-            for i, row in enumerate(rows[which]):
-                self._open[row] = self._n_segments
-                self._prefixes.append(input_ids[i, : length[i]].astype(np.int32))
-                self._prompt_lengths.append(int(length[i] - step[i]))
-                self._n_segments += 1
-        self._segment.extend(self._open[rows])
-        self._tokens.extend(np.asarray(action).reshape(-1))
+        for row in rows[np.asarray(episode_start, dtype=bool) | (self._open[rows] < 0)]:
+            self._open[row] = self._n_segments
+            self._n_segments += 1
+            self._written[row] = 0
+        self._add_context(obs, rows)
+        self._extend_stream(self._open[rows], np.asarray(action).reshape(-1), True)
+        self._written[rows] += 1
         self._logged["rewards"].extend(reward)
         self._logged["values"].extend(_flat(value))
         self._logged["log_probs"].extend(_flat(log_prob))
         self.pos += 1
         self.full = self.pos == self.buffer_size
+
+    def _add_context(self, obs: Mapping[str, np.ndarray], rows: np.ndarray) -> None:
+        """Append what observations hold beyond their rows' streams: everything at first, as a rule nothing later."""
+        written = self._written[rows]
+        mask = obs["attention_mask"]
+        index = np.arange(len(rows))
+        if (shorter := (written > 0) & (mask[index, written - 1] == 0)).any():
+            raise ValueError(
+                f"Expected every context to go on from the one before it; those of rows {rows[shorter].tolist()} "
+                "became shorter, though no episode started there."
+            )
+        longer = np.flatnonzero((written < mask.shape[1]) & (mask[index, np.minimum(written, mask.shape[1] - 1)] != 0))
+        if len(longer) == 0:
+            return
+        input_ids, length, step = contexts_of({name: array[longer] for name, array in obs.items()})
+        for i, row in enumerate(rows[longer]):
+            if self._written[row] == 0:
+                self._prompt_lengths.append(int(length[i] - step[i]))
+            tokens = input_ids[i, self._written[row] : length[i]]
+            self._extend_stream(np.full(len(tokens), self._open[row]), tokens, False)
+        self._written[rows[longer]] = length
+
+    def _extend_stream(self, segment: np.ndarray, tokens: np.ndarray, is_action: bool) -> None:
+        self._stream["segment"].extend(segment)
+        self._stream["token"].extend(tokens)
+        self._stream["is_action"].extend(np.full(len(tokens), is_action))
+
+    def extend(self, other: EpisodeBuffer) -> None:
+        """Append the episodes of another buffer, as several collectors that share a rollout fill one each.
+
+        :param other: holds whole episodes, and is left as it is. Its first one becomes number ``n_episodes`` here.
+        :raises ValueError: if one of the two has been laid out already, or the other holds an episode that isn't over.
+        """
+        if self._finalized or other._finalized:
+            raise ValueError("Expected two buffers that are still being filled: extend before finalize().")
+        if (other._open >= 0).any():
+            raise ValueError(
+                f"Expected a buffer of whole episodes; those of rows {np.flatnonzero(other._open >= 0).tolist()} are "
+                "not over: close() them first."
+            )
+        for name, column in self._stream.items():
+            theirs = other._stream[name].array
+            column.extend(theirs + self._n_segments if name == "segment" else theirs)
+        for name, column in self._logged.items():
+            column.extend(other._logged[name].array)
+        self._prompt_lengths += other._prompt_lengths
+        self._n_segments += other._n_segments
 
     def close(self, row: int) -> int:
         """Say that a row's episode is over.
@@ -179,14 +252,19 @@ class EpisodeBuffer(RolloutBuffer):
         """Sort by segment, ask the reference, pay the KL penalty."""
         if self._finalized:
             return
-        order = np.argsort(self._segment.array, kind="stable")
-        self.actions = self._tokens.array[order]
+        segment, tokens, is_action = (column.array for column in self._stream.values())
+        order = np.argsort(segment, kind="stable")
+        self.tokens, self.is_action = tokens[order], is_action[order]  # [M]
+        self._stream_starts = np.concatenate([[0], np.cumsum(np.bincount(segment, minlength=self._n_segments))])
+        segment = segment[is_action]  # of the N actions
+        order = np.argsort(segment, kind="stable")
+        self.actions = self.tokens[self.is_action]
         self.values = self._logged["values"].array[order]
         self.log_probs = self._logged["log_probs"].array[order]
         self.rewards = self._logged["rewards"].array[order]  # the environment's; shaped below
-        self.lengths = np.bincount(self._segment.array, minlength=self._n_segments)
+        self.lengths = np.bincount(segment, minlength=self._n_segments)
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
-        del self._segment, self._tokens, self._logged
+        del self._stream, self._logged
         self._finalized = True
         self.advantages = np.zeros_like(self.rewards)
         self.returns = np.zeros_like(self.rewards)
@@ -202,7 +280,8 @@ class EpisodeBuffer(RolloutBuffer):
                     "The reference gives probability 0 to a token that the policy sampled, so the KL is infinite. "
                     "Expected policy and reference under the same constraint, a pure function of contexts."
                 )
-            self.rewards = self.rewards - self.kl_coef * self.token_kl(self.kl_estimator)
+            if self.kl_estimator is not None:
+                self.rewards = self.rewards - self.kl_coef * self.token_kl(self.kl_estimator)
 
     def token_kl(self, estimator: KLEstimator) -> np.ndarray:
         """
@@ -225,16 +304,10 @@ class EpisodeBuffer(RolloutBuffer):
     @property
     def nbytes(self) -> int:
         """Bytes that the stored rollout takes."""
-        arrays = (
-            self.actions,
-            self.values,
-            self.log_probs,
-            self.rewards,
-            self.advantages,
-            self.returns,
-            self.log_ratio,
-        )
-        return sum(a.nbytes for a in (*arrays, self.lengths, self.starts, *self._prefixes))
+        streams = (self.tokens, self.is_action, self._stream_starts)
+        logged = (self.actions, self.values, self.log_probs, self.rewards, self.lengths, self.starts)
+        derived = (self.advantages, self.returns, self.log_ratio)
+        return sum(array.nbytes for array in (*streams, *logged, *derived))
 
     @property
     def mask(self) -> np.ndarray:
@@ -286,22 +359,24 @@ class EpisodeBuffer(RolloutBuffer):
         :param episodes: int [E], which ones, in this order.
         :return: their packed batch, on the buffer's device.
         """
-        prefixes = [self._prefixes[e] for e in episodes]
-        prefix_length = np.array([len(p) for p in prefixes])
-        lengths = self.lengths[episodes]
-        total = prefix_length + lengths - 1  # the last action is followed by nothing
-        columns = np.arange(total.max())
-        index = self._token_index(episodes)
-        input_ids = np.repeat([[p[0]] for p in prefixes], len(columns), axis=1).astype(np.int64)
-        input_ids[columns < prefix_length[:, None]] = np.concatenate(prefixes)
-        is_input = np.ones(len(index), dtype=bool)
-        is_input[np.cumsum(lengths) - 1] = False
-        input_ids[(columns >= prefix_length[:, None]) & (columns < total[:, None])] = self.actions[index][is_input]
-        action_mask = (columns >= prefix_length[:, None] - 1) & (columns < total[:, None])
+        size = self._stream_lengths[episodes] - 1  # the last action is followed by nothing
+        columns = np.arange(size.max())
+        real = columns < size[:, None]  # [E, T]
+        first = self._stream_starts[episodes]
+        stream = np.concatenate([np.arange(start, start + n) for start, n in zip(first, size, strict=True)])
+        # Padding repeats the first token, where causal attention never looks.
+        input_ids = np.repeat(self.tokens[first][:, None], len(columns), axis=1).astype(np.int64)
+        input_ids[real] = self.tokens[stream]
+        action_mask = np.zeros(real.shape, dtype=bool)
+        action_mask[real] = self.is_action[stream + 1]
         prompt_length = np.array([[self._prompt_lengths[e]] for e in episodes])
         tensors = {"input_ids": input_ids, "action_mask": action_mask, "prompt_length": prompt_length}
+        index = self._token_index(episodes)
         return EpisodeSamples(
-            {name: self.to_torch(array) for name, array in tensors.items()},
+            PackedObservations(
+                {name: self.to_torch(array) for name, array in tensors.items()},
+                getattr(self.reference, "distribution", None),
+            ),
             self.to_torch(self.actions[index].astype(np.int64)),
             self.to_torch(self.values[index]),
             self.to_torch(self.log_probs[index]),
@@ -317,7 +392,7 @@ class EpisodeBuffer(RolloutBuffer):
         :param max_tokens: budget; an episode that is longer goes alone.
         :return: the parts; together they hold every episode once.
         """
-        size = np.array([len(self._prefixes[e]) for e in episodes]) + self.lengths[episodes]
+        size = self._stream_lengths[episodes]
         order = np.argsort(-size, kind="stable")
         start = 0
         while start < len(order):
@@ -340,8 +415,14 @@ class EpisodeBuffer(RolloutBuffer):
         for part in np.split(order, np.flatnonzero(np.diff(number)) + 1):
             yield self.pack(part)
 
+    @property
+    def _stream_lengths(self) -> np.ndarray:
+        """int64 [E], tokens of each stream."""
+        lengths: np.ndarray = np.diff(self._stream_starts)
+        return lengths
+
     def _token_index(self, episodes: np.ndarray) -> np.ndarray:
-        """Where the tokens of these episodes are in the flat arrays."""
+        """Where the actions of these segments are in the flat arrays."""
         return np.concatenate([np.arange(self.starts[e], self.starts[e + 1]) for e in episodes])
 
 
