@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,12 @@ from learners import (
     plain_value,
     weights_of,
 )
+from peft.tuners.lora import LoraLayer
 from tiny import KINDS
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from agents.policies.causal_lm_policy import CausalLMPolicy
@@ -47,15 +53,23 @@ class Stream:
         self.prompt_lengths[row] = length
         self.contexts[row] = [int(t) for t in np.random.default_rng(length).integers(2, V, length)]
 
+    def branch(self, row: int) -> None:
+        """Go on from somewhere within what another row has written, as values are estimated by continuations."""
+        other = int(self.random.integers(len(self.contexts)))
+        length = int(self.random.integers(self.prompt_lengths[other], len(self.contexts[other]) + 1))
+        self.prompt_lengths[row] = self.prompt_lengths[other]
+        self.contexts[row] = [*self.contexts[other][:length], int(self.random.integers(2, V))]
+
     def grow(self) -> None:
         for row, context in enumerate(self.contexts):
             ended = context[-1] == EOS and len(context) > self.prompt_lengths[row]
-            if ended or len(context) >= WIDTH - 1 or self.random.random() < 0.05:
-                self.restart(row)
-            else:
+            if ended or len(context) >= WIDTH - 4 or self.random.random() < 0.05:
+                self.branch(row) if self.random.random() < 0.5 else self.restart(row)
+            # As a rule one token; more where an environment writes some of its own.
+            for _ in range(int(self.random.integers(2, 5)) if self.random.random() < 0.1 else 1):
                 # EOS anywhere; otherwise one of few tokens, so that rows coincide for a while.
                 token = EOS if self.random.random() < 0.1 else int(self.random.integers(2, 5))
-                context.append(token)
+                self.contexts[row].append(token)
 
 
 def check(policy: CausalLMPolicy, contexts: list[list[int]], prompt_lengths: list[int], tolerance: float) -> None:
@@ -165,12 +179,50 @@ def reassign_data(policy: CausalLMPolicy) -> Callable[[], None]:
     return reassign
 
 
-def load_state_dict(policy: CausalLMPolicy) -> Callable[[], None]:
+def reassign_data_twice(policy: CausalLMPolicy) -> Callable[[], None]:
+    """The second contents may come to lie where the first ones lay, which then are the memo's no longer."""
+
+    def reassign() -> None:
+        for parameter in policy.lm.parameters():
+            changed = parameter.data + torch.randn_like(parameter) * 0.01
+            parameter.data = torch.zeros_like(parameter)
+            parameter.data = changed.clone()
+
+    return reassign
+
+
+def load_state_dict(policy: CausalLMPolicy, assign: bool = False) -> Callable[[], None]:
     def load() -> None:
-        state = policy.state_dict()
-        policy.load_state_dict({name: tensor + torch.randn_like(tensor) * 0.01 for name, tensor in state.items()})
+        state = {name: tensor + torch.randn_like(tensor) * 0.01 for name, tensor in policy.state_dict().items()}
+        policy.load_state_dict(state, assign=assign)
 
     return load
+
+
+def assign_state_dict(policy: CausalLMPolicy) -> Callable[[], None]:
+    """Every parameter is another object afterwards."""
+    return load_state_dict(policy, assign=True)
+
+
+def exchange_a_layer(policy: CausalLMPolicy) -> Callable[[], None]:
+    @torch.no_grad()
+    def exchange() -> None:
+        layers = policy.lm.backbone.h if hasattr(policy.lm.backbone, "h") else policy.lm.backbone.layers
+        layers[0] = copy.deepcopy(layers[0])
+        for parameter in layers[0].parameters():
+            parameter.data.add_(torch.randn_like(parameter) * 0.01)  # unseen: the layer itself must be what is noticed
+
+    return exchange
+
+
+def resize_embeddings(policy: CausalLMPolicy) -> Callable[[], None]:
+    @torch.no_grad()
+    def resize() -> None:
+        model = policy.lm.model
+        embeddings = model.resize_token_embeddings(model.get_input_embeddings().num_embeddings + 1)
+        embeddings.weight.data.add_(torch.randn_like(embeddings.weight) * 0.01)
+
+    return resize
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -185,9 +237,16 @@ def load_state_dict(policy: CausalLMPolicy) -> Callable[[], None]:
         (optimizer_step, {"separate_critic": True, "optimizer_kwargs": {"fused": True}}),
         (copy_in_place, {}),
         (reassign_data, {}),
+        (reassign_data_twice, {}),
         (load_state_dict, {}),
+        (assign_state_dict, {}),
+        (exchange_a_layer, {}),
+        (resize_embeddings, {}),
     ],
-    ids=["adam", "fused adam", "foreach adam", "rmsprop", "fused lora", "fused critic", "copy_", "reassign", "load"],
+    ids=[
+        *("adam", "fused adam", "foreach adam", "rmsprop", "fused lora", "fused critic", "copy_", "reassign"),
+        *("reassign twice", "load", "assign", "exchange", "resize"),
+    ],
 )
 def test_any_weight_change_empties_the_memo(kind: str, change: Any, optimizer: dict[str, Any]) -> None:
     policy = make_policy(make_env(), kind, **optimizer)
@@ -220,6 +279,69 @@ def test_steps_of_an_optimizer_of_ones_own_empty_the_memo_too() -> None:
             parameter.grad = torch.randn_like(parameter)
         own.step()
     check(policy, [[5, 6, 7]], [1], 1e-5)
+
+
+def distribution_after(policy: CausalLMPolicy, context: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return policy.get_distribution(observation_of([context], [1], WIDTH)).distribution.logits[0].double()
+
+
+def test_an_adapter_that_is_switched_scaled_or_merged_empties_the_memo() -> None:
+    policy = make_policy(make_env(), lora=LORA)
+    assert policy.lm.adapter is not None
+    wrapper, context = policy.lm.adapter.wrapper, [5, 6, 7]
+    layers = [module for module in policy.lm.modules() if isinstance(module, LoraLayer)]
+    adapted = distribution_after(policy, context)
+    seen = [adapted]
+
+    def look() -> None:
+        check(policy, [context], [1], 1e-5)
+        seen.append(distribution_after(policy, context))
+
+    with wrapper.disable_adapter():
+        look()
+    look()
+    assert seen[-1].equal(adapted)
+    for layer in layers:
+        layer.set_scale("default", 3.0)
+    look()
+    wrapper.merge_adapter()
+    look()
+    wrapper.unmerge_adapter()
+    for layer in layers:
+        layer.set_scale("default", 1.0)
+    wrapper.add_adapter("other", wrapper.peft_config["default"])
+    wrapper.set_adapter("other")
+    look()
+    differences = [float((x - y).abs().max()) for x, y in itertools.pairwise(seen)]
+    assert [difference > 1e-2 for difference in differences] == [True, True, True, False, True], differences
+
+
+def test_what_was_read_under_an_autocast_is_not_remembered_beyond_it() -> None:
+    policy, context = make_policy(make_env(), "llama"), [5, 6, 7]
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = distribution_after(policy, context)
+    check(policy, [context], [1], 1e-5)
+    assert float((rough - distribution_after(policy, context)).abs().max()) > 1e-4
+
+
+def test_sharded_weights_are_watched_too() -> None:
+    policy, context = make_policy(make_env(), "llama"), [5, 6, 7]
+    whole = distribution_after(policy, context)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(policy.lm.backbone, mesh=init_device_mesh("cpu", (1,)))
+        assert all(isinstance(parameter, DTensor) for parameter in policy.lm.backbone.parameters())
+        torch.testing.assert_close(distribution_after(policy, context), whole)
+        with torch.no_grad():
+            for parameter in policy.lm.backbone.parameters():
+                parameter.mul_(1.1)
+        changed = distribution_after(policy, context)
+        assert float((changed - whole).abs().max()) > 1e-2
+        policy.clear_cache()
+        torch.testing.assert_close(distribution_after(policy, context), changed)
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_opening_training_empties_the_memo_and_predicting_does_not() -> None:
@@ -277,6 +399,56 @@ def test_a_call_pays_for_the_tokens_that_it_has_not_seen(kind: str) -> None:
         assert sorted(shapes[7:]) == [(1, 1), (1, 2)]
         policy.forward(observation_of([[*contexts[0], 3, 3]], [3], WIDTH))  # the second row has left
         assert shapes[9:] == [(1, 1)]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_row_that_grew_by_several_tokens_pays_for_those(kind: str) -> None:
+    policy = make_policy(make_env(), kind)
+    first, second = [5, 6, 7, 8, 9, 10], [9, 8, 7, 6]
+    with counted_forwards(policy.lm.backbone) as shapes, torch.no_grad():
+        policy.forward(observation_of([first, second], [1, 1], WIDTH))
+        first = [*first, 11, 12, 13]
+        policy.forward(observation_of([first, second], [1, 1], WIDTH))
+        assert shapes == [(2, 6), (1, 3)]
+        policy.forward(observation_of([[*first, 14], [*second, 5, 5]], [1, 1], WIDTH))
+        assert sorted(shapes[2:]) == [(1, 2), (2, 1)]
+    check(policy, [[*first, 14, 15], [*second, 5, 5, 4]], [1, 1], 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_groups_prompt_is_read_once(kind: str) -> None:
+    policy = make_policy(make_env(), kind)
+    prompt, other = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [4, 4]
+    with counted_forwards(policy.lm.backbone) as shapes, torch.no_grad():
+        policy.forward(observation_of([prompt, prompt, prompt, other], [10, 10, 10, 2], WIDTH))
+        assert shapes == [(2, 10)]
+        # A row that starts later, with the others already further on, reads the last token alone.
+        contexts = [[*prompt, 3], [*prompt, 2], [*prompt, 3], prompt]
+        policy.forward(observation_of(contexts, [10] * 4, WIDTH))
+        assert sorted(shapes[1:]) == [(1, 1), (3, 1)]
+    check(policy, [[*context, 7] for context in contexts], [10] * 4, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_branches_in_mid_response_read_what_is_their_own(kind: str) -> None:
+    policy = make_policy(make_env(), kind)
+    trunk = [5, 6, 7, 8, 9, 10, 11, 12]
+    with counted_forwards(policy.lm.backbone) as shapes, torch.no_grad():
+        policy.forward(observation_of([trunk], [3], WIDTH))
+        branches = [[*trunk, 3], [*trunk, 2], [*trunk[:6], 4, 4]]
+        policy.forward(observation_of(branches, [3] * 3, WIDTH))
+        assert shapes[1:] == [(3, 2)]  # one token or two, on top of copies of the trunk
+    check(policy, [[*branch, 7] for branch in branches], [3] * 3, 1e-5)
+
+
+def test_contexts_that_all_begin_alike_have_their_beginning_read_once() -> None:
+    policy = make_policy(make_env())
+    system = [5, 6, 7, 8, 9, 10, 11, 12]
+    contexts = [[*system, 3, 3], [*system, 4], [*system, 5, 6, 7]]
+    with counted_forwards(policy.lm.backbone) as shapes, torch.no_grad():
+        policy.forward(observation_of(contexts, [10, 9, 11], WIDTH))
+    assert shapes == [(1, 8), (3, 3)]
+    check(policy, contexts, [10, 9, 11], 1e-5)
 
 
 def test_a_rollout_goes_on_where_it_was_after_an_evaluation_of_another_batch_size() -> None:
