@@ -183,7 +183,9 @@ def algorithm_named(name: str) -> type[OnPolicyAlgorithm]:
             "policy."
         )
     if not (isinstance(found, type) and issubclass(found, OnPolicyAlgorithm)):
-        raise ValueError(f"Expected {name!r} to be a subclass of agents.algorithms.on_policy.OnPolicyAlgorithm, got {found!r}.")
+        raise ValueError(
+            f"Expected {name!r} to be a subclass of agents.algorithms.on_policy.OnPolicyAlgorithm, got {found!r}."
+        )
     return found
 
 
