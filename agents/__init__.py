@@ -1,6 +1,7 @@
 """The learners: a Hugging Face causal language model as an SB3 policy, and algorithms that train it."""
 
 from agents.algorithms.a2c import A2C
+from agents.algorithms.engine import Engine
 from agents.algorithms.grpo import GRPO
 from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.algorithms.ppo import PPO
@@ -23,6 +24,7 @@ __all__ = [
     "RLOO",
     "AdaptiveKL",
     "CausalLMPolicy",
+    "Engine",
     "EpisodeBuffer",
     "EpisodeSamples",
     "FixedKL",

@@ -20,12 +20,12 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
-from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
+from agents.algorithms.engine import Engine
 from agents.algorithms.progress_bar import ProgressBar
 from agents.models.reference import Reference
-from agents.objectives.advantages import whiten
+from agents.objectives.advantages import variance, whiten
 from agents.objectives.kl import AdaptiveKL, FixedKL, KLController, KLEstimator
 from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.collector import Interrupted, collect_episodes
@@ -74,6 +74,8 @@ class OnPolicyAlgorithm(BaseAlgorithm):
     default_group_size: ClassVar[int] = 1
     # False: the loss has a KL term of its own, so the reward has none.
     kl_in_reward: ClassVar[bool] = True
+    # How gradients are applied, and what several processes agree on.
+    engine_class: ClassVar[type[Engine]] = Engine
     # Numbers that change while training, besides SB3's counters; a checkpoint holds them.
     state_attributes: ClassVar[tuple[str, ...]] = ()
 
@@ -155,6 +157,7 @@ class OnPolicyAlgorithm(BaseAlgorithm):
         policy_kwargs = {**known, **self.policy_kwargs}
         self.policy = self.policy_class(self.observation_space, self.action_space, self.lr_schedule, **policy_kwargs)  # type: ignore[assignment]
         self.policy.to(self.device)
+        self.engine = self.engine_class(self.policy)
         if self.reference is None:
             self.reference = Reference.of(self.policy)
         self.buffer = EpisodeBuffer(
@@ -251,16 +254,17 @@ class OnPolicyAlgorithm(BaseAlgorithm):
             # The last rollout overshoots; a schedule should not be asked about negative progress.
             self._current_progress_remaining = max(0.0, self._current_progress_remaining)
             self.train()
-            self.kl.update(float(self.buffer.episode_sums(self.buffer.log_ratio).mean()))
+            self.kl.update(self.engine.mean(self.buffer.episode_sums(self.buffer.log_ratio)))
             if log_interval and iteration % log_interval == 0:
                 self._dump_logs(iteration)
 
     def collect_rollouts(self, callback: BaseCallback) -> bool:
         """Fill the buffer with whole episodes and estimate their advantages.
 
-        :return: False if the callback stopped the training.
+        :return: False if the callback stopped the training, in this process or in another.
         """
         self.policy.set_training_mode(False)
+        before = self.num_timesteps
         callback.on_rollout_start()
 
         def on_step(n_tokens: int, infos: dict[str, Any]) -> bool:
@@ -269,11 +273,17 @@ class OnPolicyAlgorithm(BaseAlgorithm):
             return callback.on_step()
 
         start = time.perf_counter()
+        episodes = []
         try:
             episodes = collect_episodes(self.policy, self.vector_env, self.n_episodes, self.buffer, on_step=on_step)
+            interrupted = False
         except Interrupted:
-            return False
+            interrupted = True
         seconds = time.perf_counter() - start
+        # During the rollout a process counts its own tokens; here all of them come to the same count.
+        self.num_timesteps = before + int(self.engine.total(self.num_timesteps - before))
+        if self.engine.total(interrupted):
+            return False
         self.policy.clear_cache()  # the update will empty it anyway; the reference can use the memory
         buffer = self.buffer
         buffer.kl_coef = self.kl.coef if self.kl_in_reward else 0.0
@@ -292,13 +302,13 @@ class OnPolicyAlgorithm(BaseAlgorithm):
         """As the algorithm estimates them, whitened if that was asked for."""
         self.estimate(buffer)
         if self.normalize_advantage:
-            buffer.advantages = whiten(buffer.advantages).astype(np.float32)
+            buffer.advantages = whiten(buffer.advantages, self.engine.mean).astype(np.float32)
 
     def train(self) -> None:
         """Epochs of minibatches of episodes; the gradient is that of the whole minibatch, however it is split."""
-        buffer, optimizer = self.buffer, self.policy.optimizer
+        buffer = self.buffer
         self.policy.set_training_mode(True)
-        self._update_learning_rate(optimizer)
+        self._update_learning_rate(self.policy.optimizer)
         start = time.perf_counter()
         history: dict[str, list[float]] = defaultdict(list)
         stopped, used = False, 0
@@ -307,28 +317,23 @@ class OnPolicyAlgorithm(BaseAlgorithm):
             for minibatch in np.split(order, range(self.batch_size, self.n_episodes, self.batch_size)):
                 used += int(buffer.lengths[minibatch].sum())
                 means = self._backward(minibatch)
-                means["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(self._trainable(), self.max_grad_norm))
+                means["grad_norm"] = self.engine.clip(self.max_grad_norm)
                 for name, value in means.items():
                     history[name].append(value)
                 stopped = self.stop_early(means)
                 if stopped:
                     break
-                if not math.isfinite(means["grad_norm"]):
-                    raise FloatingPointError(
-                        f"The gradient's norm is {means['grad_norm']}; the weights are as before this step. Expected a "
-                        "finite one: try a lower learning rate, or a dtype of higher precision."
-                    )
-                optimizer.step()
+                self.engine.step()
             if stopped:
                 break
             self._n_updates += 1
         for name, values in history.items():
             self.logger.record(f"train/{name}", float(np.mean(values)))
         seconds = time.perf_counter() - start
-        self.logger.record("time/update_tokens_per_second", used / seconds)
+        self.logger.record("time/update_tokens_per_second", self.engine.total(used) / seconds)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if "value_loss" in history:
-            self.logger.record("train/explained_variance", explained_variance(buffer.values, buffer.returns))
+            self.logger.record("train/explained_variance", self._explained_variance())
 
     def _backward(self, minibatch: np.ndarray) -> dict[str, float]:
         """Leave the gradient of the minibatch's mean loss in the parameters.
@@ -338,22 +343,26 @@ class OnPolicyAlgorithm(BaseAlgorithm):
         """
         lengths = self.buffer.lengths
         weights = self.token_weights(lengths)
-        total_weight = float((weights * lengths)[minibatch].sum())
-        self.policy.optimizer.zero_grad()
+        total_weight = self.engine.total((weights * lengths)[minibatch].sum())
+        self.engine.zero_grad()
         means: dict[str, float] = defaultdict(float)
-        for part in self.buffer.batches(minibatch, self.micro_batch_tokens):
+        parts = self.engine.micro_batches(list(self.buffer.batches(minibatch, self.micro_batch_tokens)))
+        for number, (part, factor) in enumerate(parts, 1):
             samples = self.buffer.pack(part)
             values, log_prob, entropy = self.policy.evaluate_actions(samples.observations, samples.actions)
             assert entropy is not None
             loss, logged = self.loss(samples, values.flatten(), log_prob, entropy)
-            weight = torch.from_numpy(np.repeat(weights[part], lengths[part])).to(loss)
-            ((weight * loss).sum() / total_weight).backward()
+            weight = torch.from_numpy(factor * np.repeat(weights[part], lengths[part])).to(loss)
+            self.engine.backward((weight * loss).sum() / total_weight, last=number == len(parts))
             for name, per_token in {"loss": loss, **logged}.items():
                 means[name] += float((weight * per_token.detach()).sum()) / total_weight
-        return dict(means)
+        return {name: self.engine.total(mean) for name, mean in means.items()}
 
-    def _trainable(self) -> list[torch.nn.Parameter]:
-        return [p for group in self.policy.optimizer.param_groups for p in group["params"]]
+    def _explained_variance(self) -> float:
+        """The share of the returns' variance that the critic foresaw; not a number where they have none."""
+        buffer, mean = self.buffer, self.engine.mean
+        spread = variance(buffer.returns, mean)
+        return float(1 - variance(buffer.returns - buffer.values, mean) / spread) if spread else math.nan
 
     def _log_rollout(self, episodes: list[dict[str, Any]], cut: np.ndarray, seconds: float) -> None:
         buffer = self.buffer
@@ -362,28 +371,28 @@ class OnPolicyAlgorithm(BaseAlgorithm):
         assert self.ep_info_buffer is not None
         elapsed = (time.time_ns() - self.start_time) / 1e9
         self.ep_info_buffer.extend({"r": e["score"], "l": e["length"], "t": elapsed} for e in episodes)
-        record = self.logger.record
-        record("objective/scores", float(scores.mean()))
-        record("objective/scores_std", float(scores.std()))
-        record("objective/kl", float(kl.mean()))
-        record("objective/kl_k2", float(buffer.episode_sums(buffer.token_kl("k2")).mean()))
-        record("objective/kl_k3", float(buffer.episode_sums(buffer.token_kl("k3")).mean()))
+        record, mean = self.logger.record, self.engine.mean
+        record("objective/scores", mean(scores))
+        record("objective/scores_std", math.sqrt(variance(scores, mean)))
+        record("objective/kl", mean(kl))
+        record("objective/kl_k2", mean(buffer.episode_sums(buffer.token_kl("k2"))))
+        record("objective/kl_k3", mean(buffer.episode_sums(buffer.token_kl("k3"))))
         record("objective/kl_coef", self.kl.coef)
-        record("objective/rlhf_reward", float(buffer.episode_sums(buffer.rewards).mean()))
-        record("objective/entropy", float(-buffer.log_probs.mean()))
+        record("objective/rlhf_reward", mean(buffer.episode_sums(buffer.rewards)))
+        record("objective/entropy", -mean(buffer.log_probs))
         named = {k for k, v in episodes[0].items() if isinstance(v, float | np.floating) and k != "score"}
         for name in sorted(named):
-            record(f"objective/{name}", float(np.mean([episode[name] for episode in episodes])))
-        record("completions/mean_length", float(buffer.lengths.mean()))
-        record("completions/clipped_ratio", float(cut.mean()))
-        record("time/tokens_per_second", buffer.n_tokens / seconds)
+            record(f"objective/{name}", mean(np.array([episode[name] for episode in episodes])))
+        record("completions/mean_length", mean(buffer.lengths))
+        record("completions/clipped_ratio", mean(cut))
+        record("time/tokens_per_second", self.engine.total(buffer.n_tokens) / seconds)
 
     def _dump_logs(self, iteration: int) -> None:
         assert self.ep_info_buffer is not None
         elapsed = max((time.time_ns() - self.start_time) / 1e9, 1e-9)
         record = self.logger.record
-        record("rollout/ep_rew_mean", float(np.mean([info["r"] for info in self.ep_info_buffer])))
-        record("rollout/ep_len_mean", float(np.mean([info["l"] for info in self.ep_info_buffer])))
+        record("rollout/ep_rew_mean", self.engine.mean(np.array([info["r"] for info in self.ep_info_buffer])))
+        record("rollout/ep_len_mean", self.engine.mean(np.array([info["l"] for info in self.ep_info_buffer])))
         record("time/iterations", iteration, exclude="tensorboard")
         record("time/fps", int((self.num_timesteps - self._num_timesteps_at_start) / elapsed))
         record("time/time_elapsed", elapsed, exclude="tensorboard")
