@@ -15,6 +15,7 @@ from agents.policies.maskable import MaskableCausalLMPolicy
 from agents.policies.token_features import TokenFeatures
 from agents.rollouts.episode_buffer import EpisodeBuffer, EpisodeSamples
 from agents.rollouts.sb3_vec_env import TextVecEnv, make_vec_env
+from agents.state.schedules import LearningRate
 
 __all__ = [
     "A2C",
@@ -28,6 +29,7 @@ __all__ = [
     "EpisodeBuffer",
     "EpisodeSamples",
     "FixedKL",
+    "LearningRate",
     "MaskableCausalLMPolicy",
     "OnPolicyAlgorithm",
     "Reference",

@@ -42,7 +42,8 @@ class OnPolicyAlgorithm(BaseAlgorithm):
 
     :param policy: ``"CausalLMPolicy"`` or a class that takes packed batches of episodes.
     :param env: a registered name, a ``TextVectorEnv``, or the SB3 environment that ``make_vec_env`` returns.
-    :param learning_rate: or a function of the remaining progress (1 → 0).
+    :param learning_rate: a number, a ``LearningRate`` or another function of the remaining progress (1 → 0), which a
+        checkpoint can't hold.
     :param n_episodes: episodes of a rollout; all are started and finished under one set of weights.
     :param batch_size: *episodes* of a minibatch; None: all of the rollout.
     :param n_epochs: passes over a rollout. All steps but the first are off-policy, for which PPO's and GRPO's ratio
