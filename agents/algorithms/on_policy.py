@@ -16,7 +16,6 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
@@ -24,6 +23,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from agents.algorithms.engine import Engine
 from agents.algorithms.progress_bar import ProgressBar
+from agents.algorithms.resumable import Resumable
 from agents.models.reference import Reference
 from agents.objectives.advantages import variance, whiten
 from agents.objectives.kl import AdaptiveKL, FixedKL, KLController, KLEstimator
@@ -31,13 +31,12 @@ from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.collector import Interrupted, collect_episodes
 from agents.rollouts.episode_buffer import EpisodeBuffer, EpisodeSamples
 from agents.rollouts.sb3_vec_env import TextVecEnv, make_vec_env
-from agents.state import checkpoint
 from text_env.vector_env import TextVectorEnv
 
 MAX_ROWS = 64  # of an environment that is given by name
 
 
-class OnPolicyAlgorithm(BaseAlgorithm):
+class OnPolicyAlgorithm(Resumable):
     """What PPO, A2C, REINFORCE and their kin have in common.
 
     :param policy: ``"CausalLMPolicy"`` or a class that takes packed batches of episodes.
@@ -69,7 +68,6 @@ class OnPolicyAlgorithm(BaseAlgorithm):
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"CausalLMPolicy": CausalLMPolicy}
-    policy: CausalLMPolicy
 
     # More than 1: episodes are compared with others of the same prompt, and an environment given by name is made so.
     default_group_size: ClassVar[int] = 1
@@ -77,8 +75,6 @@ class OnPolicyAlgorithm(BaseAlgorithm):
     kl_in_reward: ClassVar[bool] = True
     # How gradients are applied, and what several processes agree on.
     engine_class: ClassVar[type[Engine]] = Engine
-    # Numbers that change while training, besides SB3's counters; a checkpoint holds them.
-    state_attributes: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -175,8 +171,7 @@ class OnPolicyAlgorithm(BaseAlgorithm):
     @property
     def vector_env(self) -> TextVectorEnv:
         """The environment below the SB3 adapter; our loop drives it directly."""
-        assert isinstance(self.env, TextVecEnv)
-        return self.env.vector_env
+        return self._text_env.vector_env
 
     # ---- what is an algorithm's own -------------------------------------------------------------------------------
 
@@ -399,26 +394,6 @@ class OnPolicyAlgorithm(BaseAlgorithm):
         record("time/time_elapsed", elapsed, exclude="tensorboard")
         record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
         self.logger.dump(step=self.num_timesteps)
-
-    # ---- saving ---------------------------------------------------------------------------------------------------
-
-    def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
-        """Write a directory of safetensors and JSON; nothing in it runs code on load.
-
-        :param path: the directory; a ``.zip`` ending, as SB3's callbacks add it, is dropped.
-        """
-        checkpoint.save(self, path)
-
-    @classmethod
-    def load(cls, path: Any, env: Any = None, device: Any = "auto", **kwargs: Any) -> Self:  # type: ignore[override]
-        """Load what :meth:`save` wrote.
-
-        :param path: the directory.
-        :param env: as for the constructor; needed.
-        :param kwargs: the constructor's
-            arguments that should differ from the saved ones.
-        """
-        return checkpoint.load(cls, path, env, device, **kwargs)
 
 
 def _as_vec_env(env: str | VecEnv | TextVectorEnv, n_episodes: int, group_size: int) -> TextVecEnv:
