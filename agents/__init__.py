@@ -1,6 +1,7 @@
 """The learners: a Hugging Face causal language model as an SB3 policy, and algorithms that train it."""
 
 from agents.algorithms.a2c import A2C
+from agents.algorithms.engine import Engine
 from agents.algorithms.grpo import GRPO
 from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.algorithms.ppo import PPO
@@ -16,6 +17,7 @@ from agents.policies.token_features import TokenFeatures
 from agents.policies.trpo import TRPOCausalLMPolicy
 from agents.rollouts.episode_buffer import EpisodeBuffer, EpisodeSamples
 from agents.rollouts.sb3_vec_env import TextVecEnv, make_vec_env
+from agents.state.schedules import LearningRate
 
 __all__ = [
     "A2C",
@@ -25,9 +27,11 @@ __all__ = [
     "RLOO",
     "AdaptiveKL",
     "CausalLMPolicy",
+    "Engine",
     "EpisodeBuffer",
     "EpisodeSamples",
     "FixedKL",
+    "LearningRate",
     "MaskableCausalLMPolicy",
     "OnPolicyAlgorithm",
     "Reference",

@@ -19,6 +19,7 @@ from agents.algorithms.ppo import PPO
 from agents.cli import EvaluateConfig, main, run_of
 from agents.policies.causal_lm_policy import load_policy
 from agents.runs.config import EnvConfig, TrainConfig, algorithm_named, dump_config, load_config
+from agents.state.schedules import LearningRate
 
 TINY = ["--max-new-tokens", "6", "--n-episodes", "8", "--batch-size", "4", "--n-epochs", "1", "--device", "cpu"]
 
@@ -491,10 +492,11 @@ def test_a_training_that_fails_keeps_its_last_checkpoint_which_goes_on(
 ) -> None:
     fails_later.calls = 0  # type: ignore[attr-defined]
     options = ["--reward", "test_cli:fails_later", "--total-timesteps", "5000", "--checkpoint-every", "1"]
-    assert run.train(tmp_path / "run", *options, "--learning-rate", "3e-3", "--lr-schedule", "constant") == 1
+    assert run.train(tmp_path / "run", *options, "--learning-rate", "3e-3", "--lr-warmup", "0.1") == 1
     assert "the judge has left" in capsys.readouterr().out
     env = EnvConfig(prompts=run.prompts, reward="learners:even_tokens", max_new_tokens=6).make(8, run.model)
-    model = PPO.load(tmp_path / "run" / "checkpoint", env=env, learning_rate=3e-3)
+    model = PPO.load(tmp_path / "run" / "checkpoint", env=env)
+    assert model.learning_rate == LearningRate(3e-3, "linear", warmup=0.1)
     tokens = model.num_timesteps
     rows = list(csv.DictReader((tmp_path / "run" / "progress.csv").read_text().splitlines()))
     assert str(tokens) == rows[-1]["time/total_timesteps"]  # of the last iteration that was finished

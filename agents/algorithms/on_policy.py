@@ -16,33 +16,34 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
-from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
+from agents.algorithms.engine import Engine
 from agents.algorithms.progress_bar import ProgressBar
+from agents.algorithms.resumable import Resumable
+from agents.models.pretrained import check_tokenizers
 from agents.models.reference import Reference
-from agents.objectives.advantages import whiten
+from agents.objectives.advantages import variance, whiten
 from agents.objectives.kl import AdaptiveKL, FixedKL, KLController, KLEstimator
 from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.collector import Interrupted, collect_episodes
 from agents.rollouts.episode_buffer import EpisodeBuffer, EpisodeSamples
 from agents.rollouts.sb3_vec_env import TextVecEnv, make_vec_env
-from agents.state import checkpoint
 from text_env.vector_env import TextVectorEnv
 
 MAX_ROWS = 64  # of an environment that is given by name
 
 
-class OnPolicyAlgorithm(BaseAlgorithm):
+class OnPolicyAlgorithm(Resumable):
     """What PPO, A2C, REINFORCE and their kin have in common.
 
     :param policy: ``"CausalLMPolicy"`` or a class that takes packed batches of episodes.
     :param env: a registered name, a ``TextVectorEnv``, or the SB3 environment that ``make_vec_env`` returns.
-    :param learning_rate: or a function of the remaining progress (1 → 0).
+    :param learning_rate: a number, a ``LearningRate`` or another function of the remaining progress (1 → 0), which a
+        checkpoint can't hold.
     :param n_episodes: episodes of a rollout; all are started and finished under one set of weights.
     :param batch_size: *episodes* of a minibatch; None: all of the rollout.
     :param n_epochs: passes over a rollout. All steps but the first are off-policy, for which PPO's and GRPO's ratio
@@ -68,14 +69,13 @@ class OnPolicyAlgorithm(BaseAlgorithm):
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"CausalLMPolicy": CausalLMPolicy}
-    policy: CausalLMPolicy
 
     # More than 1: episodes are compared with others of the same prompt, and an environment given by name is made so.
     default_group_size: ClassVar[int] = 1
     # False: the loss has a KL term of its own, so the reward has none.
     kl_in_reward: ClassVar[bool] = True
-    # Numbers that change while training, besides SB3's counters; a checkpoint holds them.
-    state_attributes: ClassVar[tuple[str, ...]] = ()
+    # How gradients are applied, and what several processes agree on.
+    engine_class: ClassVar[type[Engine]] = Engine
 
     def __init__(
         self,
@@ -131,7 +131,6 @@ class OnPolicyAlgorithm(BaseAlgorithm):
         self.n_epochs = n_epochs
         self.gamma = gamma
         self.max_grad_norm = max_grad_norm
-        self.kl_coef = kl_coef
         self.kl_target = kl_target
         self.kl_estimator = kl_estimator
         self.missing_eos_penalty = missing_eos_penalty
@@ -155,8 +154,12 @@ class OnPolicyAlgorithm(BaseAlgorithm):
         policy_kwargs = {**known, **self.policy_kwargs}
         self.policy = self.policy_class(self.observation_space, self.action_space, self.lr_schedule, **policy_kwargs)  # type: ignore[assignment]
         self.policy.to(self.device)
+        self.engine = self.engine_class(self.policy)
+        self.policy.distribution.check_environment(env)
         if self.reference is None:
             self.reference = Reference.of(self.policy)
+        self.policy.distribution.check_same(self.reference.distribution, "policy", "reference")
+        check_tokenizers(self.policy.tokenizer, self.reference.tokenizer, "of the reference")
         self.buffer = EpisodeBuffer(
             0,
             self.observation_space,
@@ -165,14 +168,23 @@ class OnPolicyAlgorithm(BaseAlgorithm):
             gamma=self.gamma,
             n_envs=self.n_envs,
             reference=self.reference,
-            kl_estimator=self.kl_estimator,
+            kl_coef=self.kl,
+            kl_estimator=self.kl_estimator if self.kl_in_reward else None,
         )
+
+    @property
+    def kl_coef(self) -> float:
+        """β, as the controller has it now; setting it sets the controller's."""
+        return self.kl.coef
+
+    @kl_coef.setter
+    def kl_coef(self, coef: float) -> None:
+        self.kl.coef = coef
 
     @property
     def vector_env(self) -> TextVectorEnv:
         """The environment below the SB3 adapter; our loop drives it directly."""
-        assert isinstance(self.env, TextVecEnv)
-        return self.env.vector_env
+        return self._text_env.vector_env
 
     # ---- what is an algorithm's own -------------------------------------------------------------------------------
 
@@ -251,16 +263,17 @@ class OnPolicyAlgorithm(BaseAlgorithm):
             # The last rollout overshoots; a schedule should not be asked about negative progress.
             self._current_progress_remaining = max(0.0, self._current_progress_remaining)
             self.train()
-            self.kl.update(float(self.buffer.episode_sums(self.buffer.log_ratio).mean()))
+            self.kl.update(self.engine.mean(self.buffer.episode_sums(self.buffer.log_ratio)))
             if log_interval and iteration % log_interval == 0:
                 self._dump_logs(iteration)
 
     def collect_rollouts(self, callback: BaseCallback) -> bool:
         """Fill the buffer with whole episodes and estimate their advantages.
 
-        :return: False if the callback stopped the training.
+        :return: False if the callback stopped the training, in this process or in another.
         """
         self.policy.set_training_mode(False)
+        before = self.num_timesteps
         callback.on_rollout_start()
 
         def on_step(n_tokens: int, infos: dict[str, Any]) -> bool:
@@ -269,14 +282,19 @@ class OnPolicyAlgorithm(BaseAlgorithm):
             return callback.on_step()
 
         start = time.perf_counter()
+        episodes = []
         try:
             episodes = collect_episodes(self.policy, self.vector_env, self.n_episodes, self.buffer, on_step=on_step)
+            interrupted = False
         except Interrupted:
-            return False
+            interrupted = True
         seconds = time.perf_counter() - start
+        # During the rollout a process counts its own tokens; here all of them come to the same count.
+        self.num_timesteps = before + int(self.engine.total(self.num_timesteps - before))
+        if self.engine.total(interrupted):
+            return False
         self.policy.clear_cache()  # the update will empty it anyway; the reference can use the memory
         buffer = self.buffer
-        buffer.kl_coef = self.kl.coef if self.kl_in_reward else 0.0
         buffer.finalize()
         cut = np.array([episode["finish_reason"] == "length" for episode in episodes])
         if self.missing_eos_penalty is not None:
@@ -292,13 +310,13 @@ class OnPolicyAlgorithm(BaseAlgorithm):
         """As the algorithm estimates them, whitened if that was asked for."""
         self.estimate(buffer)
         if self.normalize_advantage:
-            buffer.advantages = whiten(buffer.advantages).astype(np.float32)
+            buffer.advantages = whiten(buffer.advantages, self.engine.mean).astype(np.float32)
 
     def train(self) -> None:
         """Epochs of minibatches of episodes; the gradient is that of the whole minibatch, however it is split."""
-        buffer, optimizer = self.buffer, self.policy.optimizer
+        buffer = self.buffer
         self.policy.set_training_mode(True)
-        self._update_learning_rate(optimizer)
+        self._update_learning_rate(self.policy.optimizer)
         start = time.perf_counter()
         history: dict[str, list[float]] = defaultdict(list)
         stopped, used = False, 0
@@ -307,28 +325,23 @@ class OnPolicyAlgorithm(BaseAlgorithm):
             for minibatch in np.split(order, range(self.batch_size, self.n_episodes, self.batch_size)):
                 used += int(buffer.lengths[minibatch].sum())
                 means = self._backward(minibatch)
-                means["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(self._trainable(), self.max_grad_norm))
+                means["grad_norm"] = self.engine.clip(self.max_grad_norm)
                 for name, value in means.items():
                     history[name].append(value)
                 stopped = self.stop_early(means)
                 if stopped:
                     break
-                if not math.isfinite(means["grad_norm"]):
-                    raise FloatingPointError(
-                        f"The gradient's norm is {means['grad_norm']}; the weights are as before this step. Expected a "
-                        "finite one: try a lower learning rate, or a dtype of higher precision."
-                    )
-                optimizer.step()
+                self.engine.step()
             if stopped:
                 break
             self._n_updates += 1
         for name, values in history.items():
             self.logger.record(f"train/{name}", float(np.mean(values)))
         seconds = time.perf_counter() - start
-        self.logger.record("time/update_tokens_per_second", used / seconds)
+        self.logger.record("time/update_tokens_per_second", self.engine.total(used) / seconds)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if "value_loss" in history:
-            self.logger.record("train/explained_variance", explained_variance(buffer.values, buffer.returns))
+            self.logger.record("train/explained_variance", self._explained_variance())
 
     def _backward(self, minibatch: np.ndarray) -> dict[str, float]:
         """Leave the gradient of the minibatch's mean loss in the parameters.
@@ -338,22 +351,26 @@ class OnPolicyAlgorithm(BaseAlgorithm):
         """
         lengths = self.buffer.lengths
         weights = self.token_weights(lengths)
-        total_weight = float((weights * lengths)[minibatch].sum())
-        self.policy.optimizer.zero_grad()
+        total_weight = self.engine.total((weights * lengths)[minibatch].sum())
+        self.engine.zero_grad()
         means: dict[str, float] = defaultdict(float)
-        for part in self.buffer.batches(minibatch, self.micro_batch_tokens):
+        parts = self.engine.micro_batches(list(self.buffer.batches(minibatch, self.micro_batch_tokens)))
+        for number, (part, factor) in enumerate(parts, 1):
             samples = self.buffer.pack(part)
             values, log_prob, entropy = self.policy.evaluate_actions(samples.observations, samples.actions)
             assert entropy is not None
             loss, logged = self.loss(samples, values.flatten(), log_prob, entropy)
-            weight = torch.from_numpy(np.repeat(weights[part], lengths[part])).to(loss)
-            ((weight * loss).sum() / total_weight).backward()
+            weight = torch.from_numpy(factor * np.repeat(weights[part], lengths[part])).to(loss)
+            self.engine.backward((weight * loss).sum() / total_weight, last=number == len(parts))
             for name, per_token in {"loss": loss, **logged}.items():
                 means[name] += float((weight * per_token.detach()).sum()) / total_weight
-        return dict(means)
+        return {name: self.engine.total(mean) for name, mean in means.items()}
 
-    def _trainable(self) -> list[torch.nn.Parameter]:
-        return [p for group in self.policy.optimizer.param_groups for p in group["params"]]
+    def _explained_variance(self) -> float:
+        """The share of the returns' variance that the critic foresaw; not a number where they have none."""
+        buffer, mean = self.buffer, self.engine.mean
+        spread = variance(buffer.returns, mean)
+        return float(1 - variance(buffer.returns - buffer.values, mean) / spread) if spread else math.nan
 
     def _log_rollout(self, episodes: list[dict[str, Any]], cut: np.ndarray, seconds: float) -> None:
         buffer = self.buffer
@@ -362,53 +379,33 @@ class OnPolicyAlgorithm(BaseAlgorithm):
         assert self.ep_info_buffer is not None
         elapsed = (time.time_ns() - self.start_time) / 1e9
         self.ep_info_buffer.extend({"r": e["score"], "l": e["length"], "t": elapsed} for e in episodes)
-        record = self.logger.record
-        record("objective/scores", float(scores.mean()))
-        record("objective/scores_std", float(scores.std()))
-        record("objective/kl", float(kl.mean()))
-        record("objective/kl_k2", float(buffer.episode_sums(buffer.token_kl("k2")).mean()))
-        record("objective/kl_k3", float(buffer.episode_sums(buffer.token_kl("k3")).mean()))
+        record, mean = self.logger.record, self.engine.mean
+        record("objective/scores", mean(scores))
+        record("objective/scores_std", math.sqrt(variance(scores, mean)))
+        record("objective/kl", mean(kl))
+        record("objective/kl_k2", mean(buffer.episode_sums(buffer.token_kl("k2"))))
+        record("objective/kl_k3", mean(buffer.episode_sums(buffer.token_kl("k3"))))
         record("objective/kl_coef", self.kl.coef)
-        record("objective/rlhf_reward", float(buffer.episode_sums(buffer.rewards).mean()))
-        record("objective/entropy", float(-buffer.log_probs.mean()))
+        record("objective/rlhf_reward", mean(buffer.episode_sums(buffer.rewards)))
+        record("objective/entropy", -mean(buffer.log_probs))
         named = {k for k, v in episodes[0].items() if isinstance(v, float | np.floating) and k != "score"}
         for name in sorted(named):
-            record(f"objective/{name}", float(np.mean([episode[name] for episode in episodes])))
-        record("completions/mean_length", float(buffer.lengths.mean()))
-        record("completions/clipped_ratio", float(cut.mean()))
-        record("time/tokens_per_second", buffer.n_tokens / seconds)
+            record(f"objective/{name}", mean(np.array([episode[name] for episode in episodes])))
+        record("completions/mean_length", mean(buffer.lengths))
+        record("completions/clipped_ratio", mean(cut))
+        record("time/tokens_per_second", self.engine.total(buffer.n_tokens) / seconds)
 
     def _dump_logs(self, iteration: int) -> None:
         assert self.ep_info_buffer is not None
         elapsed = max((time.time_ns() - self.start_time) / 1e9, 1e-9)
         record = self.logger.record
-        record("rollout/ep_rew_mean", float(np.mean([info["r"] for info in self.ep_info_buffer])))
-        record("rollout/ep_len_mean", float(np.mean([info["l"] for info in self.ep_info_buffer])))
+        record("rollout/ep_rew_mean", self.engine.mean(np.array([info["r"] for info in self.ep_info_buffer])))
+        record("rollout/ep_len_mean", self.engine.mean(np.array([info["l"] for info in self.ep_info_buffer])))
         record("time/iterations", iteration, exclude="tensorboard")
         record("time/fps", int((self.num_timesteps - self._num_timesteps_at_start) / elapsed))
         record("time/time_elapsed", elapsed, exclude="tensorboard")
         record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
         self.logger.dump(step=self.num_timesteps)
-
-    # ---- saving ---------------------------------------------------------------------------------------------------
-
-    def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
-        """Write a directory of safetensors and JSON; nothing in it runs code on load.
-
-        :param path: the directory; a ``.zip`` ending, as SB3's callbacks add it, is dropped.
-        """
-        checkpoint.save(self, path)
-
-    @classmethod
-    def load(cls, path: Any, env: Any = None, device: Any = "auto", **kwargs: Any) -> Self:  # type: ignore[override]
-        """Load what :meth:`save` wrote.
-
-        :param path: the directory.
-        :param env: as for the constructor; needed.
-        :param kwargs: the constructor's
-            arguments that should differ from the saved ones.
-        """
-        return checkpoint.load(cls, path, env, device, **kwargs)
 
 
 def _as_vec_env(env: str | VecEnv | TextVectorEnv, n_episodes: int, group_size: int) -> TextVecEnv:

@@ -52,7 +52,7 @@ class REINFORCE(OnPolicyAlgorithm):
             buffer.returns = returns
             buffer.advantages = returns - buffer.values
         elif self.baseline == "mean":
-            mean = float(padded[:, 0].mean())
+            mean = self.engine.mean(padded[:, 0])
             # The mean of *past* episodes is independent of these, which keeps the gradient unbiased; the first rollout
             # has no past, and takes its own.
             buffer.advantages = returns - np.float32(mean if self.mean_return is None else self.mean_return)

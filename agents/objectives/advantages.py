@@ -5,6 +5,8 @@ Notation: E episodes, T steps (the longest episode's), ``mask`` [E, T] true on r
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 Array = np.ndarray
@@ -76,11 +78,21 @@ def group_relative(returns: Array, group_size: int, scale: bool) -> Array:
     return centred.reshape(-1)
 
 
-def whiten(advantages: Array) -> Array:
+def variance(values: Array, mean: Callable[[Array], float] = np.mean) -> float:
+    """
+    :param values: float [N].
+    :param mean: takes the mean of an array; one that knows the arrays of other processes gives the variance over all.
+    :return: the mean squared distance from the mean, a number of the array's own precision.
+    """
+    return values.dtype.type(mean((values - mean(values)) ** 2))
+
+
+def whiten(advantages: Array, mean: Callable[[Array], float] = np.mean) -> Array:
     """Zero mean and unit variance over all real tokens of a rollout.
 
     :param advantages: [N], real tokens only.
+    :param mean: as for :func:`variance`.
     :return: [N]; a single token or equal advantages give zeros.
     """
-    centred = advantages - advantages.mean()
-    return centred / (centred.std() + 1e-8)
+    centred = advantages - mean(advantages)
+    return centred / (np.sqrt(variance(centred, mean)) + 1e-8)

@@ -119,8 +119,11 @@ class TrainConfig:
     """Where everything goes, by default runs/<algorithm>; must not hold a run yet."""
     seed: int = 0
     learning_rate: float | None = None
-    """At the start; by default, like the sizes below, what the algorithm's class says."""
-    lr_schedule: Literal["constant", "linear"] = "linear"
+    """The highest one; by default, like the sizes below, what the algorithm's class says."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """How it goes on: constant, or down to 0 at the end, in a straight line or as half a cosine wave."""
+    lr_warmup: float = 0.0
+    """The part of the run (0.1: a tenth) in which it first rises from 0."""
     n_episodes: int | None = None
     """Episodes of a rollout."""
     batch_size: int | None = None
@@ -156,7 +159,7 @@ class TrainConfig:
     """Train through torch.compile."""
     checkpoint_every: int = 0
     """Iterations between two checkpoints, each in the place of the one before it: run_dir/checkpoint, from which
-    `PPO.load(path, env=..., learning_rate=...)` goes on exactly. 0: none."""
+    `PPO.load(path, env=...)` goes on exactly. 0: none."""
     sample_every: int = 5
     """Iterations between two entries of samples.jsonl."""
     n_samples: int = 6

@@ -23,6 +23,7 @@ from agents.runs.config import (
 )
 from agents.runs.recording import Checkpoint, SampleTexts, plot_learning_curve
 from agents.state.arguments import argument_defaults
+from agents.state.schedules import LearningRate
 
 
 def train(config: TrainConfig) -> OnPolicyAlgorithm:
@@ -50,8 +51,7 @@ def train(config: TrainConfig) -> OnPolicyAlgorithm:
     algo_kwargs = parsed(config.algo_kwargs)
     gamma = algo_kwargs.get("gamma", argument_defaults(algorithm).get("gamma", 1.0))
     env = config.env.make(default_rows(config.n_episodes, config.env.group_size), config.model, gamma)
-    rate = config.learning_rate
-    assert rate is not None
+    assert config.learning_rate is not None
     policy_kwargs: dict[str, Any] = {
         "model": config.model,
         "dtype": config.dtype,
@@ -64,7 +64,7 @@ def train(config: TrainConfig) -> OnPolicyAlgorithm:
     model = algorithm(
         "CausalLMPolicy",
         env,
-        learning_rate=rate if config.lr_schedule == "constant" else lambda progress: rate * progress,
+        learning_rate=LearningRate(config.learning_rate, config.lr_schedule, config.lr_warmup),
         n_episodes=config.n_episodes,
         batch_size=config.batch_size,
         n_epochs=config.n_epochs,

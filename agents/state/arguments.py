@@ -1,9 +1,14 @@
-"""The arguments of a constructor, read off its signature."""
+"""The arguments of a constructor, and which of them can be written down as data."""
 
 from __future__ import annotations
 
 import inspect
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from text_env.imports import is_object_name
 
 
 def argument_defaults(cls: type[Any]) -> dict[str, Any]:
@@ -24,3 +29,77 @@ def argument_defaults(cls: type[Any]) -> dict[str, Any]:
             break
     del defaults["self"]
     return defaults
+
+
+def class_name(cls: type[Any]) -> str:
+    """
+    :param cls: a class.
+    :return: ``"module:qualname"``, to compare with; nothing is imported by such a name.
+    """
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def kept_arguments(owner: Any, names: Iterable[str]) -> dict[str, Any]:
+    """
+    :param owner: an object that keeps its constructor's arguments as attributes of the same names.
+    :param names: the arguments.
+    :return: their values now.
+    :raises ValueError: naming those that the object doesn't keep.
+    """
+    names = sorted(names)
+    if lost := [name for name in names if not hasattr(owner, name)]:
+        raise ValueError(
+            f"Expected {type(owner).__name__} to keep its arguments {lost} as attributes of the same names, which is "
+            "what a checkpoint writes down."
+        )
+    return {name: getattr(owner, name) for name in names}
+
+
+def written_down(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """
+    :param values: arguments by name.
+    :return: those that JSON can hold, paths as strings; and the names of the others, which have to be given again:
+        live objects, and ``"module:function"`` strings, since a file must not name code to be run.
+    """
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+    live = [name for name, value in values.items() if not is_plain(value) or _names_code(value)]
+    return {name: value for name, value in values.items() if name not in live}, live
+
+
+def arguments_again(
+    saved: Mapping[str, Any], live: Sequence[str], given: Mapping[str, Any], how: str
+) -> dict[str, Any]:
+    """
+    :param saved: the arguments that :func:`written_down` could write down.
+    :param live: the names of the others.
+    :param given: arguments that are given now, and overrule the saved ones.
+    :param how: for the error: how to give an argument, ``"{}=..."`` for example.
+    :return: all arguments.
+    :raises ValueError: naming those that must be given again and are not.
+    """
+    saved, code = written_down(saved)  # a file may have been made to name code
+    if missing := [name for name in (*live, *code) if name not in given]:
+        raise ValueError(
+            f"{missing} can't be written down and must be given again: load(path, env, {how.format(missing[0])})."
+        )
+    return {**saved, **given}
+
+
+def is_plain(value: Any) -> bool:
+    """
+    :param value: anything.
+    :return: whether JSON can hold it.
+    """
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _names_code(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_names_code, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_names_code, value))
+    return isinstance(value, str) and is_object_name(value)

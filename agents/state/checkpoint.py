@@ -1,70 +1,45 @@
-"""Save and resume between two iterations: safetensors and JSON, nothing that runs code on load.
+"""Trees of tensors and JSON values, written to a directory as safetensors and JSON; it doesn't matter whose they are.
 
-No episode is running between two iterations, so weights, optimiser, counters and the state of every random generator
-are all there is; a resumed run goes on as the run that was never stopped.
+A tree is a dict whose keys are strings and whose values are trees, tensors, or what JSON can hold. Its directory has
+``state.json`` and, for every entry of the tree that has tensors in it, ``<entry>.safetensors``. Nothing in a directory
+is run when it is read.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
-from collections import deque
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors.torch import load_file, save_file
 
-from agents.state.arguments import argument_defaults
+from agents.state.arguments import is_plain
 
-if TYPE_CHECKING:
-    from agents.algorithms.on_policy import OnPolicyAlgorithm
-
-COUNTERS = ("num_timesteps", "_total_timesteps", "_n_updates", "_current_progress_remaining")
+Tree = dict[str, Any]
 
 
-def save(model: OnPolicyAlgorithm, path: str | Path) -> None:
+def save(path: str | Path, tree: Mapping[str, Any]) -> None:
     """
-    :param model: the algorithm, between two iterations (elsewhere the running rollout is lost).
-    :param path: directory; replaced as a whole, so that a kill at any moment leaves the old one or the new one.
+    :param path: the directory; replaced as a whole, so that a kill at any moment leaves the old one or the new one. A
+        ``.zip`` ending, as SB3's callbacks add it, is dropped.
+    :param tree: what to write. A tensor that an entry has under several names (tied weights) is written once.
+    :raises TypeError: for a key that is no string, or a value that is no tree, no tensor and no JSON value.
+    :raises ValueError: for an entry that can't be the name of a file.
     """
+    files: dict[str, _Tensors] = defaultdict(_Tensors)
+    values, names = _taken_apart(tree, (), files)
     directory = _directory(path)
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_model(model.policy, str(partial / "policy.safetensors"))
-    assert model.reference is not None
-    if not model.reference.shares_base:
-        save_model(model.reference.lm, str(partial / "reference.safetensors"))
-    optimizer = model.policy.optimizer.state_dict()
-    tensors = {
-        f"{index}.{name}": torch.as_tensor(value)
-        for index, state in optimizer["state"].items()
-        for name, value in state.items()
-    }
-    generators = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        generators["cuda"] = torch.cuda.get_rng_state()
-    save_file(tensors, partial / "optimizer.safetensors")
-    save_file(generators, partial / "generators.safetensors")
-    state = {
-        "algorithm": f"{type(model).__module__}:{type(model).__qualname__}",
-        "arguments": _plain_arguments(model),
-        "policy_kwargs": {name: _written(value) for name, value in model.policy_kwargs.items()},
-        "param_groups": [{k: v for k, v in g.items() if _is_plain(v)} for g in optimizer["param_groups"]],
-        "counters": {name: getattr(model, name) for name in (*COUNTERS, *model.state_attributes)},
-        "kl_coef_now": model.kl.coef,
-        "latest_episodes": list(model.ep_info_buffer or []),
-        "generators": {
-            "python": random.getstate(),
-            "numpy": _numpy_state(),
-            "env": [generator.bit_generator.state for generator in model.vector_env.np_random],
-        },
-    }
-    (partial / "state.json").write_text(json.dumps(state, indent=1))
+    for entry, tensors in files.items():
+        save_file(tensors.by_name, partial / f"{entry}.safetensors")
+    (partial / "state.json").write_text(json.dumps({"values": values, "tensors": names}, indent=1))
     # A directory cannot be replaced in one go; while neither is in its place, `load` takes the previous one.
     if directory.exists():
         shutil.rmtree(_previous(directory), ignore_errors=True)
@@ -73,68 +48,93 @@ def save(model: OnPolicyAlgorithm, path: str | Path) -> None:
     shutil.rmtree(_previous(directory), ignore_errors=True)
 
 
-def load(cls: type[OnPolicyAlgorithm], path: str | Path, env: Any, device: Any = "auto", **kwargs: Any) -> Any:
+def load(path: str | Path) -> Tree:
     """
-    :param cls: the algorithm's class.
-    :param path: directory that :func:`save` wrote.
-    :param env: as for the constructor.
-    :param device: where to.
-    :param kwargs: arguments that should differ, and those
-        that cannot be written down (live models, schedules).
-    :return: the algorithm; ``learn(..., reset_num_timesteps=False)`` goes on.
-    :raises FileNotFoundError: if there is no checkpoint.
-    :raises ValueError: without an environment, or if a live
-        object of the saved run isn't given again.
+    :param path: the directory that :func:`save` wrote.
+    :return: the tree, its tensors on the CPU; tuples have become lists. A tensor that was there under several names is
+        so again.
+    :raises FileNotFoundError: if there is no checkpoint, or one of its files is missing.
+    :raises ValueError: if another program, or another version of this one, wrote it.
     """
     directory = _directory(path)
     if not directory.exists() and _previous(directory).exists():
         directory = _previous(directory)
     if not (directory / "state.json").exists():
         raise FileNotFoundError(f"Expected a checkpoint directory with state.json, found none at {directory}.")
-    if env is None:
-        raise ValueError("Expected env: a checkpoint holds no environment. Pass load(path, env=...).")
     state = json.loads((directory / "state.json").read_text())
-    arguments = {**state["arguments"], **kwargs}
-    arguments["policy_kwargs"] = {**state["policy_kwargs"], **(kwargs.get("policy_kwargs") or {})}
-    for given, example in ((arguments, "{}=..."), (arguments["policy_kwargs"], "policy_kwargs={{'{}': ...}}")):
-        if missing := [name for name, value in given.items() if isinstance(value, str) and value == _NOT_PLAIN]:
-            raise ValueError(
-                f"{missing} can't be written down and must be given again: load(path, env, "
-                f"{example.format(missing[0])})."
-            )
-    model = cls("CausalLMPolicy", env, device=device, **arguments)
-    load_model(model.policy, str(directory / "policy.safetensors"))
-    model.policy.clear_cache()
-    if (directory / "reference.safetensors").exists():
-        assert model.reference is not None
-        load_model(model.reference.lm, str(directory / "reference.safetensors"))
-    states: dict[int, dict[str, torch.Tensor]] = {}
-    for key, tensor in load_file(directory / "optimizer.safetensors").items():
-        index, name = key.split(".", 1)
-        states.setdefault(int(index), {})[name] = tensor
-    groups = model.policy.optimizer.state_dict()["param_groups"]
-    merged = [{**group, **saved} for group, saved in zip(groups, state["param_groups"], strict=True)]
-    model.policy.optimizer.load_state_dict({"state": states, "param_groups": merged})
-    for name, value in state["counters"].items():
-        setattr(model, name, value)
-    model.kl.coef = state["kl_coef_now"]
-    model.ep_info_buffer = deque(state["latest_episodes"], maxlen=model._stats_window_size)
-    # Otherwise `learn` would do it, and seed the environment's generators anew.
-    model._last_obs = model.env.reset()  # type: ignore[assignment,union-attr]
-    generators = load_file(directory / "generators.safetensors")
-    torch.set_rng_state(generators["torch"])
-    if "cuda" in generators and torch.cuda.is_available():
-        torch.cuda.set_rng_state(generators["cuda"])
-    version, internal, gauss = state["generators"]["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = state["generators"]["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    for generator, saved in zip(model.vector_env.np_random, state["generators"]["env"], strict=True):
-        generator.bit_generator.state = saved
-    return model
+    if not isinstance(state, dict) or set(state) != {"values", "tensors"}:
+        raise ValueError(
+            f"Expected {directory / 'state.json'} to have 'values' and 'tensors', got {sorted(state)}: it was written "
+            "by something else, or by another version. Load it with the version that wrote it."
+        )
+    tree: Tree = state["values"]
+    for entry, names in state["tensors"].items():
+        _put_together(tree, {entry: names}, load_file(directory / f"{entry}.safetensors"))
+    return tree
 
 
-_NOT_PLAIN = "<not written down>"
+class _Tensors:
+    """The tensors of one file."""
+
+    def __init__(self) -> None:
+        self.by_name: dict[str, torch.Tensor] = {}
+        self._names: dict[Any, str] = {}
+        self._memory: set[tuple[torch.device, int]] = set()
+
+    def add(self, tensor: torch.Tensor, name: str) -> str:
+        """
+        :param tensor: is held as it is, not copied, unless another one in the file shares a part of its memory.
+        :param name: a readable one.
+        :return: the name that it has in the file: another if that one is taken, or if the same tensor is there already.
+        """
+        tensor = tensor.detach()
+        memory = (tensor.device, tensor.untyped_storage().data_ptr())
+        itself = (*memory, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and itself in self._names:
+            return self._names[itself]
+        while name in self.by_name:
+            name += "_"
+        self._names[itself] = name
+        self.by_name[name] = (tensor.clone() if memory in self._memory else tensor).contiguous()
+        self._memory.add(memory)
+        return name
+
+
+def _taken_apart(tree: Mapping[str, Any], path: tuple[str, ...], files: Mapping[str, _Tensors]) -> tuple[Tree, Tree]:
+    """
+    :param tree: a tree.
+    :param path: the keys that lead to it.
+    :param files: by entry; the tensors are added to theirs.
+    :return: the tree without its tensors, and the tree of their names without all else.
+    """
+    values: Tree = {}
+    names: Tree = {}
+    for key, value in tree.items():
+        here = (*path, key)
+        if not isinstance(key, str):
+            raise TypeError(f"Expected the keys of a checkpoint to be strings, got {key!r} in {path}.")
+        if not path and not key.isidentifier():
+            raise ValueError(f"Expected the entries of a checkpoint to be identifiers (they name files), got {key!r}.")
+        if isinstance(value, torch.Tensor):
+            names[key] = files[here[0]].add(value, ".".join(here[1:]) or key)
+        elif isinstance(value, Mapping):
+            values[key], below = _taken_apart(value, here, files)
+            if below:
+                names[key] = below
+        elif is_plain(value):
+            values[key] = value
+        else:
+            raise TypeError(f"Expected a tensor or a JSON value at {'/'.join(here)}, got {type(value).__name__}.")
+    return values, names
+
+
+def _put_together(values: Tree, names: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put tensors back into the tree that they were taken from, where their names say."""
+    for key, name in names.items():
+        if isinstance(name, dict):
+            _put_together(values[key], name, tensors)
+        else:
+            values[key] = tensors[name]
 
 
 def _directory(path: str | Path) -> Path:
@@ -144,38 +144,3 @@ def _directory(path: str | Path) -> Path:
 
 def _previous(directory: Path) -> Path:
     return directory.with_name(directory.name + ".previous")
-
-
-def _plain_arguments(model: OnPolicyAlgorithm) -> dict[str, Any]:
-    """The constructor's arguments, which the algorithms keep as attributes of the same names."""
-    skipped = {"policy", "env", "policy_kwargs", "device", "reference", "stats_window_size"}
-    names = sorted(set(argument_defaults(type(model))) - skipped)
-    if lost := [name for name in names if not hasattr(model, name)]:
-        raise ValueError(
-            f"Expected {type(model).__name__} to keep its arguments {lost} as attributes of the same names, which is "
-            "what a checkpoint writes down."
-        )
-    arguments = {name: _written(getattr(model, name)) for name in names}
-    arguments["stats_window_size"] = model._stats_window_size
-    if model.reference_was_given:
-        arguments["reference"] = _NOT_PLAIN
-    return arguments
-
-
-def _numpy_state() -> list[Any]:
-    name, keys, *rest = np.random.get_state(legacy=True)
-    return [name, np.asarray(keys).tolist(), *rest]
-
-
-def _written(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    return value if _is_plain(value) else _NOT_PLAIN
-
-
-def _is_plain(value: Any) -> bool:
-    try:
-        json.dumps(value)
-    except TypeError:
-        return False
-    return True

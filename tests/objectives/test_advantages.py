@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents.objectives.advantages import discounted_returns, gae, whiten
+from agents.objectives.advantages import discounted_returns, gae, variance, whiten
 
 # Two episodes, of three steps and of two; the 99s are padding, which must not be looked at.
 REWARDS = np.array([[1.0, 2.0, 3.0], [5.0, -1.0, 99.0]])
@@ -59,6 +59,35 @@ def test_whitening_is_the_standard_score_worked_out_by_hand() -> None:
     )
     assert whiten(np.array([7.0])).tolist() == [0.0]
     assert whiten(np.array([2.0, 2.0, 2.0])).tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("size", [1, 2, 7, 100, 12_345])
+def test_variance_and_whitening_are_to_the_last_bit_what_numpy_makes_of_them(size: int, dtype: type) -> None:
+    """Also with a mean that is a Python number, as one that has come from other processes is."""
+    values = np.random.default_rng(size).normal(0.3, 2.0, size).astype(dtype)
+    centred = values - values.mean()
+    expected = centred / (centred.std() + 1e-8)
+    for mean in (np.mean, lambda x: float(x.mean())):
+        assert variance(values, mean) == values.var()
+        whitened = whiten(values, mean)
+        assert whitened.dtype == dtype
+        assert whitened.tobytes() == expected.tobytes()
+
+
+def test_whitening_by_a_mean_over_two_processes_is_whitening_of_both_together() -> None:
+    everything = np.random.default_rng(0).normal(1.0, 3.0, 50)
+    ours, theirs = everything[:20], everything[20:]
+
+    def both_means(a: np.ndarray, b: np.ndarray) -> float:
+        return float(np.concatenate([a, b]).mean())
+
+    # The other process's array at each of the three times that a mean is asked for.
+    centred = theirs - everything.mean()
+    others = iter([theirs, centred, (centred - (everything - everything.mean()).mean()) ** 2])
+    whitened = whiten(ours, lambda values: both_means(values, next(others)))
+    np.testing.assert_allclose(whitened, whiten(everything)[:20], rtol=1e-12)
+    assert np.abs(whiten(ours) - whitened).max() > 0.05  # the control: alone it is something else
 
 
 # ---- identities ----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 from pathlib import Path
@@ -9,13 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from learners import largest_difference, make_env, make_model, make_ppo, save_model, weights_of
+from learners import EOS, largest_difference, make_env, make_model, make_ppo, save_model, weights_of
 from safetensors import safe_open
 from stable_baselines3.common.callbacks import CheckpointCallback
 from transformers import GPT2Config
 
+from agents.algorithms.grpo import GRPO
+from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.algorithms.ppo import PPO
+from agents.algorithms.reinforce import REINFORCE
+from agents.algorithms.rloo import RLOO
 from agents.models.reference import Reference
+from agents.policies.causal_lm_policy import CausalLMPolicy
+from agents.state.schedules import LearningRate
 
 
 @pytest.fixture
@@ -32,7 +39,9 @@ def test_a_checkpoint_is_safetensors_and_json_only(run: PPO, tmp_path: Path) -> 
     for name in names[:4]:
         with safe_open(tmp_path / "checkpoint" / name, "pt") as file:
             assert len(list(file.keys())) > 0
-    assert json.loads((tmp_path / "checkpoint" / "state.json").read_text())["algorithm"] == "agents.algorithms.ppo:PPO"
+    values = json.loads((tmp_path / "checkpoint" / "state.json").read_text())["values"]
+    assert values["algorithm"] == "agents.algorithms.ppo:PPO"
+    assert values["policy_class"] == "agents.policies.causal_lm_policy:CausalLMPolicy"
 
 
 def test_nothing_is_unpickled_when_a_checkpoint_is_loaded(
@@ -113,7 +122,7 @@ def test_loading_what_is_not_there_says_what_was_expected(tmp_path: Path) -> Non
         PPO.load(tmp_path / "nowhere", env=make_env())
 
 
-def test_a_schedule_must_be_given_again(tmp_path: Path) -> None:
+def test_a_schedule_that_is_code_must_be_given_again(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     make_ppo(model=model, learning_rate=lambda progress: 1e-3 * progress).save(tmp_path / "checkpoint")
     with pytest.raises(
@@ -122,6 +131,16 @@ def test_a_schedule_must_be_given_again(tmp_path: Path) -> None:
         PPO.load(tmp_path / "checkpoint", env=make_env())
     loaded = PPO.load(tmp_path / "checkpoint", env=make_env(), device="cpu", learning_rate=lambda _: 5e-4)
     assert loaded.lr_schedule(1.0) == 5e-4
+
+
+def test_a_learning_rate_that_is_data_need_not_be_given_again(tmp_path: Path) -> None:
+    rate = LearningRate(1e-3, "cosine", warmup=0.25)
+    make_ppo(model=save_model(tmp_path / "model"), learning_rate=rate).save(tmp_path / "checkpoint")
+    loaded = PPO.load(tmp_path / "checkpoint", env=make_env(), device="cpu")
+    assert loaded.learning_rate == rate
+    assert [loaded.lr_schedule(progress) for progress in (0.9, 0.5)] == [rate(0.9), rate(0.5)]
+    other = PPO.load(tmp_path / "checkpoint", env=make_env(), device="cpu", learning_rate=LearningRate(5e-4))
+    assert other.lr_schedule(0.1) == 5e-4
 
 
 @pytest.mark.parametrize(
@@ -178,3 +197,147 @@ def test_a_resumed_run_is_held_to_the_reference_that_it_started_from(tmp_path: P
     assert loaded.reference is not None
     assert largest_difference(weights_of(run.reference.lm), weights_of(loaded.reference.lm)) == 0.0
     assert largest_difference(weights_of(run.policy.lm), weights_of(loaded.reference.lm)) > 0.0
+
+
+# ---- of which classes ----------------------------------------------------------------------------------------------
+
+
+class GentlePPO(PPO):
+    """A subclass that saves what PPO saves."""
+
+
+class MyPolicy(CausalLMPolicy):
+    """A policy with the weights of its base class."""
+
+
+def grouped(cls: type[OnPolicyAlgorithm], model: str) -> OnPolicyAlgorithm:
+    env = make_env(group_size=2)
+    return cls("CausalLMPolicy", env, policy_kwargs={"model": model}, n_episodes=4, seed=0, device="cpu")
+
+
+def test_a_checkpoint_of_another_algorithm_is_refused(tmp_path: Path) -> None:
+    """GRPO and RLOO have the same weights, optimiser and counters: all would load."""
+    grouped(RLOO, save_model(tmp_path / "model")).save(tmp_path / "checkpoint")
+    with pytest.raises(
+        ValueError,
+        match=r"Expected a checkpoint of agents\.algorithms\.grpo:GRPO, got one that was written by "
+        r"agents\.algorithms\.rloo:RLOO: use RLOO\.load\(path, env=\.\.\.\)",
+    ):
+        GRPO.load(tmp_path / "checkpoint", env=make_env(group_size=2))
+    assert type(RLOO.load(tmp_path / "checkpoint", env=make_env(group_size=2), device="cpu")) is RLOO
+
+
+@pytest.mark.parametrize(("saver", "loader"), [(GentlePPO, PPO), (PPO, GentlePPO)])
+def test_neither_a_subclass_nor_a_base_class_is_the_same_algorithm(
+    tmp_path: Path, saver: type[PPO], loader: type[PPO]
+) -> None:
+    policy_kwargs = {"model": save_model(tmp_path / "model")}
+    saver("CausalLMPolicy", make_env(), policy_kwargs=policy_kwargs, device="cpu").save(tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match=rf"written by \S+:{saver.__name__}: use {saver.__name__}\.load"):
+        loader.load(tmp_path / "checkpoint", env=make_env())
+    assert type(saver.load(tmp_path / "checkpoint", env=make_env(), device="cpu")) is saver
+
+
+def test_a_class_of_the_same_name_in_another_module_is_another_algorithm(run: PPO, tmp_path: Path) -> None:
+    run.save(tmp_path / "checkpoint")
+    namesake: type[PPO] = type("PPO", (PPO,), {"__module__": "elsewhere"})
+    with pytest.raises(ValueError, match=r"checkpoint of elsewhere:PPO, got .* agents\.algorithms\.ppo:PPO"):
+        namesake.load(tmp_path / "checkpoint", env=make_env())
+
+
+def test_a_policy_of_another_class_is_refused_until_it_is_given(tmp_path: Path) -> None:
+    policy_kwargs = {"model": save_model(tmp_path / "model")}
+    for policy, name in ((MyPolicy, "mine"), ("CausalLMPolicy", "plain")):
+        PPO(policy, make_env(), policy_kwargs=policy_kwargs, device="cpu").save(tmp_path / name)
+    with pytest.raises(
+        ValueError,
+        match=r"written with, \S+:MyPolicy, got \S+:CausalLMPolicy: use load\(path, env=\.\.\., policy=MyPolicy\)",
+    ):
+        PPO.load(tmp_path / "mine", env=make_env())
+    with pytest.raises(ValueError, match=r"\S+:CausalLMPolicy, got \S+:MyPolicy: use .* policy=CausalLMPolicy\)"):
+        PPO.load(tmp_path / "plain", env=make_env(), policy=MyPolicy)
+    with pytest.raises(ValueError, match="got MlpPolicy: use "):
+        PPO.load(tmp_path / "plain", env=make_env(), policy="MlpPolicy")
+    assert type(PPO.load(tmp_path / "mine", env=make_env(), device="cpu", policy=MyPolicy).policy) is MyPolicy
+    assert type(PPO.load(tmp_path / "plain", env=make_env(), device="cpu", policy=CausalLMPolicy).policy) is (
+        CausalLMPolicy
+    )
+
+
+# ---- what a file may say -------------------------------------------------------------------------------------------
+
+
+def rewritten(directory: Path, change: Any) -> None:
+    """Change the values of a checkpoint, as whoever hands it on could."""
+    state = json.loads((directory / "state.json").read_text())
+    change(state["values"])
+    (directory / "state.json").write_text(json.dumps(state))
+
+
+def test_a_file_sets_no_attribute_that_the_class_does_not_list(run: PPO, tmp_path: Path) -> None:
+    run.save(tmp_path / "checkpoint")
+    rewritten(tmp_path / "checkpoint", lambda values: values["counters"].update(gamma=0.0))
+    with pytest.raises(ValueError, match=r"Expected the counters \[.*\] of PPO, got \[.*'gamma'.*\]"):
+        PPO.load(tmp_path / "checkpoint", env=make_env(), device="cpu")
+
+
+def test_a_file_adds_no_option_to_the_optimizer(run: PPO, tmp_path: Path) -> None:
+    run.save(tmp_path / "checkpoint")
+    rewritten(tmp_path / "checkpoint", lambda values: values["optimizer"]["param_groups"][0].update(eps=1e-3, odd=1))
+    [group] = PPO.load(tmp_path / "checkpoint", env=make_env(), device="cpu").policy.optimizer.param_groups
+    assert group["eps"] == 1e-3
+    assert "odd" not in group
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values["policy_kwargs"].update(constraint="this:exits"),
+        lambda values: values["policy_kwargs"].update(constraint=["this:exits"]),
+        lambda values: values["arguments"].update(gamma="this:exits"),
+    ],
+    ids=["policy", "nested", "algorithm"],
+)
+def test_a_file_that_names_code_does_not_load(run: PPO, tmp_path: Path, change: Any) -> None:
+    run.save(tmp_path / "checkpoint")
+    rewritten(tmp_path / "checkpoint", change)
+    with pytest.raises(ValueError, match=r"can't be written down and must be given again"):
+        PPO.load(tmp_path / "checkpoint", env=make_env(), device="cpu")
+
+
+def test_the_running_mean_of_reinforce_comes_back(tmp_path: Path) -> None:
+    env, policy_kwargs = make_env(), {"model": save_model(tmp_path / "model")}
+    run = REINFORCE("CausalLMPolicy", env, policy_kwargs=policy_kwargs, n_episodes=8, seed=0, device="cpu").learn(1)
+    assert run.mean_return is not None
+    run.save(tmp_path / "checkpoint")
+    assert REINFORCE.load(tmp_path / "checkpoint", env=make_env(), device="cpu").mean_return == run.mean_return
+
+
+def test_tied_weights_are_written_once_and_stay_tied(run: PPO, tmp_path: Path) -> None:
+    names = [name for name in run.policy.state_dict() if name.endswith(("wte.weight", "lm_head.weight"))]
+    assert len(names) > 1
+    run.save(tmp_path / "checkpoint")
+    with safe_open(tmp_path / "checkpoint" / "policy.safetensors", "pt") as file:
+        assert len(set(names) & set(file.keys())) == 1
+        assert len(list(file.keys())) < len(run.policy.state_dict())
+    loaded = PPO.load(tmp_path / "checkpoint", env=make_env(), device="cpu")
+    assert largest_difference(weights_of(run.policy), weights_of(loaded.policy)) == 0.0
+    model = loaded.policy.lm.model
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert float(model.get_output_embeddings().weight[EOS, 0].detach()) != 0.0
+
+
+def test_an_algorithm_goes_back_to_a_state_that_was_copied(run: PPO) -> None:
+    state = copy.deepcopy(run.state())
+    run.learn(40, reset_num_timesteps=False)
+    expected = weights_of(run.policy)
+    run.load_state(copy.deepcopy(state))
+    assert largest_difference(weights_of(run.policy), state["policy"]) == 0.0
+    run.learn(40, reset_num_timesteps=False)
+    assert largest_difference(weights_of(run.policy), expected) == 0.0
+
+
+def test_an_environment_of_another_size_does_not_go_on(run: PPO, tmp_path: Path) -> None:
+    run.save(tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match=r"Expected an environment of 4 rows, .* got 3\."):
+        PPO.load(tmp_path / "checkpoint", env=make_env(3), device="cpu")

@@ -406,18 +406,16 @@ def test_a_constraint_with_a_model_in_it_does_not_have_that_trained() -> None:
     assert sum(p.numel() for p in policy.parameters()) == sum(p.numel() for p in make_policy(make_env()).parameters())
 
 
-def test_a_checkpoint_holds_a_constraint_by_name_and_asks_again_for_a_live_one(tmp_path: Path) -> None:
-    name = "test_constraints:not_the_last_token_again"
+def test_a_checkpoint_asks_again_for_a_constraint_by_name_or_live(tmp_path: Path) -> None:
+    """A file that could name it would name code to be run."""
     policy_kwargs = {"model": save_model(tmp_path / "model")}
-    named = make_ppo(policy_kwargs={**policy_kwargs, "constraint": name})
-    named.save(tmp_path / "named")
-    assert PPO.load(tmp_path / "named", make_env()).policy.distribution.all_constraints is not None
-    live = make_ppo(policy_kwargs={**policy_kwargs, "constraint": not_the_last_token_again})
-    live.save(tmp_path / "live")
-    with pytest.raises(ValueError, match=r"\['constraint'\] can't be written down .* policy_kwargs="):
-        PPO.load(tmp_path / "live", make_env())
-    again = PPO.load(tmp_path / "live", make_env(), policy_kwargs={"constraint": not_the_last_token_again})
-    assert again.policy.distribution.all_constraints is not_the_last_token_again
+    for number, constraint in enumerate(("test_constraints:not_the_last_token_again", not_the_last_token_again)):
+        directory = tmp_path / str(number)
+        make_ppo(policy_kwargs={**policy_kwargs, "constraint": constraint}).save(directory)
+        with pytest.raises(ValueError, match=r"\['constraint'\] can't be written down .* policy_kwargs="):
+            PPO.load(directory, make_env())
+        again = PPO.load(directory, make_env(), policy_kwargs={"constraint": constraint})
+        assert again.policy.distribution.all_constraints is not_the_last_token_again
 
 
 # ---- the nucleus of the frozen reference ---------------------------------------------------------------------------

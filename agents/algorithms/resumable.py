@@ -1,0 +1,186 @@
+"""What an algorithm is between two iterations, as data: written down, and taken up again.
+
+No episode is running between two iterations, so weights, optimiser, counters and the state of every random generator
+are all there is; a resumed run goes on as the run that was never stopped.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, ClassVar, Self
+
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from agents.models.reference import Reference
+from agents.objectives.kl import KLController
+from agents.policies.causal_lm_policy import CausalLMPolicy
+from agents.rollouts.sb3_vec_env import TextVecEnv
+from agents.state import checkpoint
+from agents.state.arguments import (
+    argument_defaults,
+    arguments_again,
+    class_name,
+    is_plain,
+    kept_arguments,
+    written_down,
+)
+from agents.state.generators import generator_states, set_generator_states
+from agents.state.schedules import LearningRate
+
+# Those of SB3's attributes that change while training.
+COUNTERS = ("num_timesteps", "_total_timesteps", "_n_updates", "_current_progress_remaining")
+# Arguments that are no data, or go their own way into the state.
+NOT_KEPT = frozenset({"policy", "env", "policy_kwargs", "device", "reference", "stats_window_size"})
+
+
+class Resumable(BaseAlgorithm):
+    """An algorithm that can be saved and loaded.
+
+    It keeps the arguments of its constructor as attributes of the same names.
+    """
+
+    policy: CausalLMPolicy
+    reference: Reference | None
+    reference_was_given: bool
+    kl: KLController
+
+    # Numbers that change while training, besides SB3's counters.
+    state_attributes: ClassVar[tuple[str, ...]] = ()
+
+    def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
+        """Write :meth:`state` as a directory of safetensors and JSON; nothing in it is run when it is loaded.
+
+        :param path: the directory; a ``.zip`` ending, as SB3's callbacks add it, is dropped. It is replaced as a whole:
+            a kill at any moment leaves the old one or the new one.
+        """
+        checkpoint.save(path, self.state())
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls,
+        path: Any,
+        env: Any = None,
+        device: Any = "auto",
+        policy: str | type[CausalLMPolicy] = "CausalLMPolicy",
+        **kwargs: Any,
+    ) -> Self:
+        """Load what :meth:`save` wrote; ``learn(..., reset_num_timesteps=False)`` then goes on.
+
+        :param path: the directory.
+        :param env: as for the constructor; needed.
+        :param device: where to.
+        :param policy: the class of the policy that was saved.
+        :param kwargs: the constructor's arguments that should differ from the saved ones, and those that can't be
+            written down (live objects, schedules other than ``LearningRate``, ``"module:function"`` names).
+        :return: the algorithm as it was saved.
+        :raises FileNotFoundError: if there is no checkpoint.
+        :raises ValueError: without an environment; if an algorithm or a policy of another class was saved; if an
+            argument that can't be written down isn't given again.
+        """
+        state = checkpoint.load(path)
+        if env is None:
+            raise ValueError("Expected env: a checkpoint holds no environment. Pass load(path, env=...).")
+        saved, ours = state["algorithm"], class_name(cls)
+        if saved != ours:
+            raise ValueError(
+                f"Expected a checkpoint of {ours}, got one that was written by {saved}: use "
+                f"{_short(saved)}.load(path, env=...)."
+            )
+        given_class = cls.policy_aliases.get(policy, policy) if isinstance(policy, str) else policy
+        saved, ours = state["policy_class"], given_class if isinstance(given_class, str) else class_name(given_class)
+        if saved != ours:
+            raise ValueError(
+                f"Expected the policy class that the checkpoint was written with, {saved}, got {ours}: use "
+                f"load(path, env=..., policy={_short(saved)})."
+            )
+        live = state["given_again"]
+        given = kwargs.pop("policy_kwargs", None) or {}
+        policy_kwargs = arguments_again(
+            state["policy_kwargs"], live["policy_kwargs"], given, "policy_kwargs={{'{}': ...}}"
+        )
+        arguments = arguments_again(state["arguments"], live["arguments"], kwargs, "{}=...")
+        if isinstance(arguments.get("learning_rate"), dict):
+            arguments["learning_rate"] = LearningRate.from_json(arguments["learning_rate"])
+        model = cls(policy, env, device=device, policy_kwargs=policy_kwargs, **arguments)
+        model.load_state(state)
+        return model
+
+    def state(self) -> dict[str, Any]:
+        """In the middle of a rollout this is the state in which the rollout is lost.
+
+        :return: a tree for :mod:`agents.state.checkpoint`. Its tensors are the live ones, which training changes.
+        """
+        arguments = kept_arguments(self, set(argument_defaults(type(self))) - NOT_KEPT)
+        arguments["stats_window_size"] = self._stats_window_size
+        if isinstance(self.learning_rate, LearningRate):
+            arguments["learning_rate"] = self.learning_rate.to_json()
+        arguments, live = written_down(arguments)
+        policy_kwargs, live_policy_kwargs = written_down(self.policy_kwargs)
+        if self.reference_was_given:
+            live.append("reference")
+        optimizer = self.policy.optimizer.state_dict()
+        state = {
+            "algorithm": class_name(type(self)),
+            "policy_class": class_name(self.policy_class),
+            "arguments": arguments,
+            "policy_kwargs": policy_kwargs,
+            "given_again": {"arguments": live, "policy_kwargs": live_policy_kwargs},
+            "counters": {name: getattr(self, name) for name in (*COUNTERS, *self.state_attributes)},
+            "kl": {"coef": self.kl.coef},
+            "latest_episodes": list(self.ep_info_buffer or []),
+            "policy": self.policy.state_dict(),
+            "optimizer": {
+                "state": {str(index): moments for index, moments in optimizer["state"].items()},
+                "param_groups": [{k: v for k, v in g.items() if is_plain(v)} for g in optimizer["param_groups"]],
+            },
+            "generators": generator_states(self._text_env.vector_env.np_random),
+        }
+        assert self.reference is not None
+        if not self.reference.shares_base:  # otherwise it is in the policy
+            state["reference"] = self.reference.lm.state_dict()
+        return state
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go back to a state of an algorithm of the same class and arguments.
+
+        Only what this class lists is set, whatever the state names.
+
+        :param state: what :meth:`state` returned, read from a checkpoint or copied.
+        :raises ValueError: for other counters, or an environment with another number of rows.
+        """
+        counters = (*COUNTERS, *self.state_attributes)
+        if set(state["counters"]) != set(counters):
+            raise ValueError(
+                f"Expected the counters {sorted(counters)} of {type(self).__name__}, got {sorted(state['counters'])}: "
+                "another version of it has written them. Load them with that version."
+            )
+        self.policy.load_state_dict(state["policy"])
+        self.policy.clear_cache()
+        assert self.reference is not None
+        if not self.reference.shares_base:
+            self.reference.lm.load_state_dict(state["reference"])
+        optimizer, saved = self.policy.optimizer, state["optimizer"]
+        groups = zip(optimizer.state_dict()["param_groups"], saved["param_groups"], strict=True)
+        optimizer.load_state_dict(
+            {
+                "state": {int(index): moments for index, moments in saved["state"].items()},
+                "param_groups": [{k: before.get(k, v) for k, v in now.items()} for now, before in groups],
+            }
+        )
+        for name in counters:
+            setattr(self, name, state["counters"][name])
+        self.kl.coef = state["kl"]["coef"]
+        self.ep_info_buffer = deque(state["latest_episodes"], maxlen=self._stats_window_size)
+        # Otherwise `learn` would do it, and seed the environment's generators anew.
+        self._last_obs = self._text_env.reset()
+        set_generator_states(state["generators"], self._text_env.vector_env.np_random)
+
+    @property
+    def _text_env(self) -> TextVecEnv:
+        assert isinstance(self.env, TextVecEnv)
+        return self.env
+
+
+def _short(name: str) -> str:
+    """The last part of a class's name."""
+    return name.replace(":", ".").rpartition(".")[2]
