@@ -1,0 +1,108 @@
+"""What a training run writes down while it goes on: texts, checkpoints and, at its end, the learning curve."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+
+from agents.algorithms.on_policy import OnPolicyAlgorithm
+from agents.rollouts.sampling import sample_texts
+from agents.runs.config import TrainConfig
+from text_env.prompts import load_prompts
+
+
+class SampleTexts(BaseCallback):
+    """Write texts for fixed held-out prompts to ``samples.jsonl`` at the start and every few iterations.
+
+    :param path: the file.
+    :param config: of the run.
+    """
+
+    def __init__(self, path: Path, config: TrainConfig) -> None:
+        super().__init__()
+        self._path = path
+        self._every = config.sample_every
+        self._iteration = 0
+        # Files of the user's own have no held-out part: then the first prompts are watched.
+        held_out = "builtin:eval" if config.env.prompts == "builtin" else config.env.prompts
+        rows = load_prompts(held_out)[: config.n_samples]
+        self._env = config.env.make(len(rows), config.model, prompts=rows)
+        self._prompts = list(self._env.prompts)  # with their columns, which rewards may ask for
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        if self._iteration % self._every == 0:
+            self._write()
+        self._iteration += 1
+
+    def _on_training_end(self) -> None:
+        self._write()
+
+    def _write(self) -> None:
+        policy = cast(OnPolicyAlgorithm, self.model).policy
+        # The same random numbers every time, and none of the training's.
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            infos = sample_texts(policy, self._env, self._prompts)
+        with self._path.open("a") as file:
+            for info in infos:
+                row = {k: float(v) if isinstance(v, np.floating) else v for k, v in info.items()}
+                file.write(json.dumps({"timesteps": self.num_timesteps, **row}, ensure_ascii=False) + "\n")
+
+
+class Checkpoint(BaseCallback):
+    """Save everything that goes on with a run, every few iterations; whatever happens later, the last one stays whole.
+
+    :param path: the directory.
+    :param every: iterations.
+    """
+
+    def __init__(self, path: Path, every: int) -> None:
+        super().__init__()
+        self._path = path
+        self._every = every
+        self._iterations = 0  # that are over
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        if self._iterations and self._iterations % self._every == 0:
+            self.model.save(self._path)
+        self._iterations += 1
+
+
+def plot_learning_curve(directory: Path) -> None:
+    """Draw score, gold score and KL over tokens from ``progress.csv`` into ``learning_curve.png``.
+
+    :param directory: of the run.
+    """
+    import matplotlib.figure
+
+    if not (directory / "progress.csv").read_text():
+        return  # not one iteration was finished
+    table = np.genfromtxt(directory / "progress.csv", delimiter=",", names=True, deletechars="")
+    table = np.atleast_1d(table)
+    tokens = table["time/total_timesteps"]
+    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    lines = axes.plot(tokens, table["objective/scores"], color="tab:blue", label="score (trained on)")
+    if "objective/gold_score" in (table.dtype.names or ()):
+        lines += axes.plot(
+            tokens, table["objective/gold_score"], color="tab:orange", label="gold score (only measured)"
+        )
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("score")
+    axes.grid(alpha=0.3)
+    right = axes.twinx()
+    lines += right.plot(tokens, table["objective/kl"], color="tab:gray", linestyle="--", label="KL to the reference")
+    right.set_ylabel("KL (nats per episode)")
+    axes.legend(handles=lines, loc="upper left", framealpha=0.9)
+    figure.savefig(directory / "learning_curve.png", dpi=120)

@@ -1,0 +1,92 @@
+"""A training run, from its configuration to the directory that it leaves behind.
+
+``config.yaml``, ``progress.csv``, TensorBoard events, ``samples.jsonl`` (fixed held-out prompts, texts every few
+iterations), ``learning_curve.png``, ``policy/`` (a plain Hugging Face directory).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import configure
+
+from agents.algorithms.on_policy import OnPolicyAlgorithm, default_rows
+from agents.runs.config import (
+    OWN_OPTIONS,
+    TrainConfig,
+    algorithm_named,
+    dump_config,
+    lora_kwargs,
+    parsed,
+    resolved,
+)
+from agents.runs.recording import Checkpoint, SampleTexts, plot_learning_curve
+from agents.state.arguments import argument_defaults
+
+
+def train(config: TrainConfig) -> OnPolicyAlgorithm:
+    """Train as configured and leave a complete run directory.
+
+    :param config: everything.
+    :return: the trained algorithm.
+    :raises FileExistsError: if the directory holds a run already.
+    """
+    config = resolved(config)
+    directory = config.run_dir
+    assert directory is not None
+    if (directory / "config.yaml").exists():
+        raise FileExistsError(f"{directory} holds a run already; choose another --run-dir, or remove it.")
+    algorithm = algorithm_named(config.algo)
+    known = set(argument_defaults(algorithm)) - OWN_OPTIONS
+    if unknown := set(config.algo_kwargs) - known:
+        raise ValueError(
+            f"Unknown algo_kwargs {sorted(unknown)}; {algorithm.__name__} takes {sorted(known)}, and "
+            f"{sorted(OWN_OPTIONS)} are options of their own."
+        )
+    assert config.n_episodes is not None
+    assert config.n_epochs is not None
+    assert config.env.group_size is not None
+    algo_kwargs = parsed(config.algo_kwargs)
+    gamma = algo_kwargs.get("gamma", argument_defaults(algorithm).get("gamma", 1.0))
+    env = config.env.make(default_rows(config.n_episodes, config.env.group_size), config.model, gamma)
+    rate = config.learning_rate
+    assert rate is not None
+    policy_kwargs: dict[str, Any] = {
+        "model": config.model,
+        "dtype": config.dtype,
+        "autocast": config.autocast,
+        "compile_forward": config.compile_forward,
+        "temperature": config.temperature,
+        "separate_critic": config.critic or False,
+        "lora": lora_kwargs(config),
+    }
+    model = algorithm(
+        "CausalLMPolicy",
+        env,
+        learning_rate=rate if config.lr_schedule == "constant" else lambda progress: rate * progress,
+        n_episodes=config.n_episodes,
+        batch_size=config.batch_size,
+        n_epochs=config.n_epochs,
+        kl_coef=config.kl_coef,
+        kl_target=config.kl_target,
+        kl_estimator=config.kl_estimator,
+        missing_eos_penalty=config.missing_eos_penalty,
+        policy_kwargs=policy_kwargs,
+        seed=config.seed,
+        device=config.device,
+        **algo_kwargs,
+    )
+    callbacks: list[BaseCallback] = [SampleTexts(directory / "samples.jsonl", config)]
+    if config.checkpoint_every:
+        callbacks.append(Checkpoint(directory / "checkpoint", config.checkpoint_every))
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.yaml").write_text(dump_config(config))
+    model.set_logger(configure(str(directory), ["csv", "tensorboard"]))
+    try:
+        model.learn(config.total_timesteps, callback=callbacks, progress_bar=config.progress)
+    finally:  # a reward that raises, or Ctrl-C, must not cost what was learned until then
+        model.logger.close()
+        model.policy.save_pretrained(directory / "policy")
+        plot_learning_curve(directory)
+    return model
