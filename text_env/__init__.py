@@ -9,6 +9,7 @@ from text_env.constraints import AllowedTokens, Constraint, Contexts, ForbiddenT
 from text_env.env import TextEnv
 from text_env.episodes import NO_ACTION
 from text_env.rewards import Normalized, RewardError, SequenceClassifierReward, WeightedSum, make_reward
+from text_env.settings import EpisodeSettings
 from text_env.shaping import PotentialShaping
 from text_env.vector_env import TextVectorEnv
 from text_env.wrappers import ENTRY_POINT, NO_POINT, EmbeddingAction, VectorEmbeddingAction
@@ -20,6 +21,7 @@ __all__ = [
     "Constraint",
     "Contexts",
     "EmbeddingAction",
+    "EpisodeSettings",
     "ForbiddenTokens",
     "MinimumLength",
     "Normalized",

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
 from text_env.episodes import Episodes, EpisodesFace, Observation
-from text_env.prompts import OverlongPrompts
 from text_env.rendering import METADATA, check_render_mode, render
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from text_env.settings import EpisodeSettings, takes_settings
 
 
 class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
@@ -30,80 +25,21 @@ class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
     ``"stop"`` or ``"length"``), the ``metrics``, and ``reward/<name>`` for each part of a weighted sum. The info of a
     reset holds ``prompt``.
 
-    :param tokenizer: ``"builtin"``, a directory, a hub name, or a live Hugging Face tokenizer with an eos token. Here
-        and below, names are the better form: Gymnasium deep-copies live objects when a wrapper's ``spec`` is read.
-    :param prompts: ``"builtin"``, ``"builtin:eval"``, a file (.jsonl, .json, .csv, .txt), ``"module:function"``, a list
-        of strings, a list of mappings with the key ``"prompt"``, or a ``datasets.Dataset``. Columns go to the reward. A
-        prompt may be a conversation, a list of messages ``{"role": ..., "content": ...}``: it is written in the
-        tokenizer's chat template, and rewards get prompts and completions as messages too, as TRL gives them.
-    :param reward: ``"builtin"``, ``"sentiment"``, directory or hub name of a sequence classifier,
-        ``"module:function"``, a callable ``(prompts, completions, completion_ids, **columns) -> list[float]``, or a
-        weighted sum of these, as ``{"builtin": 1.0, "sentiment": 0.5}`` or ``"builtin+0.5*sentiment"``.
-    :param max_prompt_tokens: the longest prompt, in tokens.
-    :param max_new_tokens: the response budget, in tokens, EOS included.
-    :param min_new_tokens: an EOS with fewer response tokens than this before it is an ordinary token.
-    :param stop: string or strings that end the text; the completion keeps them. A special token may be one: that by
-        which an instruct model ends its turn, where it isn't the tokenizer's eos.
-    :param group_size: so many episodes that start one after another share a prompt.
-    :param metrics: name → reward: further scores for the final info, never paid, e.g. ``{"gold_score": "sentiment"}``.
-    :param overlong_prompts: what happens to a prompt longer than ``max_prompt_tokens``: ``"error"``, or
-        ``"truncate_left"``, which keeps its end.
-    :param render_mode: ``"ansi"``, ``"human"`` (``render()`` prints the text; nothing is printed unasked, as a copy of
-        the text per token would drown it), ``"rgb_array"`` or None.
-    :param constraint: which tokens may follow a context: a callable ``(contexts, n_tokens) -> bool [B, n_tokens]`` (see
-        :mod:`text_env.constraints`), its name as ``"module:function"``, or a list of these, all of which hold.
-        :meth:`action_masks` tells it to whoever asks. The environment itself takes every token, so that algorithms
-        without masks run as well; it is the policy that never samples a forbidden one.
-    :param chat_template: whether a string prompt is the user's turn in a conversation, written in the tokenizer's chat
-        template; None: if the tokenizer has one, as those of instruct models do. Lists of messages always are.
-    :param shaping: what pays the tokens before the last as well: a :class:`text_env.shaping.PotentialShaping`, its name
-        as ``"module:object"``, or whatever ``reward`` may be, for the potential of one. The best policy stays the same.
-        ``info["score"]`` is the score as ever; an episode's rewards sum to it minus the potential of its start (γ = 1).
-    :param reward_kwargs: ``batch_size``, ``device``, ``dtype``, ``max_length``, ``label`` and ``chat_template`` of
-        :class:`text_env.rewards.SequenceClassifierReward`, for every classifier that ``reward``, ``metrics`` and
-        ``shaping`` name.
+    :param render_mode: ``"ansi"``, ``"human"`` (``render()`` prints the text; nothing is printed unasked, since a copy
+        of the text per token would drown it), ``"rgb_array"`` or None.
+    :param settings: the fields of :class:`text_env.settings.EpisodeSettings`, whose documentation
+        ``help(TextEnv.__init__)`` shows.
+    :raises TypeError: for an argument that does not exist; the known ones are named.
     :raises ValueError: if an argument is out of range or names something that is not there; it says what is.
     """
 
     metadata: dict[str, Any] = METADATA
 
-    def __init__(
-        self,
-        tokenizer: str | Path | PreTrainedTokenizerBase = "builtin",
-        prompts: str | Path | Iterable[str | Mapping[str, Any]] = "builtin",
-        reward: Any = "builtin",
-        max_prompt_tokens: int = 16,
-        max_new_tokens: int = 48,
-        min_new_tokens: int = 0,
-        stop: str | Sequence[str] | None = None,
-        group_size: int = 1,
-        metrics: Mapping[str, Any] | None = None,
-        overlong_prompts: OverlongPrompts = "error",
-        render_mode: str | None = None,
-        constraint: Any = None,
-        chat_template: bool | None = None,
-        shaping: Any = None,
-        reward_kwargs: Mapping[str, Any] | None = None,
-    ) -> None:
+    @takes_settings
+    def __init__(self, *, render_mode: str | None = None, **settings: Any) -> None:
         check_render_mode(render_mode)
         self.render_mode = render_mode
-        self.episodes = Episodes(
-            1,
-            tokenizer=tokenizer,
-            prompts=prompts,
-            reward=reward,
-            max_prompt_tokens=max_prompt_tokens,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            constraint=constraint,
-            stop=stop,
-            group_size=group_size,
-            metrics=metrics,
-            overlong_prompts=overlong_prompts,
-            chat_template=chat_template,
-            shaping=shaping,
-            reward_kwargs=reward_kwargs,
-        )
+        self.episodes = Episodes(1, EpisodeSettings(**settings))
         self.observation_space = self.episodes.observation_space()
         self.action_space = self.episodes.action_space()
 

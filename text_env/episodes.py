@@ -9,8 +9,7 @@ Notation: n rows (each plays one episode after another), L = ``max_prompt_tokens
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gymnasium as gym
@@ -20,8 +19,9 @@ from numpy.typing import NDArray
 
 from text_env.action_spaces import Tokens
 from text_env.constraints import Constraint, Contexts, MinimumLength, all_of, allowed_tokens, make_constraint
-from text_env.prompts import OverlongPrompts, Prompt, Prompts, checked_ids
+from text_env.prompts import Prompt, Prompts, checked_ids
 from text_env.rewards import FinishedTexts, make_reward, score, score_parts
+from text_env.settings import EpisodeSettings, check_integer
 from text_env.shaping import PotentialShaping, make_shaping
 from text_env.tokenization import decode, decode_completions, load_tokenizer
 
@@ -48,88 +48,45 @@ class Episodes:
     """n episodes side by side.
 
     :param n: number of rows.
-    :param tokenizer: ``"builtin"``, a directory, a hub name or a live tokenizer.
-    :param prompts: what :class:`text_env.prompts.Prompts` takes.
-    :param reward: what :func:`text_env.rewards.make_reward` takes. Paid on the last token.
-    :param max_prompt_tokens: the longest prompt.
-    :param max_new_tokens: the response budget in tokens, EOS included.
-    :param min_new_tokens: an EOS with fewer response tokens than this before it is an ordinary token that ends nothing
-        (a policy that knows of it gives EOS probability 0 there). Stop strings and the budget end a text regardless.
-    :param constraint: which tokens may follow; what :func:`text_env.constraints.make_constraint` takes. A forbidden
-        token is not refused: :meth:`action_masks` is for the policy.
-    :param stop: strings that end a text as soon as its completion contains one; the completion keeps it. A special
-        token, such as ``"<end_of_turn>"``, ends it when it is written, and is no part of the text.
-    :param group_size: so many episodes that start one after another share a prompt.
-    :param metrics: name → reward. Further scores of finished texts: reported in the final info, never paid.
-    :param overlong_prompts: ``"error"`` or ``"truncate_left"``.
-    :param chat_template: whether string prompts are the user's turn in the tokenizer's chat template; None: if it has
-        one.
-    :param shaping: what :func:`text_env.shaping.make_shaping` takes. Changes what steps are paid, never a score.
-    :param reward_kwargs: for every classifier that reward, metrics and shaping name; see
-        :func:`text_env.rewards.make_reward`.
-    :raises ValueError: for arguments outside their range, and for what tokenizer, prompts and rewards refuse.
+    :param settings: how the episodes go.
+    :raises ValueError: for a setting that is out of range, or that names something which does not exist.
     """
 
-    def __init__(
-        self,
-        n: int,
-        *,
-        tokenizer: str | Path | PreTrainedTokenizerBase,
-        prompts: str | Path | Iterable[str | Mapping[str, Any]],
-        reward: Any,
-        max_prompt_tokens: int,
-        max_new_tokens: int,
-        min_new_tokens: int,
-        constraint: Any,
-        stop: str | Sequence[str] | None,
-        group_size: int,
-        metrics: Mapping[str, Any] | None,
-        overlong_prompts: OverlongPrompts,
-        chat_template: bool | None,
-        shaping: Any,
-        reward_kwargs: Mapping[str, Any] | None,
-    ) -> None:
-        for name, value, least in [
-            ("num_envs", n, 1),
-            ("max_prompt_tokens", max_prompt_tokens, 1),
-            ("max_new_tokens", max_new_tokens, 1),
-            ("min_new_tokens", min_new_tokens, 0),
-            ("group_size", group_size, 1),
-        ]:
-            if not isinstance(value, int | np.integer) or value < least:
-                raise ValueError(f"Expected {name} to be an integer of at least {least}, got {value!r}.")
-        if min_new_tokens > max_new_tokens:
-            raise ValueError(
-                f"Expected min_new_tokens to be at most max_new_tokens={max_new_tokens}, got {min_new_tokens}."
-            )
+    def __init__(self, n: int, settings: EpisodeSettings) -> None:
+        check_integer("num_envs", n, 1)
+        settings.check()
         self.n = n
-        self.tokenizer = load_tokenizer(tokenizer)
+        self.tokenizer = load_tokenizer(settings.tokenizer)
         self.vocabulary = len(self.tokenizer)
         self.eos_token_id = int(self.tokenizer.eos_token_id)
         pad = self.tokenizer.pad_token_id
         self.pad_token_id = self.eos_token_id if pad is None else int(pad)
-        self.max_prompt_tokens = max_prompt_tokens
-        self.max_new_tokens = max_new_tokens
-        self.min_new_tokens = min_new_tokens
-        self.constraint: Constraint | None = make_constraint(constraint)
-        minimum = MinimumLength(min_new_tokens, self.eos_token_id) if min_new_tokens else None
+        self.max_prompt_tokens = settings.max_prompt_tokens
+        self.max_new_tokens = settings.max_new_tokens
+        self.min_new_tokens = settings.min_new_tokens
+        self.constraint: Constraint | None = make_constraint(settings.constraint)
+        minimum = MinimumLength(self.min_new_tokens, self.eos_token_id) if self.min_new_tokens else None
         self._all_constraints = all_of(minimum, self.constraint)
-        self.stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
-        if not all(isinstance(string, str) and string for string in self.stop):
-            raise ValueError(f"Expected stop to be a non-empty string or a list of them, got {stop!r}.")
+        self.stop = settings.stop_strings
         # Special tokens are no part of a decoded text; instruct models often end their turn with one that isn't eos.
         added = self.tokenizer.added_tokens_decoder
         self._stop_ids = [index for index, token in added.items() if token.special and str(token) in self.stop]
-        self.group_size = group_size
-        self.prompts = Prompts(prompts, self.tokenizer, max_prompt_tokens, overlong_prompts, chat_template)
-        options = dict(reward_kwargs or {})
-        self.reward = make_reward(reward, **options)
-        self.metrics = {name: make_reward(metric, **options) for name, metric in (metrics or {}).items()}
-        self.shaping: PotentialShaping | None = make_shaping(shaping, **options)
+        self.group_size = settings.group_size
+        self.prompts = Prompts(
+            settings.prompts,
+            self.tokenizer,
+            settings.max_prompt_tokens,
+            settings.overlong_prompts,
+            settings.chat_template,
+        )
+        options = dict(settings.reward_kwargs or {})
+        self.reward = make_reward(settings.reward, **options)
+        self.metrics = {name: make_reward(metric, **options) for name, metric in (settings.metrics or {}).items()}
+        self.shaping: PotentialShaping | None = make_shaping(settings.shaping, **options)
         if clash := sorted(name for name in self.metrics if name in RESERVED_INFO or name.startswith(("_", "reward/"))):
             raise ValueError(f"Expected metrics to have names that the final info does not use yet, got {clash}.")
 
-        columns = max_prompt_tokens + max_new_tokens
+        columns = self.max_prompt_tokens + self.max_new_tokens
         # Where a text ends is known from these counts alone, never from content: pad may be the same token as eos.
         self._prompt_length = np.ones(n, np.int64)
         self._length = np.ones(n, np.int64)  # prompt and response

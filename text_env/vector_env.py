@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from gymnasium.utils import seeding
@@ -13,11 +12,8 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from text_env.episodes import NO_ACTION, Episodes, EpisodesFace, Observation
-from text_env.prompts import OverlongPrompts
 from text_env.rendering import METADATA, check_render_mode, render
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from text_env.settings import EpisodeSettings, takes_settings
 
 
 class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDArray[Any]]):
@@ -27,57 +23,33 @@ class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDAr
     arrays of shape ``(num_envs, …)``, infos with ``_key`` masks, and under SAME_STEP ``final_obs`` and ``final_info``.
 
     :param num_envs: number of rows.
-    :param autoreset_mode: ``AutoresetMode`` or its value (``"SameStep"``, ``"NextStep"``, ``"Disabled"``). Can be set
-        later. Under ``Disabled``, finished rows wait for ``reset(options={"reset_mask": …})``.
-
-    The other parameters are those of :class:`text_env.env.TextEnv`. ``group_size`` counts episodes in the order in
-    which they start: by row within one call.
+    :param render_mode: as for :class:`text_env.env.TextEnv`.
+    :param autoreset_mode: ``AutoresetMode`` or its value (``"SameStep"``, ``"NextStep"``, ``"Disabled"``). The mode can
+        be set later. Under ``Disabled``, finished rows wait for ``reset(options={"reset_mask": …})``.
+    :param settings: the fields of :class:`text_env.settings.EpisodeSettings`, whose documentation
+        ``help(TextVectorEnv.__init__)`` shows. ``group_size`` counts episodes in the order in which they start; rows
+        that start in one call do so in the order of their numbers.
+    :raises TypeError: for an argument that does not exist; the known ones are named.
+    :raises ValueError: if an argument is out of range or names something that is not there; it says what is.
     """
 
     metadata: dict[str, Any] = METADATA
 
+    @takes_settings
     def __init__(
         self,
         num_envs: int = 1,
-        tokenizer: str | Path | PreTrainedTokenizerBase = "builtin",
-        prompts: str | Path | Iterable[str | Mapping[str, Any]] = "builtin",
-        reward: Any = "builtin",
-        max_prompt_tokens: int = 16,
-        max_new_tokens: int = 48,
-        min_new_tokens: int = 0,
-        stop: str | Sequence[str] | None = None,
-        group_size: int = 1,
-        metrics: Mapping[str, Any] | None = None,
-        overlong_prompts: OverlongPrompts = "error",
+        *,
         render_mode: str | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
-        constraint: Any = None,
-        chat_template: bool | None = None,
-        shaping: Any = None,
-        reward_kwargs: Mapping[str, Any] | None = None,
+        **settings: Any,
     ) -> None:
         check_render_mode(render_mode)
         self.render_mode = render_mode
         self.num_envs = num_envs
         self.metadata = dict(self.metadata)  # the mode is this instance's, not the class's
         self.autoreset_mode = autoreset_mode
-        self.episodes = Episodes(
-            num_envs,
-            tokenizer=tokenizer,
-            prompts=prompts,
-            reward=reward,
-            max_prompt_tokens=max_prompt_tokens,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            constraint=constraint,
-            stop=stop,
-            group_size=group_size,
-            metrics=metrics,
-            overlong_prompts=overlong_prompts,
-            chat_template=chat_template,
-            shaping=shaping,
-            reward_kwargs=reward_kwargs,
-        )
+        self.episodes = Episodes(num_envs, EpisodeSettings(**settings))
         self.single_observation_space = self.episodes.observation_space()
         self.single_action_space = self.episodes.action_space()
         self.observation_space = batch_space(self.single_observation_space, num_envs)

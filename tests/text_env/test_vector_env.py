@@ -110,8 +110,8 @@ def test_disabled_autoreset_with_masked_resets_is_what_gymnasium_does_too(tokeni
 
 @pytest.mark.parametrize("group_size", [1, 2, 3])
 def test_one_row_is_the_scalar_environment_for_every_group_size(tokenizer: Any, group_size: int) -> None:
-    args = (tokenizer, PROMPTS, "sentiment", 8, 4, 0, None, group_size)
-    native, scalar = TextVectorEnv(1, *args), TextEnv(*args)
+    kwargs = {"tokenizer": tokenizer, "prompts": PROMPTS, "reward": "sentiment", "group_size": group_size}
+    native, scalar = TextVectorEnv(1, **kwargs), TextEnv(**kwargs)
     obs, info = scalar.reset(seed=4)
     assert data_equivalence({k: v[0] for k, v in native.reset(seed=4)[0].items()}, obs, exact=True)
     for _ in range(12):
