@@ -11,6 +11,7 @@ from text_env.episodes import NO_ACTION
 from text_env.rewards import Normalized, RewardError, SequenceClassifierReward, WeightedSum, make_reward
 from text_env.settings import EpisodeSettings
 from text_env.shaping import PotentialShaping
+from text_env.streams import TokenStream
 from text_env.vector_env import TextVectorEnv
 from text_env.wrappers import ENTRY_POINT, NO_POINT, EmbeddingAction, VectorEmbeddingAction
 
@@ -30,6 +31,7 @@ __all__ = [
     "SequenceClassifierReward",
     "TextEnv",
     "TextVectorEnv",
+    "TokenStream",
     "VectorEmbeddingAction",
     "WeightedSum",
     "make_reward",

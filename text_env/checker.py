@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from text_env.episodes import NO_ACTION, Observation
 from text_env.rewards import FinishedTexts, score
 from text_env.shaping import PotentialShaping
+from text_env.streams import TokenStream
 from text_env.tokenization import decode, decode_completions
 
 # Scores may come from a model whose last digits depend on what else is in the batch.
@@ -101,13 +102,11 @@ def _check_spaces(face: Any, observation: spaces.Space[Any], action: spaces.Spac
     assert face.eos_token_id == face.tokenizer.eos_token_id, "eos_token_id must be the tokenizer's."
 
 
-def _context(obs: Observation) -> list[int]:
-    ids: list[int] = obs["input_ids"][: int(obs["attention_mask"].sum())].tolist()
-    return ids
-
-
-def _response(obs: Observation) -> list[int]:
-    return _context(obs)[int(obs["prompt_length"][0]) :]
+def _stream(obs: Observation) -> TokenStream:
+    """What an observation shows. It does not say who chose a token; all that follows the prompt counts as chosen."""
+    token_ids = tuple(obs["input_ids"][: int(obs["attention_mask"].sum())].tolist())
+    prompt_length = int(obs["prompt_length"][0])
+    return TokenStream(token_ids, tuple(place >= prompt_length for place in range(len(token_ids))), prompt_length)
 
 
 def _check_observation(face: Any, obs: Any, space: spaces.Space[Any]) -> None:
@@ -153,12 +152,11 @@ def _shaped(face: Any, shaping: PotentialShaping, prompt: str, before: Observati
     """What a step must be paid: γ Φ(s') − Φ(s), with Φ = 0 at the end, and there the score besides."""
 
     def potential(obs: Observation) -> float:
-        start = int(obs["prompt_length"][0])
-        context = _context(obs)
-        context = context[: start + int(shaping.seen(np.array(len(context) - start)))]
-        spelt = decode(face.tokenizer, [context[:start]])
-        completions = decode_completions(face.tokenizer, [context], [start], spelt)
-        return float(shaping.potentials(FinishedTexts([prompt], completions, [context[start:]]))[0])
+        stream = _stream(obs)
+        stream = stream.cut(int(shaping.seen(np.array(len(stream.completion_ids)))))
+        spelt = decode(face.tokenizer, [stream.cut(0).token_ids])
+        completions = decode_completions(face.tokenizer, [stream], spelt)
+        return float(shaping.potentials(FinishedTexts([prompt], completions, [list(stream.completion_ids)]))[0])
 
     if step.terminated:
         return float(step.info.get("score", np.nan)) - potential(before)
@@ -172,16 +170,16 @@ def _check_episode(env: gym.Env[Any, Any]) -> None:
     prompt, shaping = str(info.get("prompt")), _shaping(face)
     _check_observation(face, obs, env.observation_space)
     assert isinstance(info.get("prompt"), str), "The info of a reset must hold the prompt as a string."
-    assert len(_response(obs)) == 0, "A reset must start with the prompt alone."
+    stream = _stream(obs)
+    assert not stream.completion_ids, "A reset must start with the prompt alone."
     seen: list[tuple[Observation, Observation]] = [(obs, deepcopy(obs))]
     for token in _ordinary_tokens(face, face.max_new_tokens + 1):
         previous = deepcopy(obs)
         obs, reward, terminated, truncated, info = env.step(token)
         _check_observation(face, obs, env.observation_space)
         assert obs["prompt_length"] == previous["prompt_length"], "The prompt's length must not change in an episode."
-        assert _context(obs) == [*_context(previous), token], (
-            "A step must append its token to the context, and no more."
-        )
+        stream = stream.appended(token)
+        assert _stream(obs) == stream, "A step must append its token to the context, and no more."
         for earlier, copy in seen:
             assert not any(np.shares_memory(obs[key], earlier[key]) for key in obs), (
                 "Observations must be fresh copies: two of them share memory."
@@ -208,16 +206,17 @@ def _check_episode(env: gym.Env[Any, Any]) -> None:
     _check_final(face, obs, float(reward), info)
     # The environment must not keep its state in what it has handed out.
     first, info = env.reset(seed=11)
-    kept = deepcopy(first)
+    kept = _stream(first)
     for array in first.values():
         array[...] = 0
-    following = env.step(_ordinary_tokens(face, 1)[0])[0]
-    assert _context(following)[:-1] == _context(kept), "Writing into a returned observation changed the episode."
+    token = _ordinary_tokens(face, 1)[0]
+    following = env.step(token)[0]
+    assert _stream(following) == kept.appended(token), "Writing into a returned observation changed the episode."
 
 
 def _check_final(face: Any, obs: Observation, reward: float, info: dict[str, Any]) -> None:
     assert set(FINAL_KEYS) <= set(info), f"The final info must hold {FINAL_KEYS}, but it holds {sorted(info)}."
-    response = _response(obs)
+    response = _stream(obs).completion_ids
     assert _shaping(face) is not None or reward == info["score"], (
         f"The last reward must be the score {info['score']}, but it is {reward}."
     )
@@ -232,7 +231,7 @@ def _check_final(face: Any, obs: Observation, reward: float, info: dict[str, Any
         f"The finish reason is {reason!r} after {len(response)} of {face.max_new_tokens} tokens, EOS last: {eos}."
     )
     if _text_is_all(face):
-        texts = FinishedTexts([info["prompt"]], [info["completion"]], [response])
+        texts = FinishedTexts([info["prompt"]], [info["completion"]], [list(response)])
         expected = score(face.reward, texts)[0]
         assert np.isclose(info["score"], expected, rtol=_TOLERANCE, atol=_TOLERANCE), (
             f"The score must be what the reward says of the finished text, {expected}, but it is {info['score']}."
@@ -275,13 +274,13 @@ def _check_seeding(env: gym.Env[Any, Any]) -> None:
 def _check_openings(env: gym.Env[Any, Any]) -> None:
     """Starting in the middle of a response is the same as having written it."""
     face: Any = env.unwrapped
-    prompt = list(face.prompts[0].token_ids)
+    prompt = tuple(face.prompts[0].token_ids)
     tokens = _ordinary_tokens(face, face.max_new_tokens)
-    obs, _ = env.reset(options={"prompt": prompt})
-    assert _context(obs) == prompt, "reset(options={'prompt': ids}) must start with that prompt."
+    obs, _ = env.reset(options={"prompt": list(prompt)})
+    assert _stream(obs).token_ids == prompt, "reset(options={'prompt': ids}) must start with that prompt."
     written = _play(env, tokens)
     for given in range(1, len(written)):
-        obs, _ = env.reset(options={"prompt": prompt, "response": tokens[:given]})
+        obs, _ = env.reset(options={"prompt": list(prompt), "response": tokens[:given]})
         assert data_equivalence(obs, written[given - 1].obs, exact=True), (
             "reset(options={'response': ids}) must give the observation that writing the response gives."
         )
@@ -313,7 +312,7 @@ def _check_refusals(env: gym.Env[Any, Any]) -> None:
     _check_raises(ValueError, lambda: env.reset(options={"prompt": []}), "An empty prompt must raise ValueError.")
     if face.max_new_tokens > 1:
         following = env.step(token)[0]
-        assert _context(following) == [*_context(obs), token], "A refused call must leave the episode as it was."
+        assert _stream(following) == _stream(obs).appended(token), "A refused call must leave the episode as it was."
     _play(env, finished)
     _check_raises(gym.error.ResetNeeded, lambda: env.step(token), "A step after the end must raise ResetNeeded.")
     env.reset()
@@ -384,7 +383,7 @@ def _check_autoreset(env: VectorEnv[Any, Any, Any], mode: AutoresetMode) -> None
         )
         assert not np.any(infos["_final_obs"] != terminated), "_final_obs must mark the rows that ended, and no others."
         _check_final(face, info["final_obs"], float(rewards[1]), info["final_info"])
-        assert not _response(_row(obs, 1)), (
+        assert not _stream(_row(obs, 1)).completion_ids, (
             "Under SAME_STEP the observation of a row that ended must be a new episode's."
         )
         return
@@ -392,7 +391,9 @@ def _check_autoreset(env: VectorEnv[Any, Any, Any], mode: AutoresetMode) -> None
     token = _ordinary_tokens(face, 1)[0]
     if mode == AutoresetMode.NEXT_STEP:
         obs, rewards, terminated, _, infos = env.step(_only(env, {1: token}))
-        assert not _response(_row(obs, 1)), "Under NEXT_STEP the step after an end must start a new episode."
+        assert not _stream(_row(obs, 1)).completion_ids, (
+            "Under NEXT_STEP the step after an end must start a new episode."
+        )
         assert rewards[1] == 0.0, "The step that resets a row must pay nothing."
         assert not terminated[1], "The step that resets a row must end nothing."
         assert "prompt" in _row_info(infos, 1), "The step that resets a row must give the reset's info."
@@ -413,10 +414,10 @@ def _check_masked_reset(env: VectorEnv[Any, Any, Any]) -> None:
     _finish_row(env, 1)
     before = deepcopy(env.step(_only(env, {}))[0])
     mask = np.arange(env.num_envs) == 1
-    prompt = list(face.prompts[0].token_ids)
-    obs, infos = env.reset(options={"reset_mask": mask, "prompt": [prompt]})
+    prompt = tuple(face.prompts[0].token_ids)
+    obs, infos = env.reset(options={"reset_mask": mask, "prompt": [list(prompt)]})
     assert obs in env.observation_space, "A masked reset must return the observations of all rows."
-    assert _context(_row(obs, 1)) == prompt, (
+    assert _stream(_row(obs, 1)).token_ids == prompt, (
         "A masked reset must start the marked row with the prompt that it is given."
     )
     for row in np.flatnonzero(~mask).tolist():

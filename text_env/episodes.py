@@ -9,7 +9,7 @@ Notation: n rows (each plays one episode after another), L = ``max_prompt_tokens
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gymnasium as gym
@@ -23,6 +23,7 @@ from text_env.prompts import Prompt, Prompts, checked_ids
 from text_env.rewards import FinishedTexts, make_reward, score, score_parts
 from text_env.settings import EpisodeSettings, check_integer
 from text_env.shaping import PotentialShaping, make_shaping
+from text_env.streams import TokenStream
 from text_env.tokenization import decode, decode_completions, load_tokenizer
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ class Episodes:
         self._length = np.ones(n, np.int64)  # prompt and response
         self._input_ids = np.full((n, columns), self.pad_token_id, np.int64)
         self._attention_mask = np.zeros((n, columns), np.int8)
+        self._is_action = np.zeros((n, columns), np.bool_)  # the policy chose the token
         self._prompt: list[Prompt] = [self.prompts[0]] * n
         self._potential = np.full(n, np.nan)  # of the state that a row is in; NaN until its next step asks for it
         self.finished = np.ones(n, np.bool_)  # a row plays only after its first `start`
@@ -145,7 +147,17 @@ class Episodes:
         """
         :return: the row's prompt, and its response so far.
         """
-        return self._prompt[row].text, self._completions([self._context(row)], [self._prompt[row]])[0]
+        return self._prompt[row].text, self._completions([row], [self._stream(row)])[0]
+
+    def stream(self, row: int) -> TokenStream:
+        """
+        :param row: the number of a row.
+        :return: the tokens of the episode that the row is playing or has just finished.
+        :raises gymnasium.error.ResetNeeded: if the row has not started an episode yet.
+        """
+        if not self._attention_mask[row, 0]:
+            raise gym.error.ResetNeeded(f"Row {row} has not started an episode yet, so it has no tokens: call reset().")
+        return self._stream(row)
 
     # The dynamics
 
@@ -224,6 +236,7 @@ class Episodes:
             self._input_ids[row, len(ids) :] = self.pad_token_id
             self._attention_mask[row] = 0
             self._attention_mask[row, : len(ids)] = 1
+            self._is_action[row] = False  # whoever gave the response, the policy did not choose it here
             self._potential[row] = np.nan
             self.finished[row] = False
             infos.append({"prompt": prompt.text})
@@ -280,9 +293,7 @@ class Episodes:
         terminated = eos | (before + 1 >= self.max_new_tokens)
         stopped = np.zeros(len(rows), np.bool_)
         if self.stop:
-            contexts = [self._context(row, token) for row, token in zip(rows, tokens, strict=True)]
-            stopped = np.array(self._stops(contexts, [self._prompt[row] for row in rows]), np.bool_)
-            stopped |= np.isin(tokens, self._stop_ids)
+            stopped = self._stops(rows, self._following(rows, tokens)) | np.isin(tokens, self._stop_ids)
             terminated |= stopped
 
         rewards = np.zeros(len(rows))
@@ -297,6 +308,7 @@ class Episodes:
 
         self._input_ids[rows, columns] = tokens
         self._attention_mask[rows, columns] = 1
+        self._is_action[rows, columns] = True
         self._length[rows] = columns + 1
         self.finished[rows] = terminated
         return rewards, terminated, infos
@@ -312,7 +324,7 @@ class Episodes:
         :return: scores float64 [k], and k final infos.
         :raises text_env.rewards.RewardError: if a reward fails.
         """
-        texts = self._texts(rows, [self._context(row, token) for row, token in zip(rows, tokens, strict=True)])
+        texts = self._texts(rows, self._following(rows, tokens))
         numbers = score_parts(self.reward, texts)
         numbers |= {name: score(metric, texts) for name, metric in self.metrics.items()}
         infos = [
@@ -343,44 +355,64 @@ class Episodes:
         unknown = np.isnan(known)
         # A potential that sees only every k-th token has nothing new to say in between.
         due = ~terminated & (shaping.seen(before + 1) == before + 1)
-        kept = self._prompt_length[rows] + shaping.seen(before)
-        contexts = [self._context(row)[:length] for row, length in zip(rows[unknown], kept[unknown], strict=True)]
-        contexts += [self._context(row, token) for row, token in zip(rows[due], tokens[due], strict=True)]
+        starts = [
+            self._stream(row).cut(length)
+            for row, length in zip(rows[unknown], shaping.seen(before)[unknown].tolist(), strict=True)
+        ]
+        streams = [*starts, *self._following(rows[due], tokens[due])]
         asked = np.zeros(0)
-        if contexts:
-            asked = shaping.potentials(self._texts(np.concatenate([rows[unknown], rows[due]]), contexts))
+        if streams:
+            asked = shaping.potentials(self._texts(np.concatenate([rows[unknown], rows[due]]), streams))
         known[unknown], latest = np.split(asked, [int(unknown.sum())])
         following = np.where(terminated, 0.0, known)
         following[due] = latest
         return shaping.rewards(known, following), following
 
-    def _texts(self, rows: NDArray[np.int64], contexts: Sequence[Sequence[int]]) -> FinishedTexts:
-        """These contexts of these rows, as rewards see them."""
+    def _stream(self, row: int) -> TokenStream:
+        length = self._length[row]
+        return TokenStream(
+            tuple(self._input_ids[row, :length].tolist()),
+            tuple(self._is_action[row, :length].tolist()),
+            int(self._prompt_length[row]),
+        )
+
+    def _following(self, rows: NDArray[np.int64], tokens: NDArray[np.integer[Any]]) -> list[TokenStream]:
+        """The streams of these rows with these tokens at their ends, which are not appended yet."""
+        return [self._stream(row).appended(token) for row, token in zip(rows, tokens.tolist(), strict=True)]
+
+    def _texts(self, rows: NDArray[np.int64], streams: Sequence[TokenStream]) -> FinishedTexts:
+        """These streams of these rows, as rewards see them."""
         prompts = [self._prompt[row] for row in rows]
         return FinishedTexts(
             prompts=[prompt.text for prompt in prompts],
-            completions=self._completions(contexts, prompts),
-            completion_ids=[list(ids[len(prompt.token_ids) :]) for ids, prompt in zip(contexts, prompts, strict=True)],
+            completions=self._completions(rows, streams),
+            completion_ids=[list(stream.completion_ids) for stream in streams],
             columns={name: [prompt.columns[name] for prompt in prompts] for name in self.prompts.columns},
-            # All of them have some or none has: `Prompts` sees to it.
+            # Either all prompts of a set are conversations or none is: `Prompts` sees to it.
             messages=[prompt.messages for prompt in prompts if prompt.messages is not None] or None,
         )
 
-    def _context(self, row: int, *more: int) -> list[int]:
-        return [*self._input_ids[row, : self._length[row]].tolist(), *map(int, more)]
+    def _completions(self, rows: Iterable[int], streams: Sequence[TokenStream]) -> list[str]:
+        return decode_completions(self.tokenizer, streams, [self._prompt[row].decoded for row in rows])
 
-    def _completions(self, contexts: Sequence[Sequence[int]], prompts: Sequence[Prompt]) -> list[str]:
-        lengths = [len(prompt.token_ids) for prompt in prompts]
-        return decode_completions(self.tokenizer, contexts, lengths, [prompt.decoded for prompt in prompts])
-
-    def _stops(self, contexts: Sequence[Sequence[int]], prompts: Sequence[Prompt]) -> list[bool]:
-        return [any(string in text for string in self.stop) for text in self._completions(contexts, prompts)]
+    def _stops(self, rows: NDArray[np.int64], streams: Sequence[TokenStream]) -> NDArray[np.bool_]:
+        texts = self._completions(rows, streams)
+        return np.array([any(string in text for string in self.stop) for text in texts], np.bool_)
 
 
 class EpisodesFace:
     """What both environments let be read of their episodes. None of it can be set: it was decided at construction."""
 
     episodes: Episodes
+
+    def stream(self, row: int = 0) -> TokenStream:
+        """The tokens of an episode and which of them the policy chose, as far as the episode has been played.
+
+        :param row: the number of the row. After an autoreset in the same step it plays its next episode already.
+        :return: the tokens of the episode that the row is playing or has just finished.
+        :raises gymnasium.error.ResetNeeded: if the row has not started an episode yet.
+        """
+        return self.episodes.stream(row)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from text_env.builtin import LANGUAGE_MODEL
+from text_env.streams import TokenStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -142,24 +143,23 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[Sequence[int]
 
 
 def decode_completions(
-    tokenizer: PreTrainedTokenizerBase,
-    contexts: Sequence[Sequence[int]],
-    prompt_lengths: Sequence[int],
-    prompt_texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase, streams: Sequence[TokenStream], prompt_texts: Sequence[str]
 ) -> list[str]:
-    """The text that each response adds to its prompt.
+    """The text that each completion adds to its prompt.
 
-    A completion is what the whole text has beyond the prompt's, not its own tokens decoded alone: tokenizers in the
-    SentencePiece tradition drop the space before the first word of whatever they decode.
+    A completion is what the whole text has beyond the prompt's, not the completion's own tokens decoded alone:
+    tokenizers in the SentencePiece tradition drop the space before the first word of whatever they decode.
 
-    :param contexts: ids of prompt and response together, one sequence per text.
-    :param prompt_lengths: how many of them are the prompt's.
-    :param prompt_texts: each prompt's ids as :func:`decode` spells them.
+    :param tokenizer: the tokenizer of the streams.
+    :param streams: one stream of tokens per text.
+    :param prompt_texts: the prompt's ids of each stream as :func:`decode` spells them.
     :return: the completions.
     """
-    texts = decode(tokenizer, contexts)
+    texts = decode(tokenizer, [stream.token_ids for stream in streams])
     completions = []
-    for text, ids, length, prompt in zip(texts, contexts, prompt_lengths, prompt_texts, strict=True):
-        # Not a prefix: the border splits a character or a merged special token. The response alone is the best answer.
-        completions.append(text[len(prompt) :] if text.startswith(prompt) else decode(tokenizer, [ids[length:]])[0])
+    for text, stream, prompt in zip(texts, streams, prompt_texts, strict=True):
+        # Not a prefix: the border splits a character or a merged special token. The completion's own tokens are then
+        # the best answer.
+        alone = not text.startswith(prompt)
+        completions.append(decode(tokenizer, [stream.completion_ids])[0] if alone else text[len(prompt) :])
     return completions
