@@ -13,7 +13,7 @@ from text_env.settings import EpisodeSettings
 from text_env.shaping import PotentialShaping
 from text_env.streams import TokenStream
 from text_env.vector_env import TextVectorEnv
-from text_env.wrappers import ENTRY_POINT, NO_POINT, EmbeddingAction, VectorEmbeddingAction
+from text_env.wrappers import CONTINUOUS_ID, ENTRY_POINT, NO_POINT, EmbeddingAction, VectorEmbeddingAction
 
 __all__ = [
     "NO_ACTION",
@@ -44,7 +44,7 @@ register(
     vector_entry_point="text_env.vector_env:TextVectorEnv",
 )
 register(
-    id="TextRLHFContinuous-v0",
+    id=CONTINUOUS_ID,
     entry_point=ENTRY_POINT,
     vector_entry_point="text_env.wrappers:make_vector_env",
 )

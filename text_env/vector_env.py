@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from gymnasium.utils import seeding
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
@@ -179,3 +179,35 @@ class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDAr
         if len(seed) != self.num_envs:
             raise ValueError(f"Expected one seed, or a list of num_envs={self.num_envs} seeds, got {seed!r}.")
         return list(seed)
+
+
+def plain(env: Any) -> TextVectorEnv:
+    """Tell the text vector environment itself from one inside wrappers.
+
+    :param env: a vector environment.
+    :return: ``env``, if it is a :class:`TextVectorEnv`.
+    :raises ValueError: if it is a wrapper around one, naming the wrappers, or something else altogether.
+    """
+    wrappers, inner = [], env
+    while isinstance(inner, VectorWrapper):
+        wrappers.append(type(inner).__name__)
+        inner = inner.env
+    if not isinstance(inner, TextVectorEnv):
+        raise ValueError(
+            f"Expected a text vector environment, for example gym.make_vec('TextRLHF-v0', num_envs=64), got {env}."
+        )
+    if wrappers:
+        raise wrapped_error(*wrappers)
+    return inner
+
+
+def wrapped_error(*wrappers: str) -> ValueError:
+    """
+    :param wrappers: the names of the wrappers around a text environment.
+    :return: the error for whoever hands it to a learner of this package.
+    """
+    return ValueError(
+        f"Expected the text environment itself, got it wrapped in {', '.join(wrappers)}. The learners of this package "
+        "drive the text environment itself, so these wrappers would never apply: put what they do into reward=, "
+        "shaping= or constraint=, or use Stable-Baselines3's own algorithms on TextVecEnv."
+    )

@@ -28,8 +28,9 @@ NO_POINT = -np.inf
 """In the vector form: a row filled with it is :data:`~text_env.episodes.NO_ACTION`. It lies outside the box, so that no
 clipped action is one by accident; NaN, which a network that has diverged gives, stays an error."""
 
+CONTINUOUS_ID = "TextRLHFContinuous-v0"
 ENTRY_POINT = "text_env.wrappers:make_env"
-"""Under which ``TextRLHFContinuous-v0`` is registered."""
+"""The function that :data:`CONTINUOUS_ID` is registered with."""
 
 
 class NearestToken:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import gymnasium as gym
 import tyro
@@ -25,7 +25,8 @@ from agents.state.arguments import argument_defaults
 from text_env.imports import import_object, is_object_name
 from text_env.settings import EpisodeSettings
 from text_env.shaping import PotentialShaping
-from text_env.vector_env import TextVectorEnv
+from text_env.vector_env import TextVectorEnv, plain, wrapped_error
+from text_env.wrappers import CONTINUOUS_ID
 
 # Arguments of the algorithms that `TrainConfig` has fields for, or that are made from them.
 OWN_OPTIONS = {
@@ -82,6 +83,7 @@ class EnvConfig(EpisodeSettings):
             nothing learns, so nothing is shaped.
         :param overrides: keyword arguments of the environment that differ.
         :return: the vector environment.
+        :raises ValueError: if ``env`` names an environment in wrappers, which the learners would not see.
         """
         options = {option.name: getattr(self, option.name) for option in dataclasses.fields(EpisodeSettings)}
         gold = {"gold_score": self.gold} if self.gold else {}
@@ -97,7 +99,14 @@ class EnvConfig(EpisodeSettings):
         options.update(overrides)
         if options["group_size"] is None:  # nobody has asked for groups
             options["group_size"] = 1
-        return cast(TextVectorEnv, gym.make_vec(self.env, num_envs=num_envs, **options).unwrapped)
+        if self.env.rpartition(":")[2] == CONTINUOUS_ID:
+            # Before the wrapper compares its embeddings' tokenizer with the model's, which would be beside the point.
+            raise ValueError(f"env={self.env!r}: {wrapped_error('VectorEmbeddingAction')}")
+        env = gym.make_vec(self.env, num_envs=num_envs, **options)
+        try:
+            return plain(env)
+        except ValueError as error:
+            raise ValueError(f"env={self.env!r}: {error}") from error
 
 
 @dataclass

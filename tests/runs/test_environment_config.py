@@ -1,4 +1,4 @@
-"""The environment of a run: its options on the command line and in files."""
+"""The environment of a run: its options on the command line and in files, and which environments learners refuse."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import pytest
 import yaml
+from gymnasium.wrappers.vector import TransformReward
+from learners import PROMPTS, save_model
 
 from agents.cli import main
 from agents.runs.config import EnvConfig, TrainConfig, dump_config, load_config
 from text_env.settings import EpisodeSettings
+from text_env.vector_env import TextVectorEnv
 
 # As runs wrote it before the environment's settings were one class.
 OLD = """
@@ -86,3 +90,44 @@ def test_metrics_of_a_file_are_measured_beside_the_gold_score() -> None:
     env = EnvConfig(reward="sentiment", metrics={"mood": "sentiment"}).make(2, "builtin")
     assert set(env.episodes.metrics) == {"mood", "gold_score"}
     assert EnvConfig(reward="sentiment", gold=None).make(2, "builtin").episodes.metrics == {}
+
+
+def wrapped(**kwargs: Any) -> TransformReward:
+    """A registered environment may come in wrappers, which the learners would go round."""
+    return TransformReward(TextVectorEnv(**kwargs), lambda reward: 2 * reward)
+
+
+def not_text(**kwargs: Any) -> gym.vector.VectorEnv:
+    return gym.make_vec("CartPole-v1", num_envs=kwargs["num_envs"])
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, entry_point in (("Doubled-v0", wrapped), ("NotText-v0", not_text)):
+        monkeypatch.setitem(gym.registry, name, gym.envs.registration.EnvSpec(name, vector_entry_point=entry_point))
+
+
+@pytest.mark.usefixtures("registered")
+def test_an_environment_in_wrappers_is_refused_by_its_name_and_theirs() -> None:
+    with pytest.raises(ValueError, match=r"env='Doubled-v0': .*wrapped in TransformReward\..*would never apply"):
+        EnvConfig(env="Doubled-v0", reward="sentiment").make(2, "builtin")
+
+
+@pytest.mark.usefixtures("registered")
+def test_an_environment_of_another_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="env='NotText-v0': Expected a text vector environment"):
+        EnvConfig(env="NotText-v0").make(2, "builtin")
+
+
+@pytest.mark.parametrize("name", ["TextRLHFContinuous-v0", "text_env:TextRLHFContinuous-v0"])
+def test_the_continuous_environment_is_refused_on_the_command_line_whatever_the_model(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    for model in ("builtin", save_model(tmp_path / "model")):  # the second has another tokenizer than the embeddings
+        options = ["--env", name, "--model", model, "--prompts", str(tmp_path / "prompts.txt")]
+        assert main(["train", *options, "--run-dir", str(tmp_path / "run")]) == 1
+        shown = " ".join(capsys.readouterr().out.split())
+        assert f"env='{name}': Expected the text environment itself, got it wrapped in VectorEmbeddingAction" in shown
+        assert "use Stable-Baselines3's own algorithms on TextVecEnv" in shown
+    assert not (tmp_path / "run").exists()
