@@ -1,10 +1,11 @@
-"""The Markov decision process: token after token until the text is finished, then its score.
+"""The Markov decision process: tokens are appended until the text is finished, and then the text is scored.
 
-All dynamics are here, for n episodes at once and as arrays; :mod:`text_env.env` and :mod:`text_env.vector_env` are the
-faces that Gymnasium knows. A step changes nothing before everything that can fail has succeeded, so whoever mends the
-cause of an error can repeat the step.
+All dynamics are in this file, as array operations on n episodes at once; :mod:`text_env.env` and
+:mod:`text_env.vector_env` present them to Gymnasium. A step changes nothing until everything that can fail has
+succeeded, so that the step can be repeated once the cause of an error has been removed.
 
-Notation: n rows (each plays one episode after another), L = ``max_prompt_tokens + max_new_tokens`` columns, V tokens.
+Notation: n rows, each of which plays one episode after another; L = ``max_prompt_tokens + max_new_tokens`` columns; V
+tokens in the vocabulary; k of the n rows, where a method works on some of them.
 """
 
 from __future__ import annotations
@@ -30,16 +31,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NO_ACTION = -1
-"""In :meth:`text_env.vector_env.TextVectorEnv.step`: leave this row exactly as it is."""
+"""The action that leaves a row exactly as it is, in :meth:`text_env.vector_env.TextVectorEnv.step`."""
 
 Observation = dict[str, NDArray[Any]]
 
-# What the final info says already; a metric of the same name would overwrite it.
+# The keys that the final info has already; a metric of the same name would overwrite one of them.
 RESERVED_INFO = frozenset({"score", "prompt", "completion", "finish_reason", "final_obs", "final_info"})
 
 
 class Opening(NamedTuple):
-    """How one episode is to start: a given prompt (None: draw one) and the response tokens that exist already."""
+    """How an episode starts.
+
+    :param prompt: the prompt; None: one is drawn.
+    :param response: the response tokens that exist already.
+    """
 
     prompt: Prompt | None = None
     response: Sequence[int] = ()
@@ -69,7 +74,8 @@ class Episodes:
         minimum = MinimumLength(self.min_new_tokens, self.eos_token_id) if self.min_new_tokens else None
         self._all_constraints = all_of(minimum, self.constraint)
         self.stop = settings.stop_strings
-        # Special tokens are no part of a decoded text; instruct models often end their turn with one that isn't eos.
+        # Decoded texts contain no special tokens, and instruct models often end their turn with one that isn't eos. So
+        # stop strings that are special tokens are compared by their ids.
         added = self.tokenizer.added_tokens_decoder
         self._stop_ids = [index for index, token in added.items() if token.special and str(token) in self.stop]
         self.group_size = settings.group_size
@@ -88,41 +94,46 @@ class Episodes:
             raise ValueError(f"Expected metrics to have names that the final info does not use yet, got {clash}.")
 
         columns = self.max_prompt_tokens + self.max_new_tokens
-        # Where a text ends is known from these counts alone, never from content: pad may be the same token as eos.
+        # These counts alone say where a text ends. The tokens can't, since pad may be the same token as eos.
         self._prompt_length = np.ones(n, np.int64)
         self._length = np.ones(n, np.int64)  # prompt and response
         self._input_ids = np.full((n, columns), self.pad_token_id, np.int64)
         self._attention_mask = np.zeros((n, columns), np.int8)
         self._is_action = np.zeros((n, columns), np.bool_)  # the policy chose the token
         self._prompt: list[Prompt] = [self.prompts[0]] * n
-        self._potential = np.full(n, np.nan)  # of the state that a row is in; NaN until its next step asks for it
-        self.finished = np.ones(n, np.bool_)  # a row plays only after its first `start`
+        # Shaping: the potential of each row's state. NaN: not known yet, the row's next step asks for it.
+        self._potential = np.full(n, np.nan)
+        self.finished = np.ones(n, np.bool_)  # no row plays before its first `start`
         self._group_prompt = self.prompts[0]
         self._group_left = 0
 
-    # What can be seen of the episodes
+    # Reading the episodes
 
     def observation_space(self) -> spaces.Space[Observation]:
-        """Of one row: prompt, then response, then padding, left-aligned."""
+        """
+        :return: the space of one row's observation: the prompt, the response and padding, in this order.
+        """
         columns = self._input_ids.shape[1]
         return spaces.Dict(  # type: ignore[return-value]
             {
                 "input_ids": spaces.Box(0, self.vocabulary - 1, (columns,), np.int64),
                 "attention_mask": spaces.Box(0, 1, (columns,), np.int8),
-                # It makes the state Markov: the budget left, and whether EOS counts yet, follow from it and the mask.
+                # It makes the state Markov: with the mask it says what is left of the budget, and whether EOS counts.
                 "prompt_length": spaces.Box(1, self.max_prompt_tokens, (1,), np.int64),
             }
         )
 
     def action_space(self) -> spaces.Discrete[np.int64]:
-        """Of one row: the next token."""
+        """
+        :return: the space of one row's action, the next token.
+        """
         return Tokens(self.vocabulary)
 
     def observe(self, row: int | slice = slice(None)) -> Observation:
         """
-        :param row: one row, or all of them.
-        :return: a fresh copy: ``input_ids`` int64 [n, L], ``attention_mask`` int8 [n, L], ``prompt_length`` int64
-            [n, 1], without the leading n for one row.
+        :param row: the number of one row, or a slice of rows.
+        :return: the observation, a fresh copy: ``input_ids`` int64 [n, L], ``attention_mask`` int8 [n, L] and
+            ``prompt_length`` int64 [n, 1]; of one row without the leading n.
         """
         return {
             "input_ids": self._input_ids[row].copy(),
@@ -132,8 +143,10 @@ class Episodes:
 
     def action_masks(self) -> NDArray[np.bool_]:
         """
-        :return: bool [n, V], a fresh copy: the tokens that may follow. All of them in a row where nothing follows.
-        :raises ValueError: if the constraint forbids every token somewhere, or answers with something else.
+        :return: bool [n, V], a fresh copy, true for the tokens that may follow. In a row whose episode is over, all
+            are true.
+        :raises ValueError: if the constraint forbids every token after some context, or returns something else than
+            such a mask.
         """
         masks = np.ones((self.n, self.vocabulary), np.bool_)
         playing = np.flatnonzero(~self.finished)
@@ -145,9 +158,10 @@ class Episodes:
 
     def text(self, row: int) -> tuple[str, str]:
         """
-        :return: the row's prompt, and its response so far.
+        :param row: the number of a row.
+        :return: the text of the prompt, and the text of the response so far.
         """
-        return self._prompt[row].text, self._completions([row], [self._stream(row)])[0]
+        return self._prompt[row].text, self._completions([row], self._streams(np.array([row])))[0]
 
     def stream(self, row: int) -> TokenStream:
         """
@@ -157,16 +171,18 @@ class Episodes:
         """
         if not self._attention_mask[row, 0]:
             raise gym.error.ResetNeeded(f"Row {row} has not started an episode yet, so it has no tokens: call reset().")
-        return self._stream(row)
+        return self._streams(np.array([row]))[0]
 
     # The dynamics
 
     def openings(self, count: int, options: Mapping[str, Sequence[Any] | None]) -> list[Opening]:
-        """Check what a user asks of ``count`` episodes to be started. Draws nothing and changes nothing.
+        """Check the options of a reset. Nothing is drawn and nothing is changed.
 
-        :param options: ``"prompt"`` and ``"response"``, either may be missing or None: one entry per episode, each
-            text, token ids or None (a drawn prompt, an empty response); a prompt may be an entry of ``prompts`` too,
-            and keeps its columns then.
+        :param count: the number of episodes that are to be started.
+        :param options: ``"prompt"`` and ``"response"``, each a list with one entry per episode, or missing, or None. An
+            entry is a text, token ids, or None (a drawn prompt, an empty response). A prompt may also be an entry of
+            ``prompts``, which keeps its columns.
+        :return: how each of the episodes starts.
         :raises ValueError: for another option or another number of entries, if a prompt is empty or overlong, or if a
             response is finished already.
         """
@@ -189,7 +205,7 @@ class Episodes:
         ]
 
     def _opening_prompt(self, prompt: Any) -> Prompt | None:
-        # An entry of the set keeps its columns, which a text from outside has none of.
+        # An entry of `prompts` is taken as it is, with its columns; a text from outside has none.
         return prompt if prompt is None or isinstance(prompt, Prompt) else self.prompts.make(prompt)
 
     def _opening_response(self, response: str | Sequence[int] | None) -> list[int]:
@@ -216,13 +232,16 @@ class Episodes:
         openings: Sequence[Opening] | None = None,
         new_group: bool = False,
     ) -> list[dict[str, Any]]:
-        """Start an episode in each of these rows, in this order. Cannot fail.
+        """Start an episode in each of these rows, in this order. This cannot fail.
 
-        :param rows: indices of k rows.
-        :param generators: k generators; a prompt is drawn from the generator of the row that opens a group.
-        :param openings: k of them, made by :meth:`openings`. Episodes with a given prompt stand outside the groups.
-        :param new_group: begin with a new group, as a reset with a seed does.
-        :return: k reset infos.
+        A group is ``group_size`` consecutive episodes that share a drawn prompt.
+
+        :param rows: the numbers of k rows.
+        :param generators: the random generator of each row. The row that opens a group draws the prompt of the group.
+        :param openings: how each episode starts, as :meth:`openings` returns it; None: with a drawn prompt. Episodes
+            with a given prompt belong to no group.
+        :param new_group: open a new group, as a reset with a seed does.
+        :return: the reset info of each row.
         """
         if new_group:
             self.begin_group()
@@ -243,7 +262,7 @@ class Episodes:
         return infos
 
     def begin_group(self) -> None:
-        """The next episode opens a group, whatever is left of the latest one."""
+        """Let the next episode open a new group, even if the current one is not complete."""
         self._group_left = 0
 
     def _next_prompt(self, generator: np.random.Generator) -> Prompt:
@@ -256,8 +275,8 @@ class Episodes:
     def tokens(self, actions: Any) -> NDArray[np.integer[Any]]:
         """
         :param actions: n integers.
-        :return: them as an array [n].
-        :raises ValueError: if they are no integers, or not n of them.
+        :return: the actions as an array [n].
+        :raises ValueError: if they are not integers, or not n of them.
         """
         tokens = np.asarray(actions)
         if tokens.shape != (self.n,) or not np.issubdtype(tokens.dtype, np.integer):
@@ -267,14 +286,15 @@ class Episodes:
     def append(
         self, rows: NDArray[np.int64], tokens: NDArray[np.integer[Any]]
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_], list[dict[str, Any]]]:
-        """Append a token to each of these rows; score the texts that it finishes, and shape the rewards.
+        """Append one token to each of these rows, score the texts that are finished by it, and shape the rewards.
 
-        :param rows: int64 [k], different indices.
+        :param rows: int64 [k], the numbers of different rows.
         :param tokens: integers [k].
         :return: rewards float64 [k], terminated bool [k], and one final info for each row that terminated, in order.
         :raises ValueError: if a token is outside the vocabulary.
         :raises gymnasium.error.ResetNeeded: if one of the episodes has ended already.
-        :raises text_env.rewards.RewardError: if a reward or a potential fails. In all these cases nothing has changed.
+        :raises text_env.rewards.RewardError: if a reward or a potential fails. After any of these errors nothing has
+            changed.
         """
         if len(rows) and (tokens.min() < 0 or tokens.max() >= self.vocabulary):
             wrong = (tokens < 0) | (tokens >= self.vocabulary)
@@ -293,7 +313,7 @@ class Episodes:
         terminated = eos | (before + 1 >= self.max_new_tokens)
         stopped = np.zeros(len(rows), np.bool_)
         if self.stop:
-            stopped = self._stops(rows, self._following(rows, tokens)) | np.isin(tokens, self._stop_ids)
+            stopped = self._stops(rows, self._streams(rows, tokens)) | np.isin(tokens, self._stop_ids)
             terminated |= stopped
 
         rewards = np.zeros(len(rows))
@@ -316,15 +336,15 @@ class Episodes:
     def finish(
         self, rows: NDArray[np.int64], tokens: NDArray[np.integer[Any]], reasons: Sequence[str]
     ) -> tuple[NDArray[np.float64], list[dict[str, Any]]]:
-        """Score the texts that end with these tokens, which are not appended yet; one call per reward for them all.
+        """Score the texts that end with these tokens, which are not appended yet. Each reward is called once.
 
         :param rows: int64 [k].
         :param tokens: integers [k].
-        :param reasons: k times ``"eos"``, ``"stop"`` or ``"length"``.
-        :return: scores float64 [k], and k final infos.
+        :param reasons: for each row ``"eos"``, ``"stop"`` or ``"length"``.
+        :return: scores float64 [k], and the final info of each row.
         :raises text_env.rewards.RewardError: if a reward fails.
         """
-        texts = self._texts(rows, self._following(rows, tokens))
+        texts = self._texts(rows, self._streams(rows, tokens))
         numbers = score_parts(self.reward, texts)
         numbers |= {name: score(metric, texts) for name, metric in self.metrics.items()}
         infos = [
@@ -345,21 +365,19 @@ class Episodes:
         tokens: NDArray[np.integer[Any]],
         terminated: NDArray[np.bool_],
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """What these tokens, which are not appended yet, earn by shaping; it calls the potential once at most.
+        """What shaping pays for these tokens, which are not appended yet. The potential is called once at most.
 
-        :return: F float64 [k], and the potential of the state that follows, float64 [k].
+        :return: the payments F, float64 [k], and the potentials of the states that follow, float64 [k].
         """
         before = self._length[rows] - self._prompt_length[rows]
         known = self._potential[rows]
-        # Of the state that an episode starts from: `start`, which cannot fail, didn't ask for it.
+        # The potential of an episode's first state is not known yet: `start` must not fail, so it calls no potential.
         unknown = np.isnan(known)
-        # A potential that sees only every k-th token has nothing new to say in between.
+        # With `every=k` the potential changes at every k-th token only, and is not called in between.
         due = ~terminated & (shaping.seen(before + 1) == before + 1)
-        starts = [
-            self._stream(row).cut(length)
-            for row, length in zip(rows[unknown], shaping.seen(before)[unknown].tolist(), strict=True)
-        ]
-        streams = [*starts, *self._following(rows[due], tokens[due])]
+        seen = shaping.seen(before[unknown]).tolist()
+        starts = [stream.cut(length) for stream, length in zip(self._streams(rows[unknown]), seen, strict=True)]
+        streams = [*starts, *self._streams(rows[due], tokens[due])]
         asked = np.zeros(0)
         if streams:
             asked = shaping.potentials(self._texts(np.concatenate([rows[unknown], rows[due]]), streams))
@@ -368,20 +386,21 @@ class Episodes:
         following[due] = latest
         return shaping.rewards(known, following), following
 
-    def _stream(self, row: int) -> TokenStream:
-        length = self._length[row]
-        return TokenStream(
-            tuple(self._input_ids[row, :length].tolist()),
-            tuple(self._is_action[row, :length].tolist()),
-            int(self._prompt_length[row]),
-        )
-
-    def _following(self, rows: NDArray[np.int64], tokens: NDArray[np.integer[Any]]) -> list[TokenStream]:
-        """The streams of these rows with these tokens at their ends, which are not appended yet."""
-        return [self._stream(row).appended(token) for row, token in zip(rows, tokens.tolist(), strict=True)]
+    def _streams(self, rows: NDArray[np.int64], tokens: NDArray[np.integer[Any]] | None = None) -> list[TokenStream]:
+        """The streams of these rows; with ``tokens``, as they will be once the tokens are appended."""
+        ends = [[]] * len(rows) if tokens is None else tokens[:, None].tolist()
+        lengths, prompt_lengths = self._length[rows].tolist(), self._prompt_length[rows].tolist()
+        return [
+            TokenStream(
+                (*self._input_ids[row, :length].tolist(), *end),
+                (*self._is_action[row, :length].tolist(), *[True] * len(end)),
+                prompt_length,
+            )
+            for row, length, prompt_length, end in zip(rows.tolist(), lengths, prompt_lengths, ends, strict=True)
+        ]
 
     def _texts(self, rows: NDArray[np.int64], streams: Sequence[TokenStream]) -> FinishedTexts:
-        """These streams of these rows, as rewards see them."""
+        """The texts of these rows with these streams, in the form that rewards take."""
         prompts = [self._prompt[row] for row in rows]
         return FinishedTexts(
             prompts=[prompt.text for prompt in prompts],
@@ -401,15 +420,16 @@ class Episodes:
 
 
 class EpisodesFace:
-    """What both environments let be read of their episodes. None of it can be set: it was decided at construction."""
+    """What the scalar and the vector environment both show of their episodes. None of these attributes can be set."""
 
     episodes: Episodes
 
     def stream(self, row: int = 0) -> TokenStream:
         """The tokens of an episode and which of them the policy chose, as far as the episode has been played.
 
-        :param row: the number of the row. After an autoreset in the same step it plays its next episode already.
-        :return: the tokens of the episode that the row is playing or has just finished.
+        :param row: the number of the row.
+        :return: the tokens of the episode that the row is playing or has just finished. If a row is reset in the step
+            that ends its episode (``AutoresetMode.SAME_STEP``), this is the new episode.
         :raises gymnasium.error.ResetNeeded: if the row has not started an episode yet.
         """
         return self.episodes.stream(row)
@@ -426,32 +446,32 @@ class EpisodesFace:
 
     @property
     def pad_token_id(self) -> int:
-        """What stands in ``input_ids`` where ``attention_mask`` is 0; may equal ``eos_token_id``."""
+        """The token that fills ``input_ids`` where ``attention_mask`` is 0. It may equal ``eos_token_id``."""
         return self.episodes.pad_token_id
 
     @property
     def max_prompt_tokens(self) -> int:
-        """The longest prompt."""
+        """The length of the longest prompt, in tokens."""
         return self.episodes.max_prompt_tokens
 
     @property
     def max_new_tokens(self) -> int:
-        """The response budget."""
+        """The response budget, in tokens."""
         return self.episodes.max_new_tokens
 
     @property
     def min_new_tokens(self) -> int:
-        """Response tokens before which EOS ends nothing."""
+        """The number of response tokens before which an EOS ends nothing."""
         return self.episodes.min_new_tokens
 
     @property
     def constraint(self) -> Constraint | None:
-        """Which tokens may follow a context, beside ``min_new_tokens``; None where nothing else is forbidden."""
+        """The constraint on the tokens that may follow a context, ``min_new_tokens`` aside; None: there is none."""
         return self.episodes.constraint
 
     @property
     def group_size(self) -> int:
-        """How many episodes that start one after another share a prompt."""
+        """The number of consecutive episodes that share a prompt."""
         return self.episodes.group_size
 
     @property
@@ -461,10 +481,10 @@ class EpisodesFace:
 
     @property
     def reward(self) -> Any:
-        """The resolved reward, a callable on batches of texts."""
+        """The reward, resolved from its name to a callable on batches of texts."""
         return self.episodes.reward
 
     @property
     def shaping(self) -> PotentialShaping | None:
-        """How the steps' rewards are shaped, with its resolved potential; None: they are not."""
+        """The shaping of the rewards, its potential resolved to a callable; None: rewards are not shaped."""
         return self.episodes.shaping
