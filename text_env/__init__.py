@@ -1,6 +1,6 @@
 """Token generation as a Gymnasium environment: ``gym.make("TextRLHF-v0")``.
 
-``"TextRLHFContinuous-v0"`` is the same for algorithms with Box actions.
+``"TextRLHFContinuous-v0"`` is the same environment for algorithms with continuous (Box) actions.
 """
 
 from gymnasium.envs.registration import register
@@ -37,7 +37,8 @@ __all__ = [
     "make_reward",
 ]
 
-# No max_episode_steps: TimeLimit would cut from outside, where the score is never paid. The budget is the task's own.
+# No max_episode_steps: TimeLimit would cut episodes from outside, and the score would never be paid. The response
+# budget, which is part of the task, takes its place.
 register(
     id="TextRLHF-v0",
     entry_point="text_env.env:TextEnv",

@@ -1,9 +1,9 @@
-"""The conformance suite: whoever writes a variant of the environment can prove that it keeps the contract.
+"""The conformance suite: it checks that a variant of the environment keeps the contract of the environment.
 
-``check_text_env(env)`` and ``check_text_vector_env(env)`` return nothing, or raise an ``AssertionError`` whose sentence
-says which part of the contract is broken. They play a few short episodes, so give the environment a small budget and a
-cheap, deterministic reward. Gymnasium's own ``check_env`` is worth calling beside them: it knows nothing of text, these
-know nothing of rendering.
+``check_text_env(env)`` and ``check_text_vector_env(env)`` return nothing, or raise an ``AssertionError`` whose message
+says which part of the contract is broken. They play a few short episodes, so the environment should have a small budget
+and a cheap, deterministic reward. Call Gymnasium's own ``check_env`` as well: it knows nothing of text, but it checks
+rendering, which this suite does not.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from text_env.shaping import PotentialShaping
 from text_env.streams import TokenStream
 from text_env.tokenization import decode, decode_completions
 
-# Scores may come from a model whose last digits depend on what else is in the batch.
+# The last digits of a model's score may depend on the other texts in the batch.
 _TOLERANCE = 1e-4
 
 FINAL_KEYS = ("score", "prompt", "completion", "finish_reason")
@@ -42,12 +42,13 @@ class _Step(NamedTuple):
 
 
 def check_text_env(env: gym.Env[Any, Any]) -> None:
-    """
-    :param env: a :class:`text_env.env.TextEnv` or something that claims to behave like one; wrappers are allowed.
-    :raises AssertionError: says what is broken.
+    """Check a scalar environment.
+
+    :param env: a :class:`text_env.env.TextEnv`, or an environment that should behave like one; it may be wrapped.
+    :raises AssertionError: if the contract is broken; the message says how.
     """
     _check_spaces(env.unwrapped, env.observation_space, env.action_space)
-    for _ in range(2):  # the second time round, whatever the first left behind would show
+    for _ in range(2):  # the second episode would show what the first has left behind
         _check_episode(env)
     _check_ends(env)
     _check_seeding(env)
@@ -58,11 +59,13 @@ def check_text_env(env: gym.Env[Any, Any]) -> None:
 def check_text_vector_env(
     env: VectorEnv[Any, Any, Any], make_single: Callable[[], gym.Env[Any, Any]] | None = None
 ) -> None:
-    """
-    :param env: a :class:`text_env.vector_env.TextVectorEnv` or something that claims to behave like one, with at least
-        two rows. Its ``autoreset_mode`` is switched about and put back.
-    :param make_single: makes the scalar form of it; then every row is also compared with one of those, step by step.
-    :raises AssertionError: says what is broken.
+    """Check a vector environment.
+
+    :param env: a :class:`text_env.vector_env.TextVectorEnv`, or an environment that should behave like one, with at
+        least two rows. Its ``autoreset_mode`` is changed during the check and restored at the end.
+    :param make_single: makes a scalar environment with the same settings. If it is given, every row is compared with
+        such an environment, step by step.
+    :raises AssertionError: if the contract is broken; the message says how.
     """
     assert env.num_envs >= 2, f"The suite needs at least two rows, to see that they don't touch; got {env.num_envs}."
     _check_spaces(env.unwrapped, env.single_observation_space, env.single_action_space)
@@ -103,7 +106,9 @@ def _check_spaces(face: Any, observation: spaces.Space[Any], action: spaces.Spac
 
 
 def _stream(obs: Observation) -> TokenStream:
-    """What an observation shows. It does not say who chose a token; all that follows the prompt counts as chosen."""
+    """The stream of tokens that an observation shows. All tokens after the prompt count as chosen by the policy, since
+    an observation does not say which of them ``reset`` was given.
+    """
     token_ids = tuple(obs["input_ids"][: int(obs["attention_mask"].sum())].tolist())
     prompt_length = int(obs["prompt_length"][0])
     return TokenStream(token_ids, tuple(place >= prompt_length for place in range(len(token_ids))), prompt_length)
@@ -121,14 +126,14 @@ def _check_observation(face: Any, obs: Any, space: spaces.Space[Any]) -> None:
 
 
 def _ordinary_tokens(face: Any, count: int) -> list[int]:
-    """Tokens that end nothing by themselves, always the same ones."""
+    """Tokens that end no text by themselves; the same ones at every call."""
     special = {face.eos_token_id, face.pad_token_id, *face.tokenizer.all_special_ids}
     candidates = [token for token in range(len(face.tokenizer)) if token not in special]
     return [int(token) for token in np.random.default_rng(0).choice(candidates, count)]
 
 
 def _play(env: gym.Env[Any, Any], tokens: list[int]) -> list[_Step]:
-    """Step through the tokens until they or the episode end."""
+    """Step through the tokens until they are used up or the episode ends."""
     steps: list[_Step] = []
     for token in tokens:
         obs, reward, terminated, truncated, info = deepcopy(env.step(token))
@@ -139,17 +144,17 @@ def _play(env: gym.Env[Any, Any], tokens: list[int]) -> list[_Step]:
 
 
 def _shaping(face: Any) -> PotentialShaping | None:
-    # Somebody else's environment need not know of it.
+    # An environment from outside this package need not have the attribute.
     return getattr(face, "shaping", None)
 
 
 def _text_is_all(face: Any) -> bool:
-    """Whether rewards see nothing of a prompt but its text, which the info holds."""
+    """Whether rewards are given nothing of a prompt but its text, which is in the info."""
     return not face.prompts.columns and all(prompt.messages is None for prompt in face.prompts)
 
 
 def _shaped(face: Any, shaping: PotentialShaping, prompt: str, before: Observation, step: _Step) -> float:
-    """What a step must be paid: γ Φ(s') − Φ(s), with Φ = 0 at the end, and there the score besides."""
+    """The reward that a step must have: γ Φ(s') − Φ(s), and at the end, where Φ(s') is 0, the score in addition."""
 
     def potential(obs: Observation) -> float:
         stream = _stream(obs)
@@ -164,7 +169,7 @@ def _shaped(face: Any, shaping: PotentialShaping, prompt: str, before: Observati
 
 
 def _check_episode(env: gym.Env[Any, Any]) -> None:
-    """What a token does, and when the score is paid."""
+    """One step appends one token, and only the last step pays the score."""
     face: Any = env.unwrapped
     obs, info = env.reset()
     prompt, shaping = str(info.get("prompt")), _shaping(face)
@@ -239,7 +244,7 @@ def _check_final(face: Any, obs: Observation, reward: float, info: dict[str, Any
 
 
 def _check_ends(env: gym.Env[Any, Any]) -> None:
-    """EOS, and EOS before it counts."""
+    """An EOS ends the episode, unless it comes before ``min_new_tokens``."""
     face: Any = env.unwrapped
     env.reset(seed=5)
     early = _play(env, [face.eos_token_id] * face.min_new_tokens)
@@ -255,7 +260,7 @@ def _check_ends(env: gym.Env[Any, Any]) -> None:
 
 def _check_seeding(env: gym.Env[Any, Any]) -> None:
     tokens = _ordinary_tokens(env.unwrapped, 3)
-    # Several seeds, since a single one may draw the same prompt by chance.
+    # Several seeds are tried, since one seed may draw the same prompt twice by chance.
     starts = [[deepcopy(env.reset(seed=seed)) for seed in range(16)] for _ in range(2)]
     assert data_equivalence(starts[0], starts[1], exact=True), "The same seed must give the same prompt."
     episodes = []
@@ -272,7 +277,7 @@ def _check_seeding(env: gym.Env[Any, Any]) -> None:
 
 
 def _check_openings(env: gym.Env[Any, Any]) -> None:
-    """Starting in the middle of a response is the same as having written it."""
+    """An episode that starts with a given response goes on as one that has written it."""
     face: Any = env.unwrapped
     prompt = tuple(face.prompts[0].token_ids)
     tokens = _ordinary_tokens(face, face.max_new_tokens)
@@ -296,7 +301,7 @@ def _check_openings(env: gym.Env[Any, Any]) -> None:
 
 
 def _check_refusals(env: gym.Env[Any, Any]) -> None:
-    """What must raise, and what is left as it was when it does."""
+    """Calls that must raise an error, and must leave the episode as it was."""
     face: Any = env.unwrapped
     token, finished = _ordinary_tokens(face, 1)[0], [face.eos_token_id] * face.max_new_tokens
     obs = deepcopy(env.reset(seed=3)[0])
@@ -343,7 +348,7 @@ def _only(env: VectorEnv[Any, Any, Any], tokens: dict[int, int]) -> NDArray[np.i
 
 
 def _row_info(infos: dict[str, Any], row: int) -> dict[str, Any]:
-    """The info of one row, taken out of Gymnasium's arrays and masks."""
+    """The info of one row, from Gymnasium's arrays and masks."""
     return {
         key: _row_info(value, row) if isinstance(value, dict) else value[row]
         for key, value in infos.items()
@@ -352,7 +357,7 @@ def _row_info(infos: dict[str, Any], row: int) -> dict[str, Any]:
 
 
 def _finish_row(env: VectorEnv[Any, Any, Any], row: int) -> tuple[Any, Any, Any, Any, Any]:
-    """Write EOS in one row until its episode ends; the others stand still."""
+    """Write EOS in one row until its episode ends, and give the other rows NO_ACTION."""
     face: Any = env.unwrapped
     for _ in range(face.max_new_tokens):
         result = env.step(_only(env, {row: face.eos_token_id}))
@@ -430,10 +435,10 @@ def _check_masked_reset(env: VectorEnv[Any, Any, Any]) -> None:
 
 
 def _check_rows_alone(env: VectorEnv[Any, Any, Any]) -> None:
-    """A row that is played together with the others plays as it does alone."""
+    """A row that is played together with others behaves as it does when it is played alone."""
     face: Any = env.unwrapped
     tokens = _ordinary_tokens(face, face.max_new_tokens)
-    # Rows end at different times, so that a score which lands in the wrong row is seen.
+    # The rows end at different times, so that a score in the wrong row is noticed.
     plans = [
         [*tokens[: row % face.max_new_tokens], *[face.eos_token_id] * face.max_new_tokens]
         for row in range(env.num_envs)
@@ -470,7 +475,7 @@ def _check_batch_refusals(env: VectorEnv[Any, Any, Any]) -> None:
 
 
 def _check_against_singles(env: VectorEnv[Any, Any, Any], make_single: Callable[[], gym.Env[Any, Any]]) -> None:
-    """Row i, seeded with s + i, is the scalar environment seeded with s + i."""
+    """Row i, which is seeded with s + i, behaves as the scalar environment seeded with s + i."""
     face: Any = env.unwrapped
     env.unwrapped.autoreset_mode = AutoresetMode.SAME_STEP  # type: ignore[attr-defined]
     singles = [make_single() for _ in range(env.num_envs)]
@@ -498,7 +503,7 @@ def _check_against_singles(env: VectorEnv[Any, Any, Any], make_single: Callable[
 
 
 def _equivalent(one: Any, other: Any) -> bool:
-    """Equal, numbers within the tolerance, whatever container and scalar types they come in."""
+    """Whether two results are equal, with a tolerance for numbers, whatever their container and scalar types."""
     if isinstance(one, dict):
         return (
             isinstance(other, dict) and one.keys() == other.keys() and all(_equivalent(one[k], other[k]) for k in one)

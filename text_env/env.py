@@ -1,4 +1,4 @@
-"""One episode as a ``gymnasium.Env``: a token is a step, and the last one is paid the score of the text."""
+"""The scalar environment, a ``gymnasium.Env``: each step writes one token, and the last step is paid the score."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from text_env.settings import EpisodeSettings, takes_settings
 class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
     """Write a text, token by token.
 
-    **Observation**: ``Dict`` of ``input_ids`` int64 [L] (prompt, response so far, padding), ``attention_mask`` int8 [L]
-    and ``prompt_length`` int64 [1], with L = ``max_prompt_tokens + max_new_tokens``.
+    **Observation**: a ``Dict`` of ``input_ids`` int64 [L] (prompt, response so far, padding), ``attention_mask`` int8
+    [L] and ``prompt_length`` int64 [1], with L = ``max_prompt_tokens + max_new_tokens``.
     **Action**: ``Discrete(V)``, the next token, with V = ``len(tokenizer)``.
-    **Reward**: 0 until the last step, then the score of the text; ``shaping`` pays the steps before it too.
-    **End**: EOS, a stop string and a spent budget all *terminate*, since the budget is part of the task; nothing here
-    truncates. The info of the last step holds ``score``, ``prompt``, ``completion``, ``finish_reason`` (``"eos"``,
-    ``"stop"`` or ``"length"``), the ``metrics``, and ``reward/<name>`` for each part of a weighted sum. The info of a
-    reset holds ``prompt``.
+    **Reward**: the score of the text at the last step, 0 before it; ``shaping`` pays the earlier steps too.
+    **End**: EOS, a stop string and a spent budget all *terminate* the episode, since the budget is part of the task.
+    The environment never truncates.
+    **Info**: after a reset ``prompt``; after the last step ``score``, ``prompt``, ``completion``, ``finish_reason``
+    (``"eos"``, ``"stop"`` or ``"length"``), the ``metrics``, and ``reward/<name>`` for each part of a weighted sum.
 
     :param render_mode: ``"ansi"``, ``"human"`` (``render()`` prints the text; nothing is printed unasked, since a copy
         of the text per token would drown it), ``"rgb_array"`` or None.
     :param settings: the fields of :class:`text_env.settings.EpisodeSettings`, whose documentation
         ``help(TextEnv.__init__)`` shows.
-    :raises TypeError: for an argument that does not exist; the known ones are named.
-    :raises ValueError: if an argument is out of range or names something that is not there; it says what is.
+    :raises TypeError: for an argument that does not exist; the error names those that do.
+    :raises ValueError: if an argument is out of range, or names something that does not exist.
     """
 
     metadata: dict[str, Any] = METADATA
@@ -48,11 +48,11 @@ class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
     ) -> tuple[Observation, dict[str, Any]]:
         """Start an episode.
 
-        :param seed: begin the sequence of prompts (and the group of them) anew.
-        :param options: ``"prompt"`` (text or token ids) instead of a drawn one; ``"response"`` (text or token ids):
-            start in the middle of it. It counts against the budget and belongs to the completion.
+        :param seed: seed of the prompt order. With a seed, a new group of episodes begins as well.
+        :param options: ``"prompt"`` (text or token ids) is used instead of a drawn prompt. ``"response"`` (text or
+            token ids) is the beginning of the response: it counts against the budget and belongs to the completion.
         :return: observation, and info with ``prompt``.
-        :raises ValueError: if a prompt or a response cannot be used. The running episode goes on then.
+        :raises ValueError: if the prompt or the response cannot be used. The running episode is then as it was.
         """
         asked = {name: None if value is None else [value] for name, value in (options or {}).items()}
         openings = self.episodes.openings(1, asked)
@@ -65,9 +65,9 @@ class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
 
         :param action: the token.
         :return: observation, reward, terminated, False, info.
-        :raises ValueError: if it is no token of the vocabulary.
+        :raises ValueError: if the action is no token of the vocabulary.
         :raises gymnasium.error.ResetNeeded: if the episode has ended.
-        :raises text_env.rewards.RewardError: if the reward fails. The step has not happened then and can be repeated.
+        :raises text_env.rewards.RewardError: if the reward fails. The step has then not happened and can be repeated.
         """
         rewards, terminated, infos = self.episodes.append(np.zeros(1, np.int64), self.episodes.tokens([action]))
         return (
@@ -79,15 +79,16 @@ class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
         )
 
     def action_masks(self) -> NDArray[np.bool_]:
-        """
-        :return: bool [V], true where the next token may be; EOS is not before ``min_new_tokens``. The name is the one
-            that sb3-contrib's ``MaskablePPO`` asks for.
-        :raises ValueError: if the constraint forbids every token here, or answers with something else.
+        """The tokens that may come next. The name of the method is the one that sb3-contrib's ``MaskablePPO`` calls.
+
+        :return: bool [V], true for the tokens that the constraint allows; false for EOS before ``min_new_tokens``.
+        :raises ValueError: if the constraint forbids every token, or returns something else than such a mask.
         """
         return self.episodes.action_masks()[0]
 
     def render(self) -> str | NDArray[np.uint8] | None:
         """
-        :return: prompt and response so far as text (``"ansi"``) or image (``"rgb_array"``); ``"human"`` prints them.
+        :return: the prompt and the response so far, as a string (``"ansi"``) or as an image (``"rgb_array"``). The mode
+            ``"human"`` prints them and returns None.
         """
         return render(self.render_mode, *self.episodes.text(0))

@@ -1,10 +1,10 @@
 """The tokens of an episode, and which of them the policy chose.
 
-The prompt, a response that ``reset`` was given the beginning of, the tokens that the policy writes, and tokens that an
+The prompt, the beginning of a response that ``reset`` was given, the tokens that the policy writes, and tokens that an
 environment may write between them are one stream: each token stands where it was written, and a mask says whether the
 policy chose it.
 
-Notation: T tokens, P of them the prompt's.
+Notation: T tokens in a stream, of which the first P are the prompt.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ class TokenStream(NamedTuple):
     """The tokens of one episode, as far as it has been played.
 
     :param token_ids: the prompt and everything that follows it, T integers.
-    :param is_action: T booleans, true where the policy chose the token. They are false in the prompt and in a response
-        that ``reset`` was given.
-    :param prompt_length: P.
+    :param is_action: T booleans, true where the policy chose the token. They are false in the prompt and in the
+        beginning of a response that ``reset`` was given.
+    :param prompt_length: the number P of tokens in the prompt.
     """
 
     token_ids: tuple[int, ...]
@@ -27,7 +27,7 @@ class TokenStream(NamedTuple):
 
     @property
     def completion_ids(self) -> tuple[int, ...]:
-        """Everything that follows the prompt, whoever wrote it: T − P token ids."""
+        """The T − P token ids that follow the prompt, whoever wrote them."""
         return self.token_ids[self.prompt_length :]
 
     def appended(self, token_id: int, is_action: bool = True) -> TokenStream:
