@@ -128,8 +128,9 @@ def evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
 
 def run_sample(config: SampleConfig) -> int:
     run = run_of(config.policy)
-    env_config = dataclasses.replace(run.env if run is not None else EnvConfig(), max_new_tokens=config.max_new_tokens)
-    env_config.max_prompt_tokens = _longest(config.prompt, env_config, config.policy)
+    env_config = run.env if run is not None else EnvConfig()
+    longest = _longest(config.prompt, env_config, config.policy)
+    env_config = dataclasses.replace(env_config, max_new_tokens=config.max_new_tokens, max_prompt_tokens=longest)
     prompts = [prompt for prompt in config.prompt for _ in range(config.n)]
     env = env_config.make(len(prompts), config.policy, prompts=prompts)
     set_random_seed(config.seed)

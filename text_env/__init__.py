@@ -1,6 +1,6 @@
 """Token generation as a Gymnasium environment: ``gym.make("TextRLHF-v0")``.
 
-``"TextRLHFContinuous-v0"`` is the same for algorithms with Box actions.
+``"TextRLHFContinuous-v0"`` is the same environment for algorithms with continuous (Box) actions.
 """
 
 from gymnasium.envs.registration import register
@@ -9,9 +9,11 @@ from text_env.constraints import AllowedTokens, Constraint, Contexts, ForbiddenT
 from text_env.env import TextEnv
 from text_env.episodes import NO_ACTION
 from text_env.rewards import Normalized, RewardError, SequenceClassifierReward, WeightedSum, make_reward
+from text_env.settings import EpisodeSettings
 from text_env.shaping import PotentialShaping
+from text_env.streams import TokenStream
 from text_env.vector_env import TextVectorEnv
-from text_env.wrappers import ENTRY_POINT, NO_POINT, EmbeddingAction, VectorEmbeddingAction
+from text_env.wrappers import CONTINUOUS_ID, ENTRY_POINT, NO_POINT, EmbeddingAction, VectorEmbeddingAction
 
 __all__ = [
     "NO_ACTION",
@@ -20,6 +22,7 @@ __all__ = [
     "Constraint",
     "Contexts",
     "EmbeddingAction",
+    "EpisodeSettings",
     "ForbiddenTokens",
     "MinimumLength",
     "Normalized",
@@ -28,19 +31,21 @@ __all__ = [
     "SequenceClassifierReward",
     "TextEnv",
     "TextVectorEnv",
+    "TokenStream",
     "VectorEmbeddingAction",
     "WeightedSum",
     "make_reward",
 ]
 
-# No max_episode_steps: TimeLimit would cut from outside, where the score is never paid. The budget is the task's own.
+# No max_episode_steps: TimeLimit would cut episodes from outside, and the score would never be paid. The response
+# budget, which is part of the task, takes its place.
 register(
     id="TextRLHF-v0",
     entry_point="text_env.env:TextEnv",
     vector_entry_point="text_env.vector_env:TextVectorEnv",
 )
 register(
-    id="TextRLHFContinuous-v0",
+    id=CONTINUOUS_ID,
     entry_point=ENTRY_POINT,
     vector_entry_point="text_env.wrappers:make_vector_env",
 )

@@ -1,7 +1,8 @@
 """The two action spaces of text: tokens, and points among their embeddings.
 
-They are Gymnasium's own spaces in every respect but their ``repr``. An algorithm made for the other kind of action
-refuses the space before any code of ours runs, and prints it in its error: so the space says what to use instead.
+Both are Gymnasium's own spaces except for their ``repr``. An algorithm that is made for the other kind of action
+refuses the space before any code of this package runs, and its error prints the space. So the ``repr`` says which
+environment to use instead.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from gymnasium import spaces
 class Tokens(spaces.Discrete[np.int64]):
     """One of V tokens.
 
-    :param n_tokens: V.
+    :param n_tokens: the size V of the vocabulary.
     """
 
     def __init__(self, n_tokens: int) -> None:
@@ -26,7 +27,7 @@ class Tokens(spaces.Discrete[np.int64]):
 class EmbeddingPoints(spaces.Box):
     """A point among token embeddings, each coordinate in [-1, 1].
 
-    :param dimensions: H.
+    :param dimensions: the size H of an embedding.
     """
 
     def __init__(self, dimensions: int) -> None:

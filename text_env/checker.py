@@ -1,9 +1,9 @@
-"""The conformance suite: whoever writes a variant of the environment can prove that it keeps the contract.
+"""The conformance suite: it checks that a variant of the environment keeps the contract of the environment.
 
-``check_text_env(env)`` and ``check_text_vector_env(env)`` return nothing, or raise an ``AssertionError`` whose sentence
-says which part of the contract is broken. They play a few short episodes, so give the environment a small budget and a
-cheap, deterministic reward. Gymnasium's own ``check_env`` is worth calling beside them: it knows nothing of text, these
-know nothing of rendering.
+``check_text_env(env)`` and ``check_text_vector_env(env)`` return nothing, or raise an ``AssertionError`` whose message
+says which part of the contract is broken. They play a few short episodes, so the environment should have a small budget
+and a cheap, deterministic reward. Call Gymnasium's own ``check_env`` as well: it knows nothing of text, but it checks
+rendering, which this suite does not.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 from text_env.episodes import NO_ACTION, Observation
 from text_env.rewards import FinishedTexts, score
 from text_env.shaping import PotentialShaping
+from text_env.streams import TokenStream
 from text_env.tokenization import decode, decode_completions
 
-# Scores may come from a model whose last digits depend on what else is in the batch.
+# The last digits of a model's score may depend on the other texts in the batch.
 _TOLERANCE = 1e-4
 
 FINAL_KEYS = ("score", "prompt", "completion", "finish_reason")
@@ -41,12 +42,13 @@ class _Step(NamedTuple):
 
 
 def check_text_env(env: gym.Env[Any, Any]) -> None:
-    """
-    :param env: a :class:`text_env.env.TextEnv` or something that claims to behave like one; wrappers are allowed.
-    :raises AssertionError: says what is broken.
+    """Check a scalar environment.
+
+    :param env: a :class:`text_env.env.TextEnv`, or an environment that should behave like one; it may be wrapped.
+    :raises AssertionError: if the contract is broken; the message says how.
     """
     _check_spaces(env.unwrapped, env.observation_space, env.action_space)
-    for _ in range(2):  # the second time round, whatever the first left behind would show
+    for _ in range(2):  # the second episode would show what the first has left behind
         _check_episode(env)
     _check_ends(env)
     _check_seeding(env)
@@ -57,11 +59,13 @@ def check_text_env(env: gym.Env[Any, Any]) -> None:
 def check_text_vector_env(
     env: VectorEnv[Any, Any, Any], make_single: Callable[[], gym.Env[Any, Any]] | None = None
 ) -> None:
-    """
-    :param env: a :class:`text_env.vector_env.TextVectorEnv` or something that claims to behave like one, with at least
-        two rows. Its ``autoreset_mode`` is switched about and put back.
-    :param make_single: makes the scalar form of it; then every row is also compared with one of those, step by step.
-    :raises AssertionError: says what is broken.
+    """Check a vector environment.
+
+    :param env: a :class:`text_env.vector_env.TextVectorEnv`, or an environment that should behave like one, with at
+        least two rows. Its ``autoreset_mode`` is changed during the check and restored at the end.
+    :param make_single: makes a scalar environment with the same settings. If it is given, every row is compared with
+        such an environment, step by step.
+    :raises AssertionError: if the contract is broken; the message says how.
     """
     assert env.num_envs >= 2, f"The suite needs at least two rows, to see that they don't touch; got {env.num_envs}."
     _check_spaces(env.unwrapped, env.single_observation_space, env.single_action_space)
@@ -101,13 +105,13 @@ def _check_spaces(face: Any, observation: spaces.Space[Any], action: spaces.Spac
     assert face.eos_token_id == face.tokenizer.eos_token_id, "eos_token_id must be the tokenizer's."
 
 
-def _context(obs: Observation) -> list[int]:
-    ids: list[int] = obs["input_ids"][: int(obs["attention_mask"].sum())].tolist()
-    return ids
-
-
-def _response(obs: Observation) -> list[int]:
-    return _context(obs)[int(obs["prompt_length"][0]) :]
+def _stream(obs: Observation) -> TokenStream:
+    """The stream of tokens that an observation shows. All tokens after the prompt count as chosen by the policy, since
+    an observation does not say which of them ``reset`` was given.
+    """
+    token_ids = tuple(obs["input_ids"][: int(obs["attention_mask"].sum())].tolist())
+    prompt_length = int(obs["prompt_length"][0])
+    return TokenStream(token_ids, tuple(place >= prompt_length for place in range(len(token_ids))), prompt_length)
 
 
 def _check_observation(face: Any, obs: Any, space: spaces.Space[Any]) -> None:
@@ -122,14 +126,14 @@ def _check_observation(face: Any, obs: Any, space: spaces.Space[Any]) -> None:
 
 
 def _ordinary_tokens(face: Any, count: int) -> list[int]:
-    """Tokens that end nothing by themselves, always the same ones."""
+    """Tokens that end no text by themselves; the same ones at every call."""
     special = {face.eos_token_id, face.pad_token_id, *face.tokenizer.all_special_ids}
     candidates = [token for token in range(len(face.tokenizer)) if token not in special]
     return [int(token) for token in np.random.default_rng(0).choice(candidates, count)]
 
 
 def _play(env: gym.Env[Any, Any], tokens: list[int]) -> list[_Step]:
-    """Step through the tokens until they or the episode end."""
+    """Step through the tokens until they are used up or the episode ends."""
     steps: list[_Step] = []
     for token in tokens:
         obs, reward, terminated, truncated, info = deepcopy(env.step(token))
@@ -140,25 +144,24 @@ def _play(env: gym.Env[Any, Any], tokens: list[int]) -> list[_Step]:
 
 
 def _shaping(face: Any) -> PotentialShaping | None:
-    # Somebody else's environment need not know of it.
+    # An environment from outside this package need not have the attribute.
     return getattr(face, "shaping", None)
 
 
 def _text_is_all(face: Any) -> bool:
-    """Whether rewards see nothing of a prompt but its text, which the info holds."""
+    """Whether rewards are given nothing of a prompt but its text, which is in the info."""
     return not face.prompts.columns and all(prompt.messages is None for prompt in face.prompts)
 
 
 def _shaped(face: Any, shaping: PotentialShaping, prompt: str, before: Observation, step: _Step) -> float:
-    """What a step must be paid: γ Φ(s') − Φ(s), with Φ = 0 at the end, and there the score besides."""
+    """The reward that a step must have: γ Φ(s') − Φ(s), and at the end, where Φ(s') is 0, the score in addition."""
 
     def potential(obs: Observation) -> float:
-        start = int(obs["prompt_length"][0])
-        context = _context(obs)
-        context = context[: start + int(shaping.seen(np.array(len(context) - start)))]
-        spelt = decode(face.tokenizer, [context[:start]])
-        completions = decode_completions(face.tokenizer, [context], [start], spelt)
-        return float(shaping.potentials(FinishedTexts([prompt], completions, [context[start:]]))[0])
+        stream = _stream(obs)
+        stream = stream.cut(int(shaping.seen(np.array(len(stream.completion_ids)))))
+        spelt = decode(face.tokenizer, [stream.cut(0).token_ids])
+        completions = decode_completions(face.tokenizer, [stream], spelt)
+        return float(shaping.potentials(FinishedTexts([prompt], completions, [list(stream.completion_ids)]))[0])
 
     if step.terminated:
         return float(step.info.get("score", np.nan)) - potential(before)
@@ -166,22 +169,22 @@ def _shaped(face: Any, shaping: PotentialShaping, prompt: str, before: Observati
 
 
 def _check_episode(env: gym.Env[Any, Any]) -> None:
-    """What a token does, and when the score is paid."""
+    """One step appends one token, and only the last step pays the score."""
     face: Any = env.unwrapped
     obs, info = env.reset()
     prompt, shaping = str(info.get("prompt")), _shaping(face)
     _check_observation(face, obs, env.observation_space)
     assert isinstance(info.get("prompt"), str), "The info of a reset must hold the prompt as a string."
-    assert len(_response(obs)) == 0, "A reset must start with the prompt alone."
+    stream = _stream(obs)
+    assert not stream.completion_ids, "A reset must start with the prompt alone."
     seen: list[tuple[Observation, Observation]] = [(obs, deepcopy(obs))]
     for token in _ordinary_tokens(face, face.max_new_tokens + 1):
         previous = deepcopy(obs)
         obs, reward, terminated, truncated, info = env.step(token)
         _check_observation(face, obs, env.observation_space)
         assert obs["prompt_length"] == previous["prompt_length"], "The prompt's length must not change in an episode."
-        assert _context(obs) == [*_context(previous), token], (
-            "A step must append its token to the context, and no more."
-        )
+        stream = stream.appended(token)
+        assert _stream(obs) == stream, "A step must append its token to the context, and no more."
         for earlier, copy in seen:
             assert not any(np.shares_memory(obs[key], earlier[key]) for key in obs), (
                 "Observations must be fresh copies: two of them share memory."
@@ -208,16 +211,17 @@ def _check_episode(env: gym.Env[Any, Any]) -> None:
     _check_final(face, obs, float(reward), info)
     # The environment must not keep its state in what it has handed out.
     first, info = env.reset(seed=11)
-    kept = deepcopy(first)
+    kept = _stream(first)
     for array in first.values():
         array[...] = 0
-    following = env.step(_ordinary_tokens(face, 1)[0])[0]
-    assert _context(following)[:-1] == _context(kept), "Writing into a returned observation changed the episode."
+    token = _ordinary_tokens(face, 1)[0]
+    following = env.step(token)[0]
+    assert _stream(following) == kept.appended(token), "Writing into a returned observation changed the episode."
 
 
 def _check_final(face: Any, obs: Observation, reward: float, info: dict[str, Any]) -> None:
     assert set(FINAL_KEYS) <= set(info), f"The final info must hold {FINAL_KEYS}, but it holds {sorted(info)}."
-    response = _response(obs)
+    response = _stream(obs).completion_ids
     assert _shaping(face) is not None or reward == info["score"], (
         f"The last reward must be the score {info['score']}, but it is {reward}."
     )
@@ -232,7 +236,7 @@ def _check_final(face: Any, obs: Observation, reward: float, info: dict[str, Any
         f"The finish reason is {reason!r} after {len(response)} of {face.max_new_tokens} tokens, EOS last: {eos}."
     )
     if _text_is_all(face):
-        texts = FinishedTexts([info["prompt"]], [info["completion"]], [response])
+        texts = FinishedTexts([info["prompt"]], [info["completion"]], [list(response)])
         expected = score(face.reward, texts)[0]
         assert np.isclose(info["score"], expected, rtol=_TOLERANCE, atol=_TOLERANCE), (
             f"The score must be what the reward says of the finished text, {expected}, but it is {info['score']}."
@@ -240,7 +244,7 @@ def _check_final(face: Any, obs: Observation, reward: float, info: dict[str, Any
 
 
 def _check_ends(env: gym.Env[Any, Any]) -> None:
-    """EOS, and EOS before it counts."""
+    """An EOS ends the episode, unless it comes before ``min_new_tokens``."""
     face: Any = env.unwrapped
     env.reset(seed=5)
     early = _play(env, [face.eos_token_id] * face.min_new_tokens)
@@ -256,7 +260,7 @@ def _check_ends(env: gym.Env[Any, Any]) -> None:
 
 def _check_seeding(env: gym.Env[Any, Any]) -> None:
     tokens = _ordinary_tokens(env.unwrapped, 3)
-    # Several seeds, since a single one may draw the same prompt by chance.
+    # Several seeds are tried, since one seed may draw the same prompt twice by chance.
     starts = [[deepcopy(env.reset(seed=seed)) for seed in range(16)] for _ in range(2)]
     assert data_equivalence(starts[0], starts[1], exact=True), "The same seed must give the same prompt."
     episodes = []
@@ -273,15 +277,15 @@ def _check_seeding(env: gym.Env[Any, Any]) -> None:
 
 
 def _check_openings(env: gym.Env[Any, Any]) -> None:
-    """Starting in the middle of a response is the same as having written it."""
+    """An episode that starts with a given response goes on as one that has written it."""
     face: Any = env.unwrapped
-    prompt = list(face.prompts[0].token_ids)
+    prompt = tuple(face.prompts[0].token_ids)
     tokens = _ordinary_tokens(face, face.max_new_tokens)
-    obs, _ = env.reset(options={"prompt": prompt})
-    assert _context(obs) == prompt, "reset(options={'prompt': ids}) must start with that prompt."
+    obs, _ = env.reset(options={"prompt": list(prompt)})
+    assert _stream(obs).token_ids == prompt, "reset(options={'prompt': ids}) must start with that prompt."
     written = _play(env, tokens)
     for given in range(1, len(written)):
-        obs, _ = env.reset(options={"prompt": prompt, "response": tokens[:given]})
+        obs, _ = env.reset(options={"prompt": list(prompt), "response": tokens[:given]})
         assert data_equivalence(obs, written[given - 1].obs, exact=True), (
             "reset(options={'response': ids}) must give the observation that writing the response gives."
         )
@@ -297,7 +301,7 @@ def _check_openings(env: gym.Env[Any, Any]) -> None:
 
 
 def _check_refusals(env: gym.Env[Any, Any]) -> None:
-    """What must raise, and what is left as it was when it does."""
+    """Calls that must raise an error, and must leave the episode as it was."""
     face: Any = env.unwrapped
     token, finished = _ordinary_tokens(face, 1)[0], [face.eos_token_id] * face.max_new_tokens
     obs = deepcopy(env.reset(seed=3)[0])
@@ -313,7 +317,7 @@ def _check_refusals(env: gym.Env[Any, Any]) -> None:
     _check_raises(ValueError, lambda: env.reset(options={"prompt": []}), "An empty prompt must raise ValueError.")
     if face.max_new_tokens > 1:
         following = env.step(token)[0]
-        assert _context(following) == [*_context(obs), token], "A refused call must leave the episode as it was."
+        assert _stream(following) == _stream(obs).appended(token), "A refused call must leave the episode as it was."
     _play(env, finished)
     _check_raises(gym.error.ResetNeeded, lambda: env.step(token), "A step after the end must raise ResetNeeded.")
     env.reset()
@@ -344,7 +348,7 @@ def _only(env: VectorEnv[Any, Any, Any], tokens: dict[int, int]) -> NDArray[np.i
 
 
 def _row_info(infos: dict[str, Any], row: int) -> dict[str, Any]:
-    """The info of one row, taken out of Gymnasium's arrays and masks."""
+    """The info of one row, from Gymnasium's arrays and masks."""
     return {
         key: _row_info(value, row) if isinstance(value, dict) else value[row]
         for key, value in infos.items()
@@ -353,7 +357,7 @@ def _row_info(infos: dict[str, Any], row: int) -> dict[str, Any]:
 
 
 def _finish_row(env: VectorEnv[Any, Any, Any], row: int) -> tuple[Any, Any, Any, Any, Any]:
-    """Write EOS in one row until its episode ends; the others stand still."""
+    """Write EOS in one row until its episode ends, and give the other rows NO_ACTION."""
     face: Any = env.unwrapped
     for _ in range(face.max_new_tokens):
         result = env.step(_only(env, {row: face.eos_token_id}))
@@ -384,7 +388,7 @@ def _check_autoreset(env: VectorEnv[Any, Any, Any], mode: AutoresetMode) -> None
         )
         assert not np.any(infos["_final_obs"] != terminated), "_final_obs must mark the rows that ended, and no others."
         _check_final(face, info["final_obs"], float(rewards[1]), info["final_info"])
-        assert not _response(_row(obs, 1)), (
+        assert not _stream(_row(obs, 1)).completion_ids, (
             "Under SAME_STEP the observation of a row that ended must be a new episode's."
         )
         return
@@ -392,7 +396,9 @@ def _check_autoreset(env: VectorEnv[Any, Any, Any], mode: AutoresetMode) -> None
     token = _ordinary_tokens(face, 1)[0]
     if mode == AutoresetMode.NEXT_STEP:
         obs, rewards, terminated, _, infos = env.step(_only(env, {1: token}))
-        assert not _response(_row(obs, 1)), "Under NEXT_STEP the step after an end must start a new episode."
+        assert not _stream(_row(obs, 1)).completion_ids, (
+            "Under NEXT_STEP the step after an end must start a new episode."
+        )
         assert rewards[1] == 0.0, "The step that resets a row must pay nothing."
         assert not terminated[1], "The step that resets a row must end nothing."
         assert "prompt" in _row_info(infos, 1), "The step that resets a row must give the reset's info."
@@ -413,10 +419,10 @@ def _check_masked_reset(env: VectorEnv[Any, Any, Any]) -> None:
     _finish_row(env, 1)
     before = deepcopy(env.step(_only(env, {}))[0])
     mask = np.arange(env.num_envs) == 1
-    prompt = list(face.prompts[0].token_ids)
-    obs, infos = env.reset(options={"reset_mask": mask, "prompt": [prompt]})
+    prompt = tuple(face.prompts[0].token_ids)
+    obs, infos = env.reset(options={"reset_mask": mask, "prompt": [list(prompt)]})
     assert obs in env.observation_space, "A masked reset must return the observations of all rows."
-    assert _context(_row(obs, 1)) == prompt, (
+    assert _stream(_row(obs, 1)).token_ids == prompt, (
         "A masked reset must start the marked row with the prompt that it is given."
     )
     for row in np.flatnonzero(~mask).tolist():
@@ -429,10 +435,10 @@ def _check_masked_reset(env: VectorEnv[Any, Any, Any]) -> None:
 
 
 def _check_rows_alone(env: VectorEnv[Any, Any, Any]) -> None:
-    """A row that is played together with the others plays as it does alone."""
+    """A row that is played together with others behaves as it does when it is played alone."""
     face: Any = env.unwrapped
     tokens = _ordinary_tokens(face, face.max_new_tokens)
-    # Rows end at different times, so that a score which lands in the wrong row is seen.
+    # The rows end at different times, so that a score in the wrong row is noticed.
     plans = [
         [*tokens[: row % face.max_new_tokens], *[face.eos_token_id] * face.max_new_tokens]
         for row in range(env.num_envs)
@@ -469,7 +475,7 @@ def _check_batch_refusals(env: VectorEnv[Any, Any, Any]) -> None:
 
 
 def _check_against_singles(env: VectorEnv[Any, Any, Any], make_single: Callable[[], gym.Env[Any, Any]]) -> None:
-    """Row i, seeded with s + i, is the scalar environment seeded with s + i."""
+    """Row i, which is seeded with s + i, behaves as the scalar environment seeded with s + i."""
     face: Any = env.unwrapped
     env.unwrapped.autoreset_mode = AutoresetMode.SAME_STEP  # type: ignore[attr-defined]
     singles = [make_single() for _ in range(env.num_envs)]
@@ -497,7 +503,7 @@ def _check_against_singles(env: VectorEnv[Any, Any, Any], make_single: Callable[
 
 
 def _equivalent(one: Any, other: Any) -> bool:
-    """Equal, numbers within the tolerance, whatever container and scalar types they come in."""
+    """Whether two results are equal, with a tolerance for numbers, whatever their container and scalar types."""
     if isinstance(one, dict):
         return (
             isinstance(other, dict) and one.keys() == other.keys() and all(_equivalent(one[k], other[k]) for k in one)

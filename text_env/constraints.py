@@ -1,8 +1,8 @@
-"""Which tokens may follow a context: masks that belong to the task, and do not depend on the weights being trained.
+"""Constraints: which tokens may follow a context. A constraint belongs to the task, not to the weights being trained.
 
 A constraint is any callable ``constraint(contexts, n_tokens) -> bool [B, n_tokens]``, true where a token is allowed.
-One object serves all: the environment answers ``action_masks()`` with it, and the policy and its frozen reference give
-what it forbids probability 0, in rollout and update alike.
+The same object is used everywhere: the environment computes ``action_masks()`` with it, and the policy and its frozen
+reference give the tokens that it forbids probability 0, in the rollout and in the update alike.
 
 Notation: B contexts, L columns, V tokens.
 """
@@ -22,11 +22,11 @@ from text_env.imports import import_object, is_object_name
 
 
 class Contexts(NamedTuple):
-    """A batch of token contexts, on the CPU: they are compared and sorted, which a GPU should not wait for.
+    """A batch of token contexts. They stay on the CPU, since they are compared and sorted, which a GPU would wait for.
 
     :param input_ids: int64 [B, L], left-aligned.
-    :param length: int64 [B], tokens in the context.
-    :param step: int64 [B], tokens of the response among them.
+    :param length: int64 [B], the number of tokens in each context.
+    :param step: int64 [B], how many of these tokens belong to the response.
     """
 
     input_ids: NDArray[np.int64]
@@ -35,15 +35,17 @@ class Contexts(NamedTuple):
 
 
 class Constraint(Protocol):
-    """A pure function of contexts. It must not depend on the weights that are trained: a policy that cuts its own
-    distribution gives probability 0 to what it sampled before the last update, and its KL becomes infinite.
+    """A pure function of contexts, which must not depend on the weights being trained.
+
+    If it did, an updated policy could give probability 0 to tokens that it sampled before the update, and its KL
+    divergence would be infinite.
     """
 
     def __call__(self, contexts: Contexts, n_tokens: int) -> NDArray[np.bool_]:
         """
-        :param contexts: B contexts; what stands to the right of a context is −1, which is no token.
+        :param contexts: B contexts. Columns to the right of a context hold −1, which is no token.
         :param n_tokens: V.
-        :return: bool [B, V], true where the token is allowed. At least one is, in each context.
+        :return: bool [B, V], true where the token is allowed. Each context allows at least one token.
         """
         ...
 
@@ -68,7 +70,8 @@ class _TokenSet:
     def among(self, n_tokens: int) -> NDArray[np.bool_]:
         """
         :param n_tokens: V.
-        :return: bool [V], true for these tokens.
+        :return: bool [V], true for the tokens of this set.
+        :raises ValueError: if one of them is outside the vocabulary.
         """
         ids = np.array(self.token_ids)
         if ids.max() >= n_tokens:
@@ -79,7 +82,7 @@ class _TokenSet:
 
 
 class AllowedTokens(_TokenSet):
-    """These tokens and no others. EOS is a token like any other: name it, or texts end with the budget only.
+    """Allows these tokens and no others. EOS is a token like any other: unless it is named, only the budget ends texts.
 
     :param token_ids: integers in [0, V), at least one.
     """
@@ -89,7 +92,7 @@ class AllowedTokens(_TokenSet):
 
 
 class ForbiddenTokens(_TokenSet):
-    """Every token but these.
+    """Allows every token but these.
 
     :param token_ids: integers in [0, V), at least one.
     """
@@ -100,9 +103,9 @@ class ForbiddenTokens(_TokenSet):
 
 @dataclass(frozen=True)
 class MinimumLength:
-    """No EOS before the response has so many tokens.
+    """Forbids EOS until the response has a minimum number of tokens.
 
-    :param min_new_tokens: how many.
+    :param min_new_tokens: the minimum.
     :param eos_token_id: the token that ends a response.
     """
 
@@ -121,9 +124,9 @@ class MinimumLength:
 
 @dataclass(frozen=True)
 class AllOf:
-    """What every one of several constraints allows.
+    """Allows the tokens that every one of several constraints allows.
 
-    :param constraints: two or more.
+    :param constraints: two or more constraints.
     """
 
     constraints: tuple[Constraint, ...]
@@ -137,11 +140,12 @@ class AllOf:
 
 
 def make_constraint(constraint: Any) -> Constraint | None:
-    """
-    :param constraint: a callable (see :class:`Constraint`), its name as ``"module:function"``, a list of these (all of
-        them hold), or None.
-    :return: the constraint, or None where nothing is forbidden.
-    :raises ValueError: if it is none of these.
+    """Resolve the environment's argument ``constraint``.
+
+    :param constraint: a callable (see :class:`Constraint`), its name as ``"module:function"``, a list of these, all of
+        which must hold, or None.
+    :return: the constraint, or None if nothing is forbidden.
+    :raises ValueError: if the argument is none of these.
     """
     if constraint is None:
         return None
@@ -159,11 +163,12 @@ def make_constraint(constraint: Any) -> Constraint | None:
 def all_of(*constraints: Constraint | None) -> Constraint | None:
     """The conjunction of several constraints.
 
-    A constraint that ranks tokens, and keeps the best of them, has a method ``within(constraint)``. It is told of the
-    others here and ranks what they allow: a nucleus that is EOS alone, under a minimum length, would leave nothing.
+    A constraint that ranks the tokens and keeps the best of them has a method ``within(constraint)``, which returns the
+    same constraint ranking only what the other one allows. It is called here with the conjunction of the other
+    constraints. Otherwise a nucleus that holds EOS alone would, under a minimum length, leave no token at all.
 
-    :param constraints: any number; None forbids nothing.
-    :return: None, the only one, or :class:`AllOf`.
+    :param constraints: any number of constraints; None forbids nothing.
+    :return: None if there is no constraint, the constraint if there is one, else an :class:`AllOf`.
     """
     parts: list[Any] = []
     for constraint in constraints:
@@ -177,15 +182,15 @@ def all_of(*constraints: Constraint | None) -> Constraint | None:
 
 
 def allowed_tokens(constraint: Constraint, contexts: Contexts, n_tokens: int) -> NDArray[np.bool_]:
-    """Ask a constraint, and check what it answers.
+    """Call a constraint, and check the mask that it returns.
 
-    :param constraint: any.
-    :param contexts: B contexts, with anything to the right of them.
+    :param constraint: any constraint.
+    :param contexts: B contexts. Columns to the right of a context may hold anything.
     :param n_tokens: V.
-    :return: bool [B, V], a fresh array; at least one token of each context is allowed.
-    :raises ValueError: if the answer is no such array, or forbids every token somewhere.
+    :return: bool [B, V], a fresh array; each context allows at least one token.
+    :raises ValueError: if the constraint returns no such array, or forbids every token after some context.
     """
-    # A constraint must not see the tokens that follow, as they do in a batch of whole episodes.
+    # In a batch of whole episodes the tokens that follow a context stand to its right; a constraint must not see them.
     columns = np.arange(contexts.input_ids.shape[1])
     input_ids = np.where(columns < contexts.length[:, None], contexts.input_ids, -1)
     return np.array(_checked(constraint, contexts._replace(input_ids=input_ids), n_tokens))
@@ -213,7 +218,7 @@ def _checked(constraint: Constraint, contexts: Contexts, n_tokens: int) -> NDArr
 
 def name_of(constraint: Constraint) -> str:
     """
-    :param constraint: any.
-    :return: how messages call it: a function by its name.
+    :param constraint: any constraint.
+    :return: its name in error messages: the name of a function, else the ``repr``.
     """
     return getattr(constraint, "__name__", None) or repr(constraint)

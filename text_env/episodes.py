@@ -1,16 +1,16 @@
-"""The Markov decision process: token after token until the text is finished, then its score.
+"""The Markov decision process: tokens are appended until the text is finished, and then the text is scored.
 
-All dynamics are here, for n episodes at once and as arrays; :mod:`text_env.env` and :mod:`text_env.vector_env` are the
-faces that Gymnasium knows. A step changes nothing before everything that can fail has succeeded, so whoever mends the
-cause of an error can repeat the step.
+All dynamics are in this file, as array operations on n episodes at once; :mod:`text_env.env` and
+:mod:`text_env.vector_env` present them to Gymnasium. A step changes nothing until everything that can fail has
+succeeded, so that the step can be repeated once the cause of an error has been removed.
 
-Notation: n rows (each plays one episode after another), L = ``max_prompt_tokens + max_new_tokens`` columns, V tokens.
+Notation: n rows, each of which plays one episode after another; L = ``max_prompt_tokens + max_new_tokens`` columns; V
+tokens in the vocabulary; k of the n rows, where a method works on some of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gymnasium as gym
@@ -20,25 +20,31 @@ from numpy.typing import NDArray
 
 from text_env.action_spaces import Tokens
 from text_env.constraints import Constraint, Contexts, MinimumLength, all_of, allowed_tokens, make_constraint
-from text_env.prompts import OverlongPrompts, Prompt, Prompts, checked_ids
+from text_env.prompts import Prompt, Prompts, checked_ids
 from text_env.rewards import FinishedTexts, make_reward, score, score_parts
+from text_env.settings import EpisodeSettings, check_integer
 from text_env.shaping import PotentialShaping, make_shaping
+from text_env.streams import TokenStream
 from text_env.tokenization import decode, decode_completions, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NO_ACTION = -1
-"""In :meth:`text_env.vector_env.TextVectorEnv.step`: leave this row exactly as it is."""
+"""The action that leaves a row exactly as it is, in :meth:`text_env.vector_env.TextVectorEnv.step`."""
 
 Observation = dict[str, NDArray[Any]]
 
-# What the final info says already; a metric of the same name would overwrite it.
+# The keys that the final info has already; a metric of the same name would overwrite one of them.
 RESERVED_INFO = frozenset({"score", "prompt", "completion", "finish_reason", "final_obs", "final_info"})
 
 
 class Opening(NamedTuple):
-    """How one episode is to start: a given prompt (None: draw one) and the response tokens that exist already."""
+    """How an episode starts.
+
+    :param prompt: the prompt; None: one is drawn.
+    :param response: the response tokens that exist already.
+    """
 
     prompt: Prompt | None = None
     response: Sequence[int] = ()
@@ -48,122 +54,86 @@ class Episodes:
     """n episodes side by side.
 
     :param n: number of rows.
-    :param tokenizer: ``"builtin"``, a directory, a hub name or a live tokenizer.
-    :param prompts: what :class:`text_env.prompts.Prompts` takes.
-    :param reward: what :func:`text_env.rewards.make_reward` takes. Paid on the last token.
-    :param max_prompt_tokens: the longest prompt.
-    :param max_new_tokens: the response budget in tokens, EOS included.
-    :param min_new_tokens: an EOS with fewer response tokens than this before it is an ordinary token that ends nothing
-        (a policy that knows of it gives EOS probability 0 there). Stop strings and the budget end a text regardless.
-    :param constraint: which tokens may follow; what :func:`text_env.constraints.make_constraint` takes. A forbidden
-        token is not refused: :meth:`action_masks` is for the policy.
-    :param stop: strings that end a text as soon as its completion contains one; the completion keeps it. A special
-        token, such as ``"<end_of_turn>"``, ends it when it is written, and is no part of the text.
-    :param group_size: so many episodes that start one after another share a prompt.
-    :param metrics: name → reward. Further scores of finished texts: reported in the final info, never paid.
-    :param overlong_prompts: ``"error"`` or ``"truncate_left"``.
-    :param chat_template: whether string prompts are the user's turn in the tokenizer's chat template; None: if it has
-        one.
-    :param shaping: what :func:`text_env.shaping.make_shaping` takes. Changes what steps are paid, never a score.
-    :param reward_kwargs: for every classifier that reward, metrics and shaping name; see
-        :func:`text_env.rewards.make_reward`.
-    :raises ValueError: for arguments outside their range, and for what tokenizer, prompts and rewards refuse.
+    :param settings: how the episodes go.
+    :raises ValueError: for a setting that is out of range, or that names something which does not exist.
     """
 
-    def __init__(
-        self,
-        n: int,
-        *,
-        tokenizer: str | Path | PreTrainedTokenizerBase,
-        prompts: str | Path | Iterable[str | Mapping[str, Any]],
-        reward: Any,
-        max_prompt_tokens: int,
-        max_new_tokens: int,
-        min_new_tokens: int,
-        constraint: Any,
-        stop: str | Sequence[str] | None,
-        group_size: int,
-        metrics: Mapping[str, Any] | None,
-        overlong_prompts: OverlongPrompts,
-        chat_template: bool | None,
-        shaping: Any,
-        reward_kwargs: Mapping[str, Any] | None,
-    ) -> None:
-        for name, value, least in [
-            ("num_envs", n, 1),
-            ("max_prompt_tokens", max_prompt_tokens, 1),
-            ("max_new_tokens", max_new_tokens, 1),
-            ("min_new_tokens", min_new_tokens, 0),
-            ("group_size", group_size, 1),
-        ]:
-            if not isinstance(value, int | np.integer) or value < least:
-                raise ValueError(f"Expected {name} to be an integer of at least {least}, got {value!r}.")
-        if min_new_tokens > max_new_tokens:
-            raise ValueError(
-                f"Expected min_new_tokens to be at most max_new_tokens={max_new_tokens}, got {min_new_tokens}."
-            )
+    def __init__(self, n: int, settings: EpisodeSettings) -> None:
+        check_integer("num_envs", n, 1)
+        settings.check()
         self.n = n
-        self.tokenizer = load_tokenizer(tokenizer)
+        self.tokenizer = load_tokenizer(settings.tokenizer)
         self.vocabulary = len(self.tokenizer)
         self.eos_token_id = int(self.tokenizer.eos_token_id)
         pad = self.tokenizer.pad_token_id
         self.pad_token_id = self.eos_token_id if pad is None else int(pad)
-        self.max_prompt_tokens = max_prompt_tokens
-        self.max_new_tokens = max_new_tokens
-        self.min_new_tokens = min_new_tokens
-        self.constraint: Constraint | None = make_constraint(constraint)
-        minimum = MinimumLength(min_new_tokens, self.eos_token_id) if min_new_tokens else None
+        self.max_prompt_tokens = settings.max_prompt_tokens
+        self.max_new_tokens = settings.max_new_tokens
+        self.min_new_tokens = settings.min_new_tokens
+        self.constraint: Constraint | None = make_constraint(settings.constraint)
+        minimum = MinimumLength(self.min_new_tokens, self.eos_token_id) if self.min_new_tokens else None
         self._all_constraints = all_of(minimum, self.constraint)
-        self.stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
-        if not all(isinstance(string, str) and string for string in self.stop):
-            raise ValueError(f"Expected stop to be a non-empty string or a list of them, got {stop!r}.")
-        # Special tokens are no part of a decoded text; instruct models often end their turn with one that isn't eos.
+        self.stop = settings.stop_strings
+        # Decoded texts contain no special tokens, and instruct models often end their turn with one that isn't eos. So
+        # stop strings that are special tokens are compared by their ids.
         added = self.tokenizer.added_tokens_decoder
         self._stop_ids = [index for index, token in added.items() if token.special and str(token) in self.stop]
-        self.group_size = group_size
-        self.prompts = Prompts(prompts, self.tokenizer, max_prompt_tokens, overlong_prompts, chat_template)
-        options = dict(reward_kwargs or {})
-        self.reward = make_reward(reward, **options)
-        self.metrics = {name: make_reward(metric, **options) for name, metric in (metrics or {}).items()}
-        self.shaping: PotentialShaping | None = make_shaping(shaping, **options)
+        self.group_size = settings.group_size
+        self.prompts = Prompts(
+            settings.prompts,
+            self.tokenizer,
+            settings.max_prompt_tokens,
+            settings.overlong_prompts,
+            settings.chat_template,
+        )
+        options = dict(settings.reward_kwargs or {})
+        self.reward = make_reward(settings.reward, **options)
+        self.metrics = {name: make_reward(metric, **options) for name, metric in (settings.metrics or {}).items()}
+        self.shaping: PotentialShaping | None = make_shaping(settings.shaping, **options)
         if clash := sorted(name for name in self.metrics if name in RESERVED_INFO or name.startswith(("_", "reward/"))):
             raise ValueError(f"Expected metrics to have names that the final info does not use yet, got {clash}.")
 
-        columns = max_prompt_tokens + max_new_tokens
-        # Where a text ends is known from these counts alone, never from content: pad may be the same token as eos.
+        columns = self.max_prompt_tokens + self.max_new_tokens
+        # These counts alone say where a text ends. The tokens can't, since pad may be the same token as eos.
         self._prompt_length = np.ones(n, np.int64)
         self._length = np.ones(n, np.int64)  # prompt and response
         self._input_ids = np.full((n, columns), self.pad_token_id, np.int64)
         self._attention_mask = np.zeros((n, columns), np.int8)
+        self._is_action = np.zeros((n, columns), np.bool_)  # the policy chose the token
         self._prompt: list[Prompt] = [self.prompts[0]] * n
-        self._potential = np.full(n, np.nan)  # of the state that a row is in; NaN until its next step asks for it
-        self.finished = np.ones(n, np.bool_)  # a row plays only after its first `start`
+        # Shaping: the potential of each row's state. NaN: not known yet, the row's next step asks for it.
+        self._potential = np.full(n, np.nan)
+        self.finished = np.ones(n, np.bool_)  # no row plays before its first `start`
         self._group_prompt = self.prompts[0]
         self._group_left = 0
 
-    # What can be seen of the episodes
+    # Reading the episodes
 
     def observation_space(self) -> spaces.Space[Observation]:
-        """Of one row: prompt, then response, then padding, left-aligned."""
+        """
+        :return: the space of one row's observation: the prompt, the response and padding, in this order.
+        """
         columns = self._input_ids.shape[1]
         return spaces.Dict(  # type: ignore[return-value]
             {
                 "input_ids": spaces.Box(0, self.vocabulary - 1, (columns,), np.int64),
                 "attention_mask": spaces.Box(0, 1, (columns,), np.int8),
-                # It makes the state Markov: the budget left, and whether EOS counts yet, follow from it and the mask.
+                # It makes the state Markov: with the mask it says what is left of the budget, and whether EOS counts.
                 "prompt_length": spaces.Box(1, self.max_prompt_tokens, (1,), np.int64),
             }
         )
 
     def action_space(self) -> spaces.Discrete[np.int64]:
-        """Of one row: the next token."""
+        """
+        :return: the space of one row's action, the next token.
+        """
         return Tokens(self.vocabulary)
 
     def observe(self, row: int | slice = slice(None)) -> Observation:
         """
-        :param row: one row, or all of them.
-        :return: a fresh copy: ``input_ids`` int64 [n, L], ``attention_mask`` int8 [n, L], ``prompt_length`` int64
-            [n, 1], without the leading n for one row.
+        :param row: the number of one row, or a slice of rows.
+        :return: the observation, a fresh copy: ``input_ids`` int64 [n, L], ``attention_mask`` int8 [n, L] and
+            ``prompt_length`` int64 [n, 1]; of one row without the leading n.
         """
         return {
             "input_ids": self._input_ids[row].copy(),
@@ -173,8 +143,10 @@ class Episodes:
 
     def action_masks(self) -> NDArray[np.bool_]:
         """
-        :return: bool [n, V], a fresh copy: the tokens that may follow. All of them in a row where nothing follows.
-        :raises ValueError: if the constraint forbids every token somewhere, or answers with something else.
+        :return: bool [n, V], a fresh copy, true for the tokens that may follow. In a row whose episode is over, all
+            are true.
+        :raises ValueError: if the constraint forbids every token after some context, or returns something else than
+            such a mask.
         """
         masks = np.ones((self.n, self.vocabulary), np.bool_)
         playing = np.flatnonzero(~self.finished)
@@ -186,18 +158,31 @@ class Episodes:
 
     def text(self, row: int) -> tuple[str, str]:
         """
-        :return: the row's prompt, and its response so far.
+        :param row: the number of a row.
+        :return: the text of the prompt, and the text of the response so far.
         """
-        return self._prompt[row].text, self._completions([self._context(row)], [self._prompt[row]])[0]
+        return self._prompt[row].text, self._completions([row], self._streams(np.array([row])))[0]
+
+    def stream(self, row: int) -> TokenStream:
+        """
+        :param row: the number of a row.
+        :return: the tokens of the episode that the row is playing or has just finished.
+        :raises gymnasium.error.ResetNeeded: if the row has not started an episode yet.
+        """
+        if not self._attention_mask[row, 0]:
+            raise gym.error.ResetNeeded(f"Row {row} has not started an episode yet, so it has no tokens: call reset().")
+        return self._streams(np.array([row]))[0]
 
     # The dynamics
 
     def openings(self, count: int, options: Mapping[str, Sequence[Any] | None]) -> list[Opening]:
-        """Check what a user asks of ``count`` episodes to be started. Draws nothing and changes nothing.
+        """Check the options of a reset. Nothing is drawn and nothing is changed.
 
-        :param options: ``"prompt"`` and ``"response"``, either may be missing or None: one entry per episode, each
-            text, token ids or None (a drawn prompt, an empty response); a prompt may be an entry of ``prompts`` too,
-            and keeps its columns then.
+        :param count: the number of episodes that are to be started.
+        :param options: ``"prompt"`` and ``"response"``, each a list with one entry per episode, or missing, or None. An
+            entry is a text, token ids, or None (a drawn prompt, an empty response). A prompt may also be an entry of
+            ``prompts``, which keeps its columns.
+        :return: how each of the episodes starts.
         :raises ValueError: for another option or another number of entries, if a prompt is empty or overlong, or if a
             response is finished already.
         """
@@ -220,7 +205,7 @@ class Episodes:
         ]
 
     def _opening_prompt(self, prompt: Any) -> Prompt | None:
-        # An entry of the set keeps its columns, which a text from outside has none of.
+        # An entry of `prompts` is taken as it is, with its columns; a text from outside has none.
         return prompt if prompt is None or isinstance(prompt, Prompt) else self.prompts.make(prompt)
 
     def _opening_response(self, response: str | Sequence[int] | None) -> list[int]:
@@ -247,13 +232,16 @@ class Episodes:
         openings: Sequence[Opening] | None = None,
         new_group: bool = False,
     ) -> list[dict[str, Any]]:
-        """Start an episode in each of these rows, in this order. Cannot fail.
+        """Start an episode in each of these rows, in this order. This cannot fail.
 
-        :param rows: indices of k rows.
-        :param generators: k generators; a prompt is drawn from the generator of the row that opens a group.
-        :param openings: k of them, made by :meth:`openings`. Episodes with a given prompt stand outside the groups.
-        :param new_group: begin with a new group, as a reset with a seed does.
-        :return: k reset infos.
+        A group is ``group_size`` consecutive episodes that share a drawn prompt.
+
+        :param rows: the numbers of k rows.
+        :param generators: the random generator of each row. The row that opens a group draws the prompt of the group.
+        :param openings: how each episode starts, as :meth:`openings` returns it; None: with a drawn prompt. Episodes
+            with a given prompt belong to no group.
+        :param new_group: open a new group, as a reset with a seed does.
+        :return: the reset info of each row.
         """
         if new_group:
             self.begin_group()
@@ -267,13 +255,14 @@ class Episodes:
             self._input_ids[row, len(ids) :] = self.pad_token_id
             self._attention_mask[row] = 0
             self._attention_mask[row, : len(ids)] = 1
+            self._is_action[row] = False  # whoever gave the response, the policy did not choose it here
             self._potential[row] = np.nan
             self.finished[row] = False
             infos.append({"prompt": prompt.text})
         return infos
 
     def begin_group(self) -> None:
-        """The next episode opens a group, whatever is left of the latest one."""
+        """Let the next episode open a new group, even if the current one is not complete."""
         self._group_left = 0
 
     def _next_prompt(self, generator: np.random.Generator) -> Prompt:
@@ -286,8 +275,8 @@ class Episodes:
     def tokens(self, actions: Any) -> NDArray[np.integer[Any]]:
         """
         :param actions: n integers.
-        :return: them as an array [n].
-        :raises ValueError: if they are no integers, or not n of them.
+        :return: the actions as an array [n].
+        :raises ValueError: if they are not integers, or not n of them.
         """
         tokens = np.asarray(actions)
         if tokens.shape != (self.n,) or not np.issubdtype(tokens.dtype, np.integer):
@@ -297,14 +286,15 @@ class Episodes:
     def append(
         self, rows: NDArray[np.int64], tokens: NDArray[np.integer[Any]]
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_], list[dict[str, Any]]]:
-        """Append a token to each of these rows; score the texts that it finishes, and shape the rewards.
+        """Append one token to each of these rows, score the texts that are finished by it, and shape the rewards.
 
-        :param rows: int64 [k], different indices.
+        :param rows: int64 [k], the numbers of different rows.
         :param tokens: integers [k].
         :return: rewards float64 [k], terminated bool [k], and one final info for each row that terminated, in order.
         :raises ValueError: if a token is outside the vocabulary.
         :raises gymnasium.error.ResetNeeded: if one of the episodes has ended already.
-        :raises text_env.rewards.RewardError: if a reward or a potential fails. In all these cases nothing has changed.
+        :raises text_env.rewards.RewardError: if a reward or a potential fails. After any of these errors nothing has
+            changed.
         """
         if len(rows) and (tokens.min() < 0 or tokens.max() >= self.vocabulary):
             wrong = (tokens < 0) | (tokens >= self.vocabulary)
@@ -323,9 +313,7 @@ class Episodes:
         terminated = eos | (before + 1 >= self.max_new_tokens)
         stopped = np.zeros(len(rows), np.bool_)
         if self.stop:
-            contexts = [self._context(row, token) for row, token in zip(rows, tokens, strict=True)]
-            stopped = np.array(self._stops(contexts, [self._prompt[row] for row in rows]), np.bool_)
-            stopped |= np.isin(tokens, self._stop_ids)
+            stopped = self._stops(rows, self._streams(rows, tokens)) | np.isin(tokens, self._stop_ids)
             terminated |= stopped
 
         rewards = np.zeros(len(rows))
@@ -340,6 +328,7 @@ class Episodes:
 
         self._input_ids[rows, columns] = tokens
         self._attention_mask[rows, columns] = 1
+        self._is_action[rows, columns] = True
         self._length[rows] = columns + 1
         self.finished[rows] = terminated
         return rewards, terminated, infos
@@ -347,15 +336,15 @@ class Episodes:
     def finish(
         self, rows: NDArray[np.int64], tokens: NDArray[np.integer[Any]], reasons: Sequence[str]
     ) -> tuple[NDArray[np.float64], list[dict[str, Any]]]:
-        """Score the texts that end with these tokens, which are not appended yet; one call per reward for them all.
+        """Score the texts that end with these tokens, which are not appended yet. Each reward is called once.
 
         :param rows: int64 [k].
         :param tokens: integers [k].
-        :param reasons: k times ``"eos"``, ``"stop"`` or ``"length"``.
-        :return: scores float64 [k], and k final infos.
+        :param reasons: for each row ``"eos"``, ``"stop"`` or ``"length"``.
+        :return: scores float64 [k], and the final info of each row.
         :raises text_env.rewards.RewardError: if a reward fails.
         """
-        texts = self._texts(rows, [self._context(row, token) for row, token in zip(rows, tokens, strict=True)])
+        texts = self._texts(rows, self._streams(rows, tokens))
         numbers = score_parts(self.reward, texts)
         numbers |= {name: score(metric, texts) for name, metric in self.metrics.items()}
         infos = [
@@ -376,54 +365,74 @@ class Episodes:
         tokens: NDArray[np.integer[Any]],
         terminated: NDArray[np.bool_],
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """What these tokens, which are not appended yet, earn by shaping; it calls the potential once at most.
+        """What shaping pays for these tokens, which are not appended yet. The potential is called once at most.
 
-        :return: F float64 [k], and the potential of the state that follows, float64 [k].
+        :return: the payments F, float64 [k], and the potentials of the states that follow, float64 [k].
         """
         before = self._length[rows] - self._prompt_length[rows]
         known = self._potential[rows]
-        # Of the state that an episode starts from: `start`, which cannot fail, didn't ask for it.
+        # The potential of an episode's first state is not known yet: `start` must not fail, so it calls no potential.
         unknown = np.isnan(known)
-        # A potential that sees only every k-th token has nothing new to say in between.
+        # With `every=k` the potential changes at every k-th token only, and is not called in between.
         due = ~terminated & (shaping.seen(before + 1) == before + 1)
-        kept = self._prompt_length[rows] + shaping.seen(before)
-        contexts = [self._context(row)[:length] for row, length in zip(rows[unknown], kept[unknown], strict=True)]
-        contexts += [self._context(row, token) for row, token in zip(rows[due], tokens[due], strict=True)]
+        seen = shaping.seen(before[unknown]).tolist()
+        starts = [stream.cut(length) for stream, length in zip(self._streams(rows[unknown]), seen, strict=True)]
+        streams = [*starts, *self._streams(rows[due], tokens[due])]
         asked = np.zeros(0)
-        if contexts:
-            asked = shaping.potentials(self._texts(np.concatenate([rows[unknown], rows[due]]), contexts))
+        if streams:
+            asked = shaping.potentials(self._texts(np.concatenate([rows[unknown], rows[due]]), streams))
         known[unknown], latest = np.split(asked, [int(unknown.sum())])
         following = np.where(terminated, 0.0, known)
         following[due] = latest
         return shaping.rewards(known, following), following
 
-    def _texts(self, rows: NDArray[np.int64], contexts: Sequence[Sequence[int]]) -> FinishedTexts:
-        """These contexts of these rows, as rewards see them."""
+    def _streams(self, rows: NDArray[np.int64], tokens: NDArray[np.integer[Any]] | None = None) -> list[TokenStream]:
+        """The streams of these rows; with ``tokens``, as they will be once the tokens are appended."""
+        ends = [[]] * len(rows) if tokens is None else tokens[:, None].tolist()
+        lengths, prompt_lengths = self._length[rows].tolist(), self._prompt_length[rows].tolist()
+        return [
+            TokenStream(
+                (*self._input_ids[row, :length].tolist(), *end),
+                (*self._is_action[row, :length].tolist(), *[True] * len(end)),
+                prompt_length,
+            )
+            for row, length, prompt_length, end in zip(rows.tolist(), lengths, prompt_lengths, ends, strict=True)
+        ]
+
+    def _texts(self, rows: NDArray[np.int64], streams: Sequence[TokenStream]) -> FinishedTexts:
+        """The texts of these rows with these streams, in the form that rewards take."""
         prompts = [self._prompt[row] for row in rows]
         return FinishedTexts(
             prompts=[prompt.text for prompt in prompts],
-            completions=self._completions(contexts, prompts),
-            completion_ids=[list(ids[len(prompt.token_ids) :]) for ids, prompt in zip(contexts, prompts, strict=True)],
+            completions=self._completions(rows, streams),
+            completion_ids=[list(stream.completion_ids) for stream in streams],
             columns={name: [prompt.columns[name] for prompt in prompts] for name in self.prompts.columns},
-            # All of them have some or none has: `Prompts` sees to it.
+            # Either all prompts of a set are conversations or none is: `Prompts` sees to it.
             messages=[prompt.messages for prompt in prompts if prompt.messages is not None] or None,
         )
 
-    def _context(self, row: int, *more: int) -> list[int]:
-        return [*self._input_ids[row, : self._length[row]].tolist(), *map(int, more)]
+    def _completions(self, rows: Iterable[int], streams: Sequence[TokenStream]) -> list[str]:
+        return decode_completions(self.tokenizer, streams, [self._prompt[row].decoded for row in rows])
 
-    def _completions(self, contexts: Sequence[Sequence[int]], prompts: Sequence[Prompt]) -> list[str]:
-        lengths = [len(prompt.token_ids) for prompt in prompts]
-        return decode_completions(self.tokenizer, contexts, lengths, [prompt.decoded for prompt in prompts])
-
-    def _stops(self, contexts: Sequence[Sequence[int]], prompts: Sequence[Prompt]) -> list[bool]:
-        return [any(string in text for string in self.stop) for text in self._completions(contexts, prompts)]
+    def _stops(self, rows: NDArray[np.int64], streams: Sequence[TokenStream]) -> NDArray[np.bool_]:
+        texts = self._completions(rows, streams)
+        return np.array([any(string in text for string in self.stop) for text in texts], np.bool_)
 
 
 class EpisodesFace:
-    """What both environments let be read of their episodes. None of it can be set: it was decided at construction."""
+    """What the scalar and the vector environment both show of their episodes. None of these attributes can be set."""
 
     episodes: Episodes
+
+    def stream(self, row: int = 0) -> TokenStream:
+        """The tokens of an episode and which of them the policy chose, as far as the episode has been played.
+
+        :param row: the number of the row.
+        :return: the tokens of the episode that the row is playing or has just finished. If a row is reset in the step
+            that ends its episode (``AutoresetMode.SAME_STEP``), this is the new episode.
+        :raises gymnasium.error.ResetNeeded: if the row has not started an episode yet.
+        """
+        return self.episodes.stream(row)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -437,32 +446,32 @@ class EpisodesFace:
 
     @property
     def pad_token_id(self) -> int:
-        """What stands in ``input_ids`` where ``attention_mask`` is 0; may equal ``eos_token_id``."""
+        """The token that fills ``input_ids`` where ``attention_mask`` is 0. It may equal ``eos_token_id``."""
         return self.episodes.pad_token_id
 
     @property
     def max_prompt_tokens(self) -> int:
-        """The longest prompt."""
+        """The length of the longest prompt, in tokens."""
         return self.episodes.max_prompt_tokens
 
     @property
     def max_new_tokens(self) -> int:
-        """The response budget."""
+        """The response budget, in tokens."""
         return self.episodes.max_new_tokens
 
     @property
     def min_new_tokens(self) -> int:
-        """Response tokens before which EOS ends nothing."""
+        """The number of response tokens before which an EOS ends nothing."""
         return self.episodes.min_new_tokens
 
     @property
     def constraint(self) -> Constraint | None:
-        """Which tokens may follow a context, beside ``min_new_tokens``; None where nothing else is forbidden."""
+        """The constraint on the tokens that may follow a context, ``min_new_tokens`` aside; None: there is none."""
         return self.episodes.constraint
 
     @property
     def group_size(self) -> int:
-        """How many episodes that start one after another share a prompt."""
+        """The number of consecutive episodes that share a prompt."""
         return self.episodes.group_size
 
     @property
@@ -472,10 +481,10 @@ class EpisodesFace:
 
     @property
     def reward(self) -> Any:
-        """The resolved reward, a callable on batches of texts."""
+        """The reward, resolved from its name to a callable on batches of texts."""
         return self.episodes.reward
 
     @property
     def shaping(self) -> PotentialShaping | None:
-        """How the steps' rewards are shaped, with its resolved potential; None: they are not."""
+        """The shaping of the rewards, its potential resolved to a callable; None: rewards are not shaped."""
         return self.episodes.shaping

@@ -1,4 +1,4 @@
-"""Objects by name: ``"module:function"`` strings, the form in which prompts and rewards travel through configs."""
+"""Importing objects by name: configurations refer to prompts and rewards by strings such as ``"module:function"``."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ _MODULE_ATTRIBUTE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A
 def is_object_name(name: str) -> bool:
     """
     :param name: any string.
-    :return: whether it has the form ``"module:attribute"`` (dots are allowed in both).
+    :return: whether the string has the form ``"module:attribute"`` (dots are allowed on both sides of the colon).
     """
     return _MODULE_ATTRIBUTE.fullmatch(name) is not None
 
 
 def import_object(name: str) -> Any:
-    """Import what ``"module:attribute"`` names.
+    """Import the object that ``"module:attribute"`` names.
 
-    :param name: as in entry points, e.g. ``"my_rewards:brevity"``.
-    :return: the attribute.
+    :param name: the name, written as in entry points, for example ``"my_rewards:brevity"``.
+    :return: the object.
     :raises ValueError: if the module or the attribute does not exist. An error inside the module is passed on as it is.
     """
     module_name, _, attributes = name.partition(":")
-    # A console script does not look into the working directory, where a user's own `my_rewards.py` lies.
+    # The user's own `my_rewards.py` lies in the working directory, which a console script does not search for modules.
     added = [directory for directory in [os.getcwd()] if directory not in sys.path]
     sys.path.extend(added)
     try:

@@ -1,7 +1,7 @@
-"""Preferences: pairs of responses to one prompt, of which somebody chose one. A reward model learns from them.
+"""Preferences: pairs of responses to the same prompt, one chosen and one rejected. Reward models learn from them.
 
-The format is TRL's (https://huggingface.co/docs/trl/dataset_formats#preference): columns ``prompt``, ``chosen`` and
-``rejected``, plain texts or lists of messages, with or without a prompt of their own.
+The format is TRL's (https://huggingface.co/docs/trl/dataset_formats#preference): the columns ``chosen`` and
+``rejected``, and perhaps ``prompt``, hold plain texts or lists of messages.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ SPLITS: dict[str, Part] = {
     "train": "train",
     **dict.fromkeys(("eval", "test", "validation", "valid", "val", "dev", "held_out"), "held_out"),
 }
-"""What a split may be called, and what it is used for."""
+"""The names that a split may have, and the part of the data that it becomes."""
 PREFERENCE_FORMATS = tuple(suffix for suffix in FORMATS if suffix != ".txt")
 SHOWN = 3
-"""So many malformed rows are shown."""
+"""The number of malformed rows that a message shows."""
 
 
 class Preference(NamedTuple):
     """A prompt, and two responses to it.
 
-    :param prompt: a text, perhaps empty, or the messages of a conversation whose next turn is the assistant's.
-    :param chosen: the preferred response: of a conversation, the content of the assistant's message.
-    :param rejected: the other one; never the same.
+    :param prompt: a text, which may be empty, or the messages of a conversation whose next turn is the assistant's.
+    :param chosen: the preferred response; in a conversation, the content of the assistant's message.
+    :param rejected: the other response, which always differs from ``chosen``.
     """
 
     prompt: str | list[Message]
@@ -49,12 +49,12 @@ class Preference(NamedTuple):
 class Preferences:
     """A set of preferences, in two parts.
 
-    :param train: pairs to learn from, at least one.
-    :param held_out: pairs to measure with, at least one.
-    :param split_by: who parted them: ``"given"``, the data set itself; ``"prompt"``, chance, no prompt standing on
-        both sides; ``"pair"``, chance, where there are too few prompts for that.
-    :param n_malformed: rows that were left out.
-    :param malformed: the first three of them: where, and what is wrong.
+    :param train: the pairs to learn from, at least one.
+    :param held_out: the pairs to measure with, at least one.
+    :param split_by: how the two parts were made: ``"given"`` by the data set itself; ``"prompt"`` at random, such that
+        no prompt is in both parts; ``"pair"`` at random, because there are too few prompts to split by prompt.
+    :param n_malformed: the number of malformed rows, which were left out.
+    :param malformed: the first three malformed rows: where each stands, and what is wrong with it.
     """
 
     train: list[Preference]
@@ -72,20 +72,21 @@ class Preferences:
 def load_preferences(spec: Any, max_malformed: float = 0.01, *, held_out: float = 0.05, seed: int = 0) -> Preferences:
     """Read a set of preferences.
 
-    A row is malformed if a column is missing or of the wrong type, a response is empty, both are the same, a role is
-    unknown, plain text and messages are mixed, or its line is no JSON. The rows of one set are all plain or all
-    conversational; those of the rarer kind are malformed too.
+    A row is malformed if a column is missing or of the wrong type, a response is empty, both responses are the same, a
+    role is unknown, plain texts and messages are mixed, or the row's line is not JSON. The rows of a set are either all
+    plain texts or all conversations; rows of the rarer kind are malformed too.
 
-    :param spec: ``"builtin"``; a ``.jsonl``, ``.json`` or ``.csv`` file (``.gz`` after it is understood), a
-        ``.parquet`` file; a directory of ``datasets``' ``save_to_disk``, or any name that ``datasets.load_dataset``
-        takes (after a colon, the one split to use: ``"owner/name:train_prefs"``); a list of mappings; a
-        ``datasets.Dataset``; a mapping of splits to such, as a ``DatasetDict`` is.
-    :param max_malformed: the share of rows that may be malformed; they are left out.
-    :param held_out: the share of pairs to hold out, if no split (the column ``split``, or a mapping's keys) is given.
-    :param seed: of that.
+    :param spec: ``"builtin"``; a ``.jsonl``, ``.json`` or ``.csv`` file, gzipped (``.gz``) or not, or a ``.parquet``
+        file; a directory written by ``datasets``' ``save_to_disk``, or any name that ``datasets.load_dataset`` takes,
+        with the name of a single split after a colon (``"owner/name:train_prefs"``); a list of mappings; a
+        ``datasets.Dataset``; or a mapping from split names to any of these tables, such as a ``DatasetDict``.
+    :param max_malformed: the share of rows that may be malformed. Malformed rows are left out.
+    :param held_out: the share of pairs to hold out, if the data has no splits (a column ``split``, or the keys of a
+        mapping).
+    :param seed: seed of the random choice of the held-out pairs.
     :return: the pairs.
-    :raises ValueError: for an unknown name, an unreadable file, no rows, or more malformed ones than that.
-    :raises ImportError: if reading it needs the ``reward`` extra.
+    :raises ValueError: for an unknown name, an unreadable file, a table without rows, or too many malformed rows.
+    :raises ImportError: if reading the data needs the ``reward`` extra.
     """
     if not (0 <= max_malformed < 1 and 0 < held_out < 1):
         raise ValueError(
@@ -135,9 +136,9 @@ def load_preferences(spec: Any, max_malformed: float = 0.01, *, held_out: float 
 def parse_preference(row: Any) -> Preference:
     """
     :param row: a mapping with ``chosen``, ``rejected`` and perhaps ``prompt``; other columns are ignored.
-    :return: the pair. Without a prompt, conversations have what both sides begin with in common as theirs; a plain
-        text has an empty one.
-    :raises ValueError: if it is malformed; says only what is wrong with it.
+    :return: the pair. In a row without a prompt, the prompt is the messages that both conversations begin with, or for
+        plain texts the empty text.
+    :raises ValueError: if the row is malformed. The message says what is wrong, and not which row it is.
     """
     if isinstance(row, BrokenRow):
         raise ValueError(row.reason)
@@ -168,15 +169,15 @@ def parse_preference(row: Any) -> Preference:
 def _conversation(
     prompt: str | list[Any] | None, chosen: list[Any], rejected: list[Any]
 ) -> tuple[list[Message], str, str]:
-    """Prompt, and the content of the one message by which each side continues it."""
+    """The prompt, and the contents of the two messages that continue it: the chosen one and the rejected one."""
     chosen, rejected = _messages(chosen, "chosen"), _messages(rejected, "rejected")
     if chosen == rejected:
         raise ValueError("'chosen' and 'rejected' are the same")
     n_shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
-    if n_shared is None:  # one is the beginning of the other
+    if n_shared is None:  # one conversation is the beginning of the other
         n_shared = min(len(chosen), len(rejected))
     shared = chosen[:n_shared]
-    # Many data sets repeat as a text, or as messages, the prompt that their conversations begin with.
+    # In many data sets both conversations begin with the prompt, and its own column repeats it, as messages or as text.
     if isinstance(prompt, list) and prompt:
         messages = _messages(prompt, "prompt")
         repeated = shared == messages
@@ -224,7 +225,7 @@ def _part(row: Mapping[str, Any], split: str | None) -> Part | None:
 
 
 def _hold_out(pairs: list[Preference], share: float, seed: int) -> tuple[list[Preference], list[Preference], SplitBy]:
-    """Part the pairs at random: by prompt if there are enough prompts to come near the share, else by pair."""
+    """Split the pairs at random: by prompt if there are enough prompts to come near the share, else by pair."""
     rng = np.random.default_rng(seed)
     wanted = min(max(1, round(share * len(pairs))), len(pairs) - 1)
     keys = [json.dumps(pair.prompt) for pair in pairs]
@@ -233,7 +234,7 @@ def _hold_out(pairs: list[Preference], share: float, seed: int) -> tuple[list[Pr
     chosen: set[str] = set()
     n = 0
     for index in rng.permutation(len(prompts)).tolist():
-        # A prompt that would overshoot is passed over for a rarer one.
+        # A prompt with more pairs than are still wanted is passed over.
         if n + counts[prompts[index]] <= wanted:
             chosen.add(prompts[index])
             n += counts[prompts[index]]
@@ -245,7 +246,7 @@ def _hold_out(pairs: list[Preference], share: float, seed: int) -> tuple[list[Pr
 
 
 def _rows(spec: Any) -> Iterator[tuple[str, str | None, Any]]:
-    """Where each row stands, the split that it was found in (None: it may say so itself), and the row."""
+    """The place of each row, the split that it was found in (None: the row itself may name it), and the row."""
     tables = _by_name(spec) if isinstance(spec, str | Path) else spec
     if isinstance(tables, Mapping):
         if unknown := [name for name in tables if name not in SPLITS]:

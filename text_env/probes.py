@@ -1,13 +1,13 @@
-"""Probe tasks: so small that the best response is known, so an algorithm that misses it has a bug.
+"""Probe tasks: so small that the best response is known. An algorithm that does not find it has a bug.
 
-Each asks for one ability, as bsuite's experiments do (Osband et al. 2020, https://arxiv.org/abs/1908.03568), and is an
-ordinary environment of this package, over twelve tokens and without any download::
+Each task tests one ability, as bsuite's experiments do (Osband et al. 2020, https://arxiv.org/abs/1908.03568). It is an
+ordinary environment of this package, with a vocabulary of twelve tokens, and needs no download::
 
     gym.make_vec("TextRLHF-v0", num_envs=16, **PROBES["copy-prompt"].kwargs)
 
-Every response that there is can be listed (at most some 180,000 a prompt), so optimum and chance are facts, not
-estimates. Scores lie in [0, 1]. They pay for every right token, so that random exploration finds the way, except where
-credit for a single early token is the very question.
+All possible responses can be listed (at most some 180,000 a prompt), so the optimal score and the score of random
+responses are exact. Scores lie in [0, 1]. Every right token raises the score, so that random exploration finds the way,
+except in the task that tests credit for a single early token.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 NUMBERS = tuple("0123456789")
 EOS = "<eos>"
 VOCABULARY = (EOS, "<pad>", *NUMBERS)
-"""A word's place is its token id."""
+"""The words of the vocabulary, in the order of their token ids."""
 
 Words = Sequence[str]
 
@@ -36,7 +36,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
     """
     :return: a word-level tokenizer over :data:`VOCABULARY`. A text with any other word is an error.
     """
-    # Imports torch, as any tokenizer does; nobody who only imports the environment should wait for that.
+    # This imports torch, so it waits until a tokenizer is needed: importing the environment alone stays fast.
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -47,13 +47,13 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @dataclass(frozen=True)
 class Probe:
-    """A task with a known optimum. It is itself the reward function: call it on a batch.
+    """A task with a known optimum. The object is the reward function of the task too: it can be called on a batch.
 
-    :param name: as in :data:`PROBES`.
+    :param name: the name of the task in :data:`PROBES`.
     :param max_new_tokens: the response budget.
-    :param score: ``(prompt, response) -> score``, of words; an EOS is one of them.
-    :param best: ``prompt -> response``, words to the end of the episode: no response is worth more.
-    :param prompts: what episodes start from, each as likely as any other.
+    :param score: a function ``(prompt, response) -> score`` of words. An EOS is a word of the response.
+    :param best: a function ``prompt -> response`` of words, which returns a whole response with the highest score.
+    :param prompts: the prompts, each as likely as any other.
     :param optimal_score: the score of the best response, the same for every prompt.
     """
 
@@ -66,12 +66,12 @@ class Probe:
 
     @property
     def kwargs(self) -> dict[str, Any]:
-        """Arguments for ``gym.make`` and ``gym.make_vec``."""
+        """The arguments for ``gym.make`` and ``gym.make_vec``."""
         return {
             "tokenizer": tokenizer(),
             "prompts": list(self.prompts),
             "reward": self,
-            # At least 2, since Gymnasium warns of a space that holds one value only.
+            # At least 2, since Gymnasium warns of a space with a single value.
             "max_prompt_tokens": max(2, *(len(prompt.split()) for prompt in self.prompts)),
             "max_new_tokens": self.max_new_tokens,
         }
@@ -85,13 +85,13 @@ class Probe:
     def optimal_response(self, prompt: str) -> list[int]:
         """
         :param prompt: one of ``prompts``.
-        :return: token ids of a response that is worth ``optimal_score``, to be written one after another.
+        :return: the token ids of a response with the score ``optimal_score``.
         """
         return [VOCABULARY.index(word) for word in self.best(prompt.split())]
 
     def responses(self) -> Iterator[list[int]]:
         """
-        :return: token ids of every response that can be written: those that EOS ends, those that fill the budget.
+        :return: the token ids of every possible response: those that end with EOS, and those that fill the budget.
         """
         end = VOCABULARY.index(EOS)
         others = [token for token in range(len(VOCABULARY)) if token != end]
@@ -101,7 +101,7 @@ class Probe:
 
     @cached_property
     def random_score(self) -> float:
-        """The expected score of the policy that draws every token uniformly: summed over all responses, so exact."""
+        """The expected score of a policy that draws every token uniformly: an exact sum over all responses."""
         responses = list(self.responses())
         chances = [len(VOCABULARY) ** -len(response) for response in responses]
         means = [
@@ -130,7 +130,7 @@ def _only_target(_: Words) -> Words:
 
 
 def _share_of_increases(_: Words, response: Words) -> float:
-    """A number counts if it is larger than all numbers before it: after a large one there is little left to gain."""
+    """A number counts if it is larger than all numbers before it, so after a large number there is little to gain."""
     largest, increases = -1, 0
     for size in (NUMBERS.index(word) for word in response if word in NUMBERS):
         increases += size > largest
@@ -143,7 +143,7 @@ def _counting(_: Words) -> Words:
 
 
 def _closeness_to_count(_: Words, response: Words) -> float:
-    """What has no EOS has not ended by itself, and is worth nothing."""
+    """A response without EOS has the score 0."""
     return max(0.0, 1 - abs(len(response) - 1 - COUNT) / COUNT) if response[-1] == EOS else 0.0
 
 
@@ -170,28 +170,28 @@ def _target_first(_: Words) -> Words:
 PROBES = {
     probe.name: probe
     for probe in (
-        # Does the gradient point the right way? The share of the budget that is spent on one token.
+        # Does the gradient point the right way? The score is the share of the budget that is spent on one token.
         Probe("fixed-token", LENGTH, _share_of_target, _only_target),
-        # Does an action depend on those before it? The share of the budget that is spent on ever larger numbers.
+        # Does an action depend on earlier actions? The score is the share of the budget spent on ever larger numbers.
         Probe("increasing-numbers", LENGTH, _share_of_increases, _counting),
-        # Is the end of the text an action like any other? Three tokens, then EOS; less for more or fewer.
+        # Is ending the text an action like any other? Three tokens and then EOS are best; more or fewer score less.
         Probe("count-to-eos", COUNT + 2, _closeness_to_count, _count_then_eos),
-        # Does an action depend on the prompt, two of four numbers? Whoever is blind to it is right one time in four.
+        # Does an action depend on the prompt, two of four numbers? Without seeing it, one token in four is right.
         Probe("copy-prompt", 2, _share_copied, _itself, tuple(map(" ".join, itertools.product(NUMBERS[:4], repeat=2)))),
-        # Does the last step's pay reach the first? Nothing else is paid, and nothing after the first token matters.
+        # Does the reward at the end reach the first token? The score depends on nothing but that token.
         Probe("early-credit", LENGTH + 1, _first_is_target, _target_first),
     )
 }
-"""Name → task."""
+"""The tasks by their names."""
 
 
 def make_probe(name: str, num_envs: int = 16, **kwargs: Any) -> TextVectorEnv:
     """
-    :param name: one of :data:`PROBES`.
-    :param num_envs: rows.
+    :param name: a name in :data:`PROBES`.
+    :param num_envs: number of rows.
     :param kwargs: further arguments of :class:`text_env.vector_env.TextVectorEnv`, such as ``group_size``.
     :return: the task as a vector environment.
-    :raises ValueError: for an unknown name; the known ones are listed.
+    :raises ValueError: for an unknown name; the error lists the known ones.
     """
     if name not in PROBES:
         raise ValueError(f"Expected a probe's name, one of {sorted(PROBES)}, got {name!r}.")

@@ -1,4 +1,4 @@
-"""Prompts: where they come from, and each of them tokenised once."""
+"""Prompts: loading them from names, files and lists, and tokenising each of them once."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ if TYPE_CHECKING:
 
 OverlongPrompts = Literal["error", "truncate_left"]
 
-# The keywords that a reward is called with anyway (and TRL's name for the first of them): no column may shadow them.
+# Rewards are called with these keywords already ("completion" is TRL's name for a column of completions), so no column
+# of the prompts may have one of these names.
 RESERVED_COLUMNS = frozenset({"prompts", "completions", "completion_ids", "completion"})
 
 
 class Prompt(NamedTuple):
     """One prompt, ready to start an episode.
 
-    :param text: as the user gave it, or what is left of it after truncation; of a conversation, what was said in it.
-    :param token_ids: at least one, at most ``max_prompt_tokens``.
-    :param decoded: the ids decoded again, which need not equal ``text`` (a tokenizer may change case or spaces).
-    :param columns: whatever else the data set says of this prompt; rewards get it by keyword.
-    :param messages: the conversation that the token ids are the template of; None: a plain text. Rewards get these
-        where there are any, else ``text``.
+    :param text: the prompt as the user gave it, or what truncation has left of it; for a conversation, the contents of
+        its messages.
+    :param token_ids: the prompt's tokens, at least one and at most ``max_prompt_tokens``.
+    :param decoded: the token ids decoded again, which need not equal ``text`` (a tokenizer may change case or spaces).
+    :param columns: the other columns that the data set has for this prompt; rewards are given them by keyword.
+    :param messages: the conversation that ``token_ids`` encode in the chat template; None if the prompt is a plain
+        text. Rewards are given the messages if there are any, else ``text``.
     """
 
     text: str
@@ -56,14 +58,14 @@ KNOWN_PROMPTS: dict[str, Callable[[], list[str]]] = {
 def load_prompts(spec: str | Path | Iterable[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Read a set of prompts.
 
-    :param spec: ``"builtin"`` (the training split), ``"builtin:eval"``; a ``.jsonl``, ``.json``, ``.csv`` or ``.txt``
-        file (``.gz`` after it is understood) or a ``.parquet`` file; ``"module:function"``, called without arguments;
-        a list of strings; a list of mappings with the key ``"prompt"``, or a ``datasets.Dataset``, which iterates as
-        one. A prompt is a string or, as TRL's conversational format has it, a list of messages
+    :param spec: ``"builtin"`` (the training split) or ``"builtin:eval"``; a ``.jsonl``, ``.json``, ``.csv`` or
+        ``.txt`` file, gzipped (``.gz``) or not, or a ``.parquet`` file; ``"module:function"``, which is called without
+        arguments; a list of strings; a list of mappings with the key ``"prompt"``, or a ``datasets.Dataset``, which
+        iterates as such a list. A prompt is a string or, as in TRL's conversational format, a list of messages
         ``{"role": ..., "content": ...}``.
     :return: mappings with the key ``"prompt"``.
-    :raises ValueError: for an unknown name or file, an empty list, an entry without a prompt, or plain and
-        conversational prompts in one list.
+    :raises ValueError: for an unknown name or file, an empty list, an entry without a prompt, or a list with both plain
+        and conversational prompts.
     """
     entries: Any = spec
     if isinstance(spec, str | Path):
@@ -114,15 +116,16 @@ def _load_by_name(spec: str | Path) -> Any:
 class Prompts(Sequence[Prompt]):
     """A set of prompts, tokenised.
 
-    :param spec: what :func:`load_prompts` takes.
-    :param tokenizer: gives the token ids; called on the text as it stands, so that it adds its own BOS if it has one.
-    :param max_prompt_tokens: the longest prompt allowed.
+    :param spec: the set of prompts, as :func:`load_prompts` takes it.
+    :param tokenizer: the tokenizer. It is called on the plain text, so that it adds its BOS if it has one.
+    :param max_prompt_tokens: the length of the longest prompt allowed, in tokens.
+    :param overlong: what happens to a longer prompt: ``"error"``, or ``"truncate_left"``, which keeps the last
+        ``max_prompt_tokens`` tokens (a leading BOS is then lost).
     :param chat_template: whether a string becomes the user's turn in a conversation, written in the tokenizer's chat
-        template; None: if the tokenizer has one, as those of instruct models do. Lists of messages always use it.
-    :param overlong: what happens to a longer one: ``"error"``, or ``"truncate_left"``, which keeps its last
-        ``max_prompt_tokens`` tokens (a leading BOS is lost then).
-    :raises ValueError: as :func:`load_prompts`, for an empty or overlong prompt, and if there is no chat template for
-        those that need it.
+        template. None means: if the tokenizer has a chat template, as those of instruct models do. Lists of messages
+        always use it.
+    :raises ValueError: for the reasons of :func:`load_prompts`, for an empty or overlong prompt, and if a prompt needs
+        a chat template and the tokenizer has none.
     """
 
     def __init__(
@@ -161,10 +164,12 @@ class Prompts(Sequence[Prompt]):
         return self._prompts[index]
 
     def make(self, prompt: str | Sequence[int] | list[Message]) -> Prompt:
-        """A prompt from outside the set, held to the same rules; its columns are all None.
+        """Make a prompt that is not in the set. The same rules apply to it, and all of its columns are None.
 
-        :param prompt: text, messages, or token ids; what these spell is then the whole conversation, if it is one.
-        :raises ValueError: if it is empty, overlong or outside the vocabulary.
+        :param prompt: a text, messages, or token ids. In a set of conversations, the text that token ids spell becomes
+            the only message.
+        :return: the prompt.
+        :raises ValueError: if the prompt is empty, overlong or outside the vocabulary.
         """
         columns = dict.fromkeys(self.columns)
         if isinstance(prompt, str) or is_conversation(prompt):
@@ -179,7 +184,7 @@ class Prompts(Sequence[Prompt]):
             raise ValueError(
                 f"Expected a string or token ids as a prompt, since the others are plain texts; got {conversations[0]}."
             )
-        # An empty text is empty even if the tokenizer puts a BOS before it; whoever means the BOS can give its id.
+        # An empty text is refused even if the tokenizer adds a BOS to it. The BOS alone can be given as a token id.
         encoded = self.tokenizer(list(prompts))["input_ids"]
         return [list(ids) if prompt else [] for prompt, ids in zip(prompts, encoded, strict=True)]
 
@@ -208,7 +213,7 @@ class Prompts(Sequence[Prompt]):
 
 
 def _said(messages: Sequence[Message]) -> str:
-    """The words of a conversation, such that the response goes on where they end."""
+    """The contents of a conversation's messages as one text, after which the response follows."""
     said = "\n".join(message["content"] for message in messages)
     return said if messages[-1]["role"] == "assistant" else f"{said}\n"
 
@@ -220,10 +225,10 @@ def _messages(prompt: str | Sequence[Mapping[str, str]]) -> list[Message]:
 def checked_ids(token_ids: Sequence[int], vocabulary: int, what: str) -> list[int]:
     """
     :param token_ids: integers (a list, a tuple, an array).
-    :param vocabulary: how many tokens there are.
-    :param what: what they are called in an error.
-    :return: them as a plain list.
-    :raises ValueError: if one of them is no token of the vocabulary.
+    :param vocabulary: the number of tokens in the vocabulary.
+    :param what: what the token ids belong to, for the error message.
+    :return: the token ids as a plain list.
+    :raises ValueError: if one of them is outside the vocabulary.
     """
     ids = [int(token) for token in token_ids]
     if wrong := [token for token in ids if not 0 <= token < vocabulary]:

@@ -1,4 +1,4 @@
-"""A prompt and the response to it, as something to look at."""
+"""Rendering a prompt and the response to it: as a string, on the terminal, or as an image."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from numpy.typing import NDArray
 RenderMode = Literal["human", "ansi", "rgb_array"]
 
 RENDER_MODES: tuple[str, ...] = get_args(RenderMode)
-METADATA: dict[str, Any] = {"render_modes": list(RENDER_MODES), "render_fps": 10}  # of both environments
+# The metadata of the scalar and of the vector environment.
+METADATA: dict[str, Any] = {"render_modes": list(RENDER_MODES), "render_fps": 10}
 
-# Every frame has the same size, since videos need that. 80 characters of Pillow's own font fit into a line.
+# Every frame has the same size, since videos need that. 80 characters of Pillow's built-in font fit into a line.
 FRAME_HEIGHT, FRAME_WIDTH = 256, 512
 _LINE_HEIGHT, _CHARACTERS = 15, 80
 
 
 def check_render_mode(render_mode: str | None) -> None:
     """
-    :raises ValueError: for a mode that there is not.
+    :param render_mode: the mode that the user asks for.
+    :raises ValueError: if there is no such mode.
     """
     if render_mode is not None and render_mode not in RENDER_MODES:
         raise ValueError(f"Expected render_mode to be None or one of {RENDER_MODES}, got {render_mode!r}.")
@@ -28,9 +30,10 @@ def check_render_mode(render_mode: str | None) -> None:
 
 def render(mode: str | None, prompt: str, response: str) -> str | NDArray[np.uint8] | None:
     """
-    :param mode: ``"ansi"`` (a string), ``"human"`` (prints it, the prompt dimmed), ``"rgb_array"`` (an image), or None.
-    :param prompt: its text.
-    :param response: its text so far.
+    :param mode: ``"ansi"`` returns a string, ``"human"`` prints the text with the prompt dimmed, ``"rgb_array"``
+        returns an image, and None does nothing.
+    :param prompt: the text of the prompt.
+    :param response: the text of the response so far.
     :return: the string, the uint8 image [256, 512, 3], or None.
     """
     if mode == "ansi":
@@ -57,7 +60,7 @@ def _draw(text: str) -> NDArray[np.uint8]:
     draw, font = ImageDraw.Draw(image), ImageFont.load_default_imagefont()
     shown: list[Any] = lines[-(FRAME_HEIGHT // _LINE_HEIGHT) :]  # the newest lines, when there are too many
     for number, line in enumerate(shown):
-        # Pillow's built-in bitmap font knows Latin-1 only; a missing glyph must not stop a training run.
+        # Pillow's built-in bitmap font has only the characters of Latin-1; a missing one must not stop a training run.
         printable = line.encode("latin-1", "replace").decode("latin-1")
         draw.text((4, 2 + number * _LINE_HEIGHT), printable, fill="black", font=font)
     return np.asarray(image, dtype=np.uint8).copy()

@@ -1,9 +1,11 @@
 """Rewards: what a finished text is worth.
 
-A reward is any callable that takes a whole batch by keyword and returns one number per text, the signature that TRL's
-reward functions have: ``reward(prompts=[str], completions=[str], completion_ids=[list[int]], **columns)``. Of
-conversations, prompts and completions are lists of messages, again as TRL hands them out. What a reward returns goes
-through :func:`score`, so that a NaN, a wrong length or an exception never becomes a silent 0.
+A reward is any callable that takes a whole batch by keyword and returns one number per text. This is the signature of
+TRL's reward functions: ``reward(prompts=[str], completions=[str], completion_ids=[list[int]], **columns)``. Prompts and
+completions of conversations are lists of messages, as in TRL. Every reward is called through :func:`score`, so that a
+NaN, a wrong length or an exception never becomes a silent 0.
+
+Notation: B texts in a batch.
 """
 
 from __future__ import annotations
@@ -33,15 +35,15 @@ ASSISTANT = "assistant"
 
 
 class Reward(Protocol):
-    """The call that every reward understands; a function that names only some of it needs ``**kwargs`` for the rest."""
+    """The call that every reward takes. A function that names only some of the keywords needs ``**kwargs`` as well."""
 
     def __call__(self, **batch: Any) -> Iterable[float]:
         """
         :param prompts: B texts, or B conversations.
-        :param completions: B texts, what the policy wrote after each prompt; of conversations B lists of one
-            assistant's message each. Where the prompt ends with an assistant's message, the completion continues it.
+        :param completions: what the policy wrote after each prompt: B texts, or for conversations B lists of a single
+            assistant's message. If a prompt ends with an assistant's message, the completion continues that message.
         :param completion_ids: B lists of token ids of the environment's tokenizer, EOS included.
-        :param columns: whatever other columns the prompts have, B values each.
+        :param columns: the other columns of the prompts, B values each.
         :return: B finite numbers.
         """
         ...
@@ -53,13 +55,13 @@ class RewardError(RuntimeError):
 
 @dataclass(frozen=True)
 class FinishedTexts:
-    """A batch of B finished texts (or, for a potential, of prefixes), as rewards see it.
+    """A batch of B finished texts (or, for a potential, of prefixes of texts), as rewards are given it.
 
-    :param prompts: B texts; of conversations, what was said in them.
+    :param prompts: B texts; for conversations the contents of their messages.
     :param completions: B texts.
     :param completion_ids: B lists of token ids.
-    :param columns: name → B values.
-    :param messages: B conversations, if the prompts are some; rewards get them instead of ``prompts``.
+    :param columns: the other columns of the prompts by name, B values each.
+    :param messages: B conversations, if the prompts are conversations; rewards are given these instead of ``prompts``.
     """
 
     prompts: list[str]
@@ -69,7 +71,10 @@ class FinishedTexts:
     messages: list[Messages] | None = None
 
     def as_keywords(self) -> dict[str, Any]:
-        """Fresh lists each time, so that a reward which edits its arguments harms nobody else."""
+        """
+        :return: the keyword arguments of a reward. The lists are fresh, so that a reward that edits its arguments
+            changes nothing for other rewards.
+        """
         texts: dict[str, Any] = {"prompts": list(self.prompts), "completions": list(self.completions)}
         if self.messages is not None:
             texts["prompts"] = deepcopy(self.messages)
@@ -88,7 +93,10 @@ class FinishedTexts:
         completion_ids: list[list[int]],
         **columns: list[Any],
     ) -> FinishedTexts:
-        """The inverse of :meth:`as_keywords`, for rewards that hand on to others what they were called with."""
+        """The inverse of :meth:`as_keywords`, for rewards that call other rewards with their own arguments.
+
+        :return: the batch of texts.
+        """
         messages = [prompt for prompt in prompts if not isinstance(prompt, str)]
         return cls(
             [prompt if isinstance(prompt, str) else "\n".join(_contents(prompt)) for prompt in prompts],
@@ -99,17 +107,21 @@ class FinishedTexts:
         )
 
     def show(self, index: int) -> str:
+        """
+        :param index: the number of a text.
+        :return: the text as error messages show it.
+        """
         prompt = self.prompts[index] if self.messages is None else self.messages[index]
         return f"prompt {prompt!r}, completion {self.completions[index]!r}"
 
 
 def assistant_texts(prompts: Sequence[str | Messages], completions: Sequence[str | Messages]) -> list[str]:
-    """What there is to judge for a scorer that knows nothing of roles.
+    """The texts to judge, for a scorer that takes plain texts and no roles.
 
-    :param prompts: B texts or B conversations, as a reward gets them.
+    :param prompts: B texts or B conversations, as a reward is given them.
     :param completions: B texts or B lists of messages.
-    :return: B texts: of a plain one prompt and completion together; of a conversation the assistant's last turn, with
-        its opening words if the prompt gave some.
+    :return: B texts: prompt and completion together where the prompt is a plain text; the assistant's last turn where
+        it is a conversation, with the beginning of the turn if the prompt holds it.
     """
     openings = [prompt if isinstance(prompt, str) else _split_opening(prompt)[1] for prompt in prompts]
     return [opening + text for opening, text in zip(openings, _written(completions), strict=True)]
@@ -125,7 +137,8 @@ def _contents(messages: Messages) -> list[str]:
 
 def _split_opening(messages: Messages) -> tuple[Messages, str]:
     """
-    :return: a conversation up to the assistant's turn that is still open at its end, and what that turn holds already.
+    :param messages: a conversation.
+    :return: the messages before the assistant's turn that is still open, and the text that this turn holds already.
     """
     if messages and messages[-1]["role"] == ASSISTANT:
         return messages[:-1], messages[-1]["content"]
@@ -134,23 +147,25 @@ def _split_opening(messages: Messages) -> tuple[Messages, str]:
 
 def reward_name(reward: Any) -> str:
     """
-    :return: ``reward.name`` if it has one, otherwise the function's ``__name__`` or the name of its class.
+    :param reward: any reward.
+    :return: its attribute ``name`` if it has one, otherwise the name of the function or of the class.
     """
     return str(getattr(reward, "name", None) or getattr(reward, "__name__", None) or type(reward).__name__)
 
 
 def score(reward: Any, texts: FinishedTexts) -> NDArray[np.float64]:
-    """Call a reward and check what it returns. Every reward is called through here.
+    """Call a reward and check what it returns. Every call of a reward goes through this function.
 
+    :param reward: any reward.
     :param texts: B finished texts.
-    :return: float64 [B], finite.
-    :raises RewardError: names the reward, the text and what was wrong.
+    :return: the scores, float64 [B], finite.
+    :raises RewardError: if the reward fails. The error names the reward, the text and what was wrong.
     """
     name, expected = reward_name(reward), len(texts.prompts)
     try:
         returned = reward(**texts.as_keywords())
     except RewardError:
-        raise  # a part of a weighted sum has named itself already
+        raise  # the error of a part of a weighted sum names that part already
     except Exception as error:
         hint = " Let it accept **kwargs." if "unexpected keyword argument" in str(error) else ""
         raise RewardError(
@@ -185,10 +200,13 @@ def score(reward: Any, texts: FinishedTexts) -> NDArray[np.float64]:
 
 
 def score_parts(reward: Any, texts: FinishedTexts) -> dict[str, NDArray[np.float64]]:
-    """A reward's scores together with what they are made of.
+    """The scores of a reward, together with those of its parts if it is a weighted sum.
 
-    :return: ``{"score": float64 [B]}``, and for a weighted sum each part's unweighted ``"reward/<name>"`` as well.
-    :raises RewardError: as :func:`score`.
+    :param reward: any reward.
+    :param texts: B finished texts.
+    :return: ``{"score": float64 [B]}``, and for a weighted sum also ``"reward/<name>"``, the unweighted scores of each
+        part.
+    :raises RewardError: if a reward fails, as in :func:`score`.
     """
     if not isinstance(reward, WeightedSum):
         return {"score": score(reward, texts)}
@@ -197,9 +215,11 @@ def score_parts(reward: Any, texts: FinishedTexts) -> dict[str, NDArray[np.float
 
 
 class WeightedSum:
-    """Several rewards, weighted.
+    """The weighted sum of several rewards.
 
-    :param parts: name → (reward, weight). The names appear in the final info as ``reward/<name>``.
+    :param parts: each part by its name, as a pair of a reward and its weight. The names appear in the final info as
+        ``reward/<name>``.
+    :raises ValueError: if there are no parts, or a weight is not finite.
     """
 
     def __init__(self, parts: Mapping[str, tuple[Any, float]]) -> None:
@@ -217,16 +237,19 @@ class WeightedSum:
 
     def combine(self, parts: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
         """
-        :param parts: unweighted scores, float64 [B] each.
-        :return: float64 [B].
+        :param parts: the unweighted scores of each part by its name, float64 [B] each.
+        :return: the weighted sums, float64 [B].
         """
         return np.sum([self.weights[name] * values for name, values in parts.items()], axis=0)
 
 
 class Normalized:
-    """``(reward − mean) / std``, with a mean and a standard deviation that somebody measured beforehand.
+    """A normalised reward: ``(reward − mean) / std``, where mean and standard deviation were measured beforehand.
 
-    :param reward: what :func:`make_reward` takes.
+    :param reward: anything that :func:`make_reward` takes.
+    :param mean: the mean of the reward's scores.
+    :param std: the standard deviation of the reward's scores, above 0.
+    :raises ValueError: if one of the two numbers is out of range.
     """
 
     def __init__(self, reward: Any, mean: float, std: float) -> None:
@@ -242,9 +265,10 @@ class Normalized:
 
 
 class Sentiment:
-    """How positive a text sounds by the vaderSentiment lexicon: its compound score of prompt and completion together.
+    """How positive a text sounds, by a lexicon: vaderSentiment's compound score of prompt and completion together.
 
-    Of a conversation only what the assistant wrote last counts. A heuristic, in [−1, 1]. Hutto & Gilbert (2014), https://github.com/cjhutto/vaderSentiment.
+    Of a conversation only the assistant's last turn is scored. The score is a heuristic and lies in [−1, 1]. Hutto &
+    Gilbert (2014), https://github.com/cjhutto/vaderSentiment.
     """
 
     name = "sentiment"
@@ -264,33 +288,35 @@ class Sentiment:
 
 def reward_normalization(config: Any) -> tuple[float, float]:
     """
-    :param config: of a reward model.
-    :return: mean and standard deviation that its score is normalised with: ``reward_mean``, ``reward_std``, or 0 and 1.
+    :param config: the configuration of a reward model.
+    :return: the mean and the standard deviation that the model's scores are normalised with: ``reward_mean`` and
+        ``reward_std`` of the configuration, or 0 and 1.
     """
     return float(getattr(config, "reward_mean", 0.0)), float(getattr(config, "reward_std", 1.0))
 
 
 class SequenceClassifierReward:
-    """A Hugging Face sequence classifier as reward model, with its own tokenizer: texts go to it, not token ids.
+    """A Hugging Face sequence classifier as a reward. It has its own tokenizer, so it is given texts and not token ids.
 
-    The score of a text is the one logit of a reward model, or the log-odds of a label in a classifier of several. Where
-    the model's config has ``reward_mean`` and ``reward_std`` the score is normalised with them.
+    The score of a text is the logit of a reward model with one output, or the log-odds of one label of a classifier
+    with several. If the model's configuration has ``reward_mean`` and ``reward_std``, scores are normalised with them.
 
-    :param model: directory, hub name, or live model (which stays on its device and keeps its dtype).
-    :param tokenizer: live tokenizer or its name; None means the one saved beside the model.
-    :param batch_size: texts per forward.
-    :param device: ``"auto"`` is CUDA where there is one.
-    :param dtype: ``"float32"``, ``"bfloat16"``, …; ``"auto"`` is what the model was saved in on CUDA and float32 on a
-        CPU, which has few kernels for half precision.
-    :param max_length: cut texts to so many tokens (on the tokenizer's truncation side); None cuts nothing, so that a
-        text which the model cannot hold is an error rather than a score of something else.
-    :param label: name or index of the label whose log-odds count; may be left out with two labels (the second).
-    :param chat_template: None: a conversation is spelt out by the chat template of the reward model's own tokenizer,
-        and where that has none, what the assistant wrote is scored; other texts are scored as they are. True: other
-        texts go through the template as well, as the turns of a user and an assistant. False: the template is never
-        used. What the template gives is tokenised as it is, without further special tokens, as TRL does.
-    :raises ValueError: if there is no such model, the label is missing or unknown, the tokenizer can't pad, or it has
-        no chat template and one is asked for.
+    :param model: a directory, a hub name, or a live model (which stays on its device and keeps its dtype).
+    :param tokenizer: a live tokenizer or its name; None means the tokenizer saved beside the model.
+    :param batch_size: the number of texts in a forward pass.
+    :param device: the device of the model. ``"auto"`` is CUDA if it is available, else the CPU.
+    :param dtype: the type of the weights: ``"float32"``, ``"bfloat16"``, …; ``"auto"`` is the type that the model was
+        saved in on CUDA, and float32 on a CPU, which has few kernels for half precision.
+    :param max_length: longer texts are cut to this number of tokens (on the tokenizer's truncation side). None cuts
+        nothing, so that a text that is too long for the model is an error rather than the score of another text.
+    :param label: the name or the index of the label whose log-odds are the score. With two labels the default is the
+        second.
+    :param chat_template: None: conversations are written in the chat template of the reward model's own tokenizer, or
+        if it has none, the assistant's last turn is scored; plain texts are scored as they are. True: plain texts are
+        written in the template too, as the turns of a user and an assistant. False: the template is never used. A text
+        that the template has written is tokenised without further special tokens, as TRL does.
+    :raises ValueError: if there is no such model, the label is missing or unknown, the tokenizer cannot pad, or a chat
+        template is asked for and the tokenizer has none.
     """
 
     def __init__(
@@ -355,14 +381,14 @@ class SequenceClassifierReward:
                 )
             self.tokenizer.pad_token = self.tokenizer.eos_token
         if config.pad_token_id is None:
-            # Decoder classifiers find a text's last token by it, and refuse batches without.
+            # Classifiers made from decoders find the last token of a text by it, and refuse batches without it.
             config.pad_token_id = self.tokenizer.pad_token_id
 
     @property
     def _blank(self) -> str:
-        """What stands for an empty text, such as an assistant's that says nothing: a model needs a token at least."""
+        """The text that is scored in place of an empty one, such as an empty turn: a model needs at least one token."""
         if self.tokenizer("")["input_ids"]:
-            return ""  # this tokenizer adds one itself
+            return ""  # this tokenizer adds a token itself
         return str(self.tokenizer.bos_token or self.tokenizer.eos_token or self.tokenizer.pad_token)
 
     def _label_index(self, label: str | int | None) -> int | None:
@@ -382,7 +408,7 @@ class SequenceClassifierReward:
 
     @staticmethod
     def _turns(prompt: str | Messages, completion: str) -> Messages:
-        """The whole conversation, its last turn the assistant's and complete."""
+        """The whole conversation, which ends with the assistant's complete turn."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         before, opening = _split_opening(messages)
         return [*before, {"role": ASSISTANT, "content": opening + completion}]
@@ -401,7 +427,7 @@ class SequenceClassifierReward:
             texts = self.tokenizer.apply_chat_template(turns, tokenize=False)  # type: ignore[assignment]
         else:
             texts = [text or self._blank for text in assistant_texts(prompts, completions)]
-        # Neighbours of similar length waste little on padding.
+        # Texts of similar length in a batch need little padding.
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         scores = np.empty(len(texts))
         for first in range(0, len(order), self.batch_size):
@@ -412,7 +438,7 @@ class SequenceClassifierReward:
                 padding_side="right",
                 truncation=self.max_length is not None,
                 max_length=self.max_length,
-                add_special_tokens=not templated,  # the template writes its own
+                add_special_tokens=not templated,  # the template has written them
                 return_tensors="pt",
             ).to(self.model.device)
             with torch.inference_mode():
@@ -427,11 +453,11 @@ class SequenceClassifierReward:
         return logits[:, label] - logits[:, others].logsumexp(dim=1)  # two labels: the difference of their logits
 
 
-# Classifiers made by name are shared while somebody holds them: 64 scalar environments need one reward model, not 64.
+# A classifier made by name is shared as long as it is in use: 64 scalar environments need one reward model, not 64.
 _shared: WeakValueDictionary[tuple[str, str], SequenceClassifierReward] = WeakValueDictionary()
 
 REWARD_KWARGS = ("batch_size", "device", "dtype", "max_length", "label", "chat_template")
-"""What :func:`make_reward` hands to a classifier that it makes by name."""
+"""The arguments of :class:`SequenceClassifierReward` that :func:`make_reward` takes, for classifiers made by name."""
 
 
 def _classifier(model: str | Path, name: str | None = None, **kwargs: Any) -> SequenceClassifierReward:
@@ -457,17 +483,17 @@ KNOWN_REWARDS: dict[str, Callable[..., Any]] = {"builtin": _builtin, "sentiment"
 
 
 def make_reward(spec: Any, **kwargs: Any) -> Any:
-    """Resolve a reward.
+    """Resolve the environment's argument ``reward``, or one of ``metrics``.
 
-    :param spec: a callable (used as it is); ``"builtin"`` or ``"sentiment"``; a directory or a hub name
+    :param spec: a callable, which is used as it is; ``"builtin"`` or ``"sentiment"``; the directory or hub name
         (``"organisation/model"``) of a Hugging Face sequence classifier; ``"module:function"``; a mapping of such names
-        to weights; or that mapping as a string, ``"builtin+0.5*sentiment"``. Names win over directories
-        of the same name.
-    :param kwargs: :data:`REWARD_KWARGS` of :class:`SequenceClassifierReward`, for every classifier that is made by
-        name here; other rewards have nothing that they would change.
-    :return: a callable as :class:`Reward` describes it.
-    :raises ValueError: for an unknown name or keyword (the known ones are listed).
-    :raises TypeError: if it is not callable, or is a coroutine function.
+        to weights; or that mapping as a string, ``"builtin+0.5*sentiment"``. A known name takes precedence over a
+        directory of the same name.
+    :param kwargs: the arguments :data:`REWARD_KWARGS` of :class:`SequenceClassifierReward`, for every classifier that
+        is made by name. They mean nothing to other rewards.
+    :return: a callable with the signature of :class:`Reward`.
+    :raises ValueError: for an unknown name or keyword; the error lists the known ones.
+    :raises TypeError: if the reward is not callable, or is a coroutine function.
     """
     if unknown := sorted(set(kwargs) - set(REWARD_KWARGS)):
         raise ValueError(f"Unknown reward_kwargs {unknown}; known are {', '.join(map(repr, REWARD_KWARGS))}.")

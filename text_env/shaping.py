@@ -1,11 +1,11 @@
-"""Potential-based shaping: a reward on every token that leaves the best policy what it was.
+"""Potential-based shaping: a reward for every token that does not change which policy is best.
 
-A score at the end does not say which token earned it. Shaping adds ``F = γ Φ(s') − Φ(s)`` to every step from s to s',
-where the potential Φ says how promising a prefix of a text is, and is 0 once the text is finished. Over an episode all
-of it cancels but for Φ of the start, which no action changes. So the returns of all policies shift by the same
-constant, and the optimum stays where it was, *whatever* Φ is (Ng, Harada & Russell 1999, "Policy invariance under
-reward transformations"). A good Φ, close to the expected score of a prefix, tells each token at once what it is worth;
-a bad one costs time.
+A score at the end does not say which token earned it. Shaping adds ``F = γ Φ(s') − Φ(s)`` to the reward of every step
+from a state s to a state s', where the potential Φ says how promising the beginning of a text is, and is 0 once the
+text is finished. In the sum over an episode every potential cancels except that of the first state, which no action
+changes. So the returns of all policies shift by the same constant, and the best policy stays the best *whatever* Φ is
+(Ng, Harada & Russell 1999, "Policy invariance under reward transformations"). A good potential, close to the expected
+score of the finished text, tells each token at once what it is worth; a bad potential makes learning slower.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from text_env.rewards import FinishedTexts, make_reward, score
 
 @dataclass(frozen=True)
 class PotentialShaping:
-    """How prefixes of texts are turned into rewards.
+    """How the rewards of an environment are shaped.
 
-    :param potential: Φ, what :func:`text_env.rewards.make_reward` takes. It is called as every reward is, on
-        *prefixes*: completion and ``completion_ids`` as far as they are written, both empty at the start. It must be a
-        function of what it is called with.
-    :param gamma: the discount. It must be that of the algorithm (1 by default in ours; RLOO and GRPO, whose action is
-        the whole text, know no other), or shaping moves the optimum.
-    :param every: show Φ only the first ⌊t/k⌋·k of t response tokens. That too is a function of the state, so the
-        optimum still stays; Φ is evaluated after every k-th token only, so it costs k times less.
-    :param scale: a factor of Φ.
+    :param potential: Φ, anything that :func:`text_env.rewards.make_reward` takes. It is called as every reward is, but
+        on *prefixes*: completion and ``completion_ids`` as far as they are written, both empty at the start. It must
+        depend on nothing but its arguments.
+    :param gamma: the discount γ. It must be the discount of the algorithm, or shaping changes which policy is best. The
+        default of this package's algorithms is 1, and RLOO and GRPO, whose action is the whole text, have no other.
+    :param every: k: of t response tokens Φ is shown the first ⌊t/k⌋·k only. This too is a function of the state, so the
+        best policy stays the best; Φ is then called after every k-th token only, which costs k times less.
+    :param scale: a factor that Φ is multiplied by.
     :raises ValueError: if a number is outside its range.
     """
 
@@ -51,38 +51,38 @@ class PotentialShaping:
 
     def seen(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
         """
-        :param tokens: how many response tokens there are, int64 [B].
-        :return: how many of them, from the first, Φ is shown.
+        :param tokens: numbers of response tokens, int64 [B].
+        :return: how many of these tokens Φ is shown, counted from the first; int64 [B].
         """
         return tokens - tokens % self.every
 
     def potentials(self, prefixes: FinishedTexts) -> NDArray[np.float64]:
         """
-        :param prefixes: B of them, as long as :meth:`seen` says.
-        :return: Φ, float64 [B].
+        :param prefixes: B prefixes of texts, cut to the lengths that :meth:`seen` returns.
+        :return: Φ of each prefix, float64 [B].
         :raises text_env.rewards.RewardError: if the potential fails.
         """
         return self.scale * score(self.potential, prefixes)
 
     def rewards(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> NDArray[np.float64]:
-        """``F = γ Φ(s') − Φ(s)``.
+        """The shaped part of the reward, ``F = γ Φ(s') − Φ(s)``.
 
         :param before: Φ(s), float64 [B].
-        :param after: Φ(s'), float64 [B]; 0 where s' is the end.
-        :return: float64 [B].
+        :param after: Φ(s'), float64 [B]; 0 where s' is the end of an episode.
+        :return: F, float64 [B].
         """
         return self.gamma * after - before
 
 
 def make_shaping(spec: Any, **reward_kwargs: Any) -> PotentialShaping | None:
-    """Resolve what the environment's argument ``shaping`` is.
+    """Resolve the environment's argument ``shaping``.
 
-    :param spec: None; a :class:`PotentialShaping`, or the name of one as ``"module:object"``; or what
-        :func:`text_env.rewards.make_reward` takes, for a ``PotentialShaping`` of that.
-    :param reward_kwargs: as for :func:`text_env.rewards.make_reward`.
-    :return: the shaping, its potential a callable; None for None.
-    :raises ValueError: as ``make_reward``.
-    :raises TypeError: likewise.
+    :param spec: None; a :class:`PotentialShaping`, or its name as ``"module:object"``; or anything that
+        :func:`text_env.rewards.make_reward` takes, which becomes the potential of a ``PotentialShaping``.
+    :param reward_kwargs: the keyword arguments of :func:`text_env.rewards.make_reward`.
+    :return: the shaping, with a callable as its potential; None if ``spec`` is None.
+    :raises ValueError: for the reasons of ``make_reward``.
+    :raises TypeError: for the reasons of ``make_reward``.
     """
     if spec is None:
         return None

@@ -1,5 +1,7 @@
-"""Rows in files, as prompts and preferences come: JSON lines, JSON, CSV, Parquet, plain lines. All but Parquet may be
-gzipped (``.gz`` after the name)."""
+"""Reading tables of prompts and of preferences from files: JSON lines, JSON, CSV, Parquet and plain lines.
+
+All formats but Parquet may be gzipped (``.gz`` after the name).
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,20 @@ PARQUET = ".parquet"
 
 
 class BrokenRow(NamedTuple):
-    """Stands where a row would, if its line can't be read while the others can."""
+    """Takes the place of a row whose line can't be read, in a file whose other lines can.
+
+    :param reason: why the line can't be read.
+    """
 
     reason: str
 
 
 class NumberedRow(NamedTuple):
-    """A row and where it stands: ``"line 7"`` of a text file, counted from 1; elsewhere ``"row 7"``, an index."""
+    """A row and its place.
+
+    :param where: ``"line 7"`` in a text file, counted from 1; ``"row 7"`` in other tables, counted from 0.
+    :param row: the row, or a :class:`BrokenRow`.
+    """
 
     where: str
     row: Any
@@ -47,7 +56,8 @@ def _json(file: IO[str]) -> Iterator[NumberedRow]:
 def _csv(file: IO[str]) -> Iterator[NumberedRow]:
     reader = csv.DictReader(file)
     for row in reader:
-        yield NumberedRow(f"line {reader.line_num}", row)  # where it ends: quoted fields may hold line breaks
+        # The line in which the row ends: quoted fields may hold line breaks.
+        yield NumberedRow(f"line {reader.line_num}", row)
 
 
 def _lines(file: IO[str]) -> Iterator[NumberedRow]:
@@ -71,21 +81,21 @@ FORMATS = (*TEXT_READERS, PARQUET)
 
 def table_format(path: Path) -> str | None:
     """
-    :param path: of a file, which need not exist.
-    :return: which of :data:`FORMATS` its name says it is in; None: none of them.
+    :param path: the path of a file, which need not exist.
+    :return: the one of :data:`FORMATS` that the file's name ends with, ``.gz`` aside; None: the name has another end.
     """
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     return suffix if suffix in TEXT_READERS or (suffix == PARQUET and path.suffix != ".gz") else None
 
 
 def read_table(path: Path, what: str) -> list[NumberedRow]:
-    """Read a file whose name says its format.
+    """Read a table from a file whose name tells its format.
 
-    :param path: for which :func:`table_format` isn't None.
-    :param what: it holds, for errors: ``"prompts"``.
-    :return: its rows; :class:`BrokenRow` for a line of a ``.jsonl`` file that is no JSON.
-    :raises ValueError: if there is no such file, or it as a whole isn't in its format.
-    :raises ImportError: for Parquet without pyarrow.
+    :param path: the path of the file, for which :func:`table_format` is not None.
+    :param what: what the file holds, for error messages, for example ``"prompts"``.
+    :return: the rows; a :class:`BrokenRow` for each line of a ``.jsonl`` file that is not JSON.
+    :raises ValueError: if there is no such file, or the file as a whole is not in its format.
+    :raises ImportError: if the file is in Parquet and pyarrow is not installed.
     """
     suffix = table_format(path)
     assert suffix is not None
@@ -96,7 +106,7 @@ def read_table(path: Path, what: str) -> list[NumberedRow]:
     try:
         if suffix == PARQUET:
             return list(_numbered(_parquet(path)))
-        # newline="": the csv module splits lines itself. utf-8-sig: spreadsheets write a byte order mark, others don't.
+        # newline="": the csv module splits lines itself. utf-8-sig: spreadsheets may write a byte order mark.
         opener: Callable[..., IO[str]] = gzip.open if path.suffix == ".gz" else open
         with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
             return list(TEXT_READERS[suffix](file))
@@ -106,10 +116,13 @@ def read_table(path: Path, what: str) -> list[NumberedRow]:
 
 
 def read_rows(path: Path, what: str) -> list[Any]:
-    """As :func:`read_table`, for those to whom every row matters.
+    """Read a table in which no row may be broken.
 
-    :return: the rows alone.
-    :raises ValueError: as there, and for a broken row.
+    :param path: as for :func:`read_table`.
+    :param what: as for :func:`read_table`.
+    :return: the rows.
+    :raises ValueError: for the reasons of :func:`read_table`, and for a broken row.
+    :raises ImportError: if the file is in Parquet and pyarrow is not installed.
     """
     rows = read_table(path, what)
     for where, row in rows:

@@ -1,4 +1,4 @@
-"""Loading a tokenizer by name, and turning token ids back into the text of a prompt and of its completion."""
+"""Loading tokenizers by name, and decoding token ids to the texts of prompts and completions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from text_env.builtin import LANGUAGE_MODEL
+from text_env.streams import TokenStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,7 +20,7 @@ Message = dict[str, str]
 def pretrained_name(name: str | Path) -> tuple[str, dict[str, Any]]:
     """
     :param name: ``"builtin"``, a directory, a hub name, or a GGUF file.
-    :return: the name that transformers' ``from_pretrained`` takes, and what it needs besides (``gguf_file``).
+    :return: the name that transformers' ``from_pretrained`` takes, and its further arguments (``gguf_file``).
     :raises ValueError: if there is no such GGUF file.
     """
     if str(name) == "builtin":
@@ -34,9 +35,9 @@ def pretrained_name(name: str | Path) -> tuple[str, dict[str, Any]]:
 
 def base_of_adapter(name: str | Path) -> str | None:
     """
-    :param name: as for :func:`pretrained_name`.
-    :return: the model that a directory's PEFT adapter was made for; None where there is no adapter.
-    :raises ValueError: if the adapter doesn't say.
+    :param name: the name of a model, as :func:`pretrained_name` takes it.
+    :return: the name of the model that the PEFT adapter in this directory was made for; None if there is no adapter.
+    :raises ValueError: if the adapter does not name the model.
     """
     path = Path(name) / "adapter_config.json"
     if not path.is_file():
@@ -52,11 +53,11 @@ def base_of_adapter(name: str | Path) -> str | None:
 
 def pretrained_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """
-    :param name: ``"builtin"``, a directory (of a PEFT adapter too), a hub name, or a GGUF file.
-    :return: the tokenizer there; of an adapter without one, that of its base.
-    :raises ValueError: if there is none.
+    :param name: ``"builtin"``, a directory (which may be a PEFT adapter's), a hub name, or a GGUF file.
+    :return: the tokenizer of that name; for an adapter without a tokenizer, the tokenizer of its base model.
+    :raises ValueError: if there is no such tokenizer.
     """
-    # Imports torch, so not before a tokenizer is asked for by name.
+    # This imports torch, so it waits until a tokenizer is asked for by name.
     from transformers import AutoTokenizer
 
     if (base := base_of_adapter(name)) is not None and not (Path(name) / "tokenizer_config.json").exists():
@@ -65,7 +66,7 @@ def pretrained_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(place, **options)
     except Exception as error:
-        # A broken GGUF file may raise anything; of the others, these are answers.
+        # A broken GGUF file may raise anything. For other names only these errors mean that there is no tokenizer.
         if not (options or isinstance(error, OSError | ValueError | ImportError)):
             raise
         raise ValueError(
@@ -77,7 +78,7 @@ def pretrained_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 def load_tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """
     :param tokenizer: as for :func:`pretrained_tokenizer`, or a live Hugging Face tokenizer.
-    :return: the tokenizer, which is known to have an eos token.
+    :return: the tokenizer, which has an eos token.
     :raises ValueError: if there is no such tokenizer, or it has no eos token.
     """
     loaded = pretrained_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
@@ -92,7 +93,8 @@ def load_tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase) -> PreTraine
 
 def is_conversation(prompt: Any) -> bool:
     """
-    :return: whether it is a list of messages, as chat templates and TRL's conversational data sets have them.
+    :param prompt: any value.
+    :return: whether it is a list of messages, as in chat templates and in TRL's conversational data sets.
     """
     return (
         isinstance(prompt, list)
@@ -108,10 +110,11 @@ def is_conversation(prompt: Any) -> bool:
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
     """
-    :param messages: a conversation. If the last message is the assistant's, its words are the beginning of the
+    :param tokenizer: a tokenizer with a chat template.
+    :param messages: a conversation. If the last message is the assistant's, its content is the beginning of the
         response; otherwise the template opens the assistant's turn.
-    :return: token ids of the conversation in the tokenizer's chat template.
-    :raises ValueError: if the tokenizer has none, or its template refuses these messages.
+    :return: the token ids of the conversation in the tokenizer's chat template.
+    :raises ValueError: if the tokenizer has no chat template, or the template refuses these messages.
     """
     if tokenizer.chat_template is None:
         raise ValueError(
@@ -130,9 +133,10 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> lis
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[Sequence[int]]) -> list[str]:
     """
-    :param token_ids: one sequence of ids per text.
-    :return: the texts, without special tokens and otherwise exactly as the tokens spell them: "cleaning up" spaces
-        would move the border between prompt and completion.
+    :param tokenizer: the tokenizer of the token ids.
+    :param token_ids: one sequence of token ids per text.
+    :return: the texts, without special tokens and otherwise exactly as the tokens spell them. ("Cleaning up" spaces
+        would move the border between prompt and completion.)
     """
     if not token_ids:
         return []  # `batch_decode` would take an empty batch for one empty text
@@ -142,24 +146,23 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[Sequence[int]
 
 
 def decode_completions(
-    tokenizer: PreTrainedTokenizerBase,
-    contexts: Sequence[Sequence[int]],
-    prompt_lengths: Sequence[int],
-    prompt_texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase, streams: Sequence[TokenStream], prompt_texts: Sequence[str]
 ) -> list[str]:
-    """The text that each response adds to its prompt.
+    """The text that each completion adds to its prompt.
 
-    A completion is what the whole text has beyond the prompt's, not its own tokens decoded alone: tokenizers in the
-    SentencePiece tradition drop the space before the first word of whatever they decode.
+    A completion is the part of the whole text that follows the text of the prompt. It is not the completion's tokens
+    decoded alone, since tokenizers in the SentencePiece tradition drop the space before the first word of a text.
 
-    :param contexts: ids of prompt and response together, one sequence per text.
-    :param prompt_lengths: how many of them are the prompt's.
-    :param prompt_texts: each prompt's ids as :func:`decode` spells them.
+    :param tokenizer: the tokenizer of the streams.
+    :param streams: one stream of tokens per text.
+    :param prompt_texts: for each stream the text that :func:`decode` makes of its prompt.
     :return: the completions.
     """
-    texts = decode(tokenizer, contexts)
+    texts = decode(tokenizer, [stream.token_ids for stream in streams])
     completions = []
-    for text, ids, length, prompt in zip(texts, contexts, prompt_lengths, prompt_texts, strict=True):
-        # Not a prefix: the border splits a character or a merged special token. The response alone is the best answer.
-        completions.append(text[len(prompt) :] if text.startswith(prompt) else decode(tokenizer, [ids[length:]])[0])
+    for text, stream, prompt in zip(texts, streams, prompt_texts, strict=True):
+        # If the prompt's text is no prefix, the border splits a character or a merged special token. The completion's
+        # tokens decoded alone are then the best answer.
+        alone = not text.startswith(prompt)
+        completions.append(decode(tokenizer, [stream.completion_ids])[0] if alone else text[len(prompt) :])
     return completions

@@ -1,83 +1,58 @@
-"""n episodes as a native ``gymnasium.vector.VectorEnv``: array work, and one reward call for all that end in a step."""
+"""The vector environment, a ``gymnasium.vector.VectorEnv``: n episodes as arrays, and one reward call per step for all
+texts that the step finishes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from gymnasium.utils import seeding
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from text_env.episodes import NO_ACTION, Episodes, EpisodesFace, Observation
-from text_env.prompts import OverlongPrompts
 from text_env.rendering import METADATA, check_render_mode, render
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from text_env.settings import EpisodeSettings, takes_settings
 
 
 class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDArray[Any]]):
-    """Write ``num_envs`` texts side by side: with ``group_size=1`` the same as that many scalar environments.
+    """Write ``num_envs`` texts side by side. With ``group_size=1`` the rows are as many scalar environments.
 
-    Observations, rewards, ends and infos are those of :class:`text_env.env.TextEnv`, batched as Gymnasium batches them:
-    arrays of shape ``(num_envs, …)``, infos with ``_key`` masks, and under SAME_STEP ``final_obs`` and ``final_info``.
+    Observations, rewards, terminations and infos are those of :class:`text_env.env.TextEnv`, batched as Gymnasium
+    batches them: arrays of shape ``(num_envs, …)``, infos with ``_key`` masks, and under SAME_STEP also ``final_obs``
+    and ``final_info``.
 
     :param num_envs: number of rows.
-    :param autoreset_mode: ``AutoresetMode`` or its value (``"SameStep"``, ``"NextStep"``, ``"Disabled"``). Can be set
-        later. Under ``Disabled``, finished rows wait for ``reset(options={"reset_mask": …})``.
-
-    The other parameters are those of :class:`text_env.env.TextEnv`. ``group_size`` counts episodes in the order in
-    which they start: by row within one call.
+    :param render_mode: as for :class:`text_env.env.TextEnv`.
+    :param autoreset_mode: ``AutoresetMode`` or its value (``"SameStep"``, ``"NextStep"``, ``"Disabled"``). The mode can
+        be set later. Under ``Disabled``, finished rows wait for ``reset(options={"reset_mask": …})``.
+    :param settings: the fields of :class:`text_env.settings.EpisodeSettings`, whose documentation
+        ``help(TextVectorEnv.__init__)`` shows. ``group_size`` counts episodes in the order in which they start; rows
+        that start in one call do so in the order of their numbers.
+    :raises TypeError: for an argument that does not exist; the error names those that do.
+    :raises ValueError: if an argument is out of range, or names something that does not exist.
     """
 
     metadata: dict[str, Any] = METADATA
 
+    @takes_settings
     def __init__(
         self,
         num_envs: int = 1,
-        tokenizer: str | Path | PreTrainedTokenizerBase = "builtin",
-        prompts: str | Path | Iterable[str | Mapping[str, Any]] = "builtin",
-        reward: Any = "builtin",
-        max_prompt_tokens: int = 16,
-        max_new_tokens: int = 48,
-        min_new_tokens: int = 0,
-        stop: str | Sequence[str] | None = None,
-        group_size: int = 1,
-        metrics: Mapping[str, Any] | None = None,
-        overlong_prompts: OverlongPrompts = "error",
+        *,
         render_mode: str | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
-        constraint: Any = None,
-        chat_template: bool | None = None,
-        shaping: Any = None,
-        reward_kwargs: Mapping[str, Any] | None = None,
+        **settings: Any,
     ) -> None:
         check_render_mode(render_mode)
         self.render_mode = render_mode
         self.num_envs = num_envs
-        self.metadata = dict(self.metadata)  # the mode is this instance's, not the class's
+        self.metadata = dict(self.metadata)  # the autoreset mode belongs to this instance, not to the class
         self.autoreset_mode = autoreset_mode
-        self.episodes = Episodes(
-            num_envs,
-            tokenizer=tokenizer,
-            prompts=prompts,
-            reward=reward,
-            max_prompt_tokens=max_prompt_tokens,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            constraint=constraint,
-            stop=stop,
-            group_size=group_size,
-            metrics=metrics,
-            overlong_prompts=overlong_prompts,
-            chat_template=chat_template,
-            shaping=shaping,
-            reward_kwargs=reward_kwargs,
-        )
+        self.episodes = Episodes(num_envs, EpisodeSettings(**settings))
         self.single_observation_space = self.episodes.observation_space()
         self.single_action_space = self.episodes.action_space()
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -96,26 +71,26 @@ class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDAr
 
     @property  # type: ignore[misc]
     def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]
-        """Each row's own generator."""
+        """The random generator of each row."""
         return tuple(generator for generator, _ in self._generators)
 
     @property
     def np_random_seed(self) -> tuple[int, ...]:  # type: ignore[override]
-        """Each row's seed."""
+        """The seed of each row's generator."""
         return tuple(seed for _, seed in self._generators)
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """Start episodes in all rows, or in some.
+        """Start episodes in all rows, or in some of them.
 
-        :param seed: row i is seeded with ``seed + i``, or with entry i of a list (None: its generator goes on). Groups
-            of prompts begin anew with a seed.
-        :param options: ``"reset_mask"``, bool [n]: the rows to reset, the others go on. ``"prompt"`` and
-            ``"response"``: a list with one entry per row that is reset, each text, token ids or None (a drawn
-            prompt, an empty response).
-        :return: observations of all rows, and info with ``prompt`` for those that were reset.
-        :raises ValueError: if an option or a seed cannot be used. Nothing has changed then.
+        :param seed: row i is seeded with ``seed + i``, or with entry i of a list; None leaves the row's generator as it
+            is. With a seed, a new group of episodes begins as well.
+        :param options: ``"reset_mask"``, bool [n], marks the rows to reset; the others are left as they are.
+            ``"prompt"`` and ``"response"`` are lists with one entry per row that is reset: a text, token ids, or None
+            (a drawn prompt, an empty response).
+        :return: observations of all rows, and infos with ``prompt`` for the rows that were reset.
+        :raises ValueError: if an option or a seed cannot be used. Nothing has then changed.
         """
         options = dict(options or {})
         rows = self._masked_rows(options.pop("reset_mask", None))
@@ -133,17 +108,18 @@ class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDAr
         """Append a token to every row that is given one.
 
         :param actions: integers [n]; :data:`~text_env.episodes.NO_ACTION` leaves a row exactly as it is.
-        :return: observations, rewards float64 [n], terminated bool [n], truncated bool [n] (never), infos.
-        :raises ValueError: if an action is no token of the vocabulary, or their number is wrong.
-        :raises gymnasium.error.ResetNeeded: if a row's episode has ended and nothing but a reset can start another.
-        :raises text_env.rewards.RewardError: if the reward fails. In all these cases nothing has changed, and the step
-            can be repeated.
+        :return: observations, rewards float64 [n], terminated bool [n], truncated bool [n] (always false), infos.
+        :raises ValueError: if an action is no token of the vocabulary, or the number of actions is wrong.
+        :raises gymnasium.error.ResetNeeded: if an action is given for a row whose episode has ended and which only
+            ``reset`` can start again.
+        :raises text_env.rewards.RewardError: if the reward fails. After any of these errors nothing has changed, and
+            the step can be repeated.
         """
         tokens = self.episodes.tokens(actions)
         moving = tokens != NO_ACTION
         over = np.zeros(0, np.int64)
         if self.autoreset_mode == AutoresetMode.NEXT_STEP:
-            # The action of a row that waits for its reset is the signal to do it, whatever token it names.
+            # For a row whose episode has ended, any action means "reset", whatever token it is.
             over = np.flatnonzero(self.episodes.finished & moving)
             moving[over] = False
         rows = np.flatnonzero(moving)
@@ -165,8 +141,8 @@ class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDAr
 
     def action_masks(self) -> NDArray[np.bool_]:
         """
-        :return: bool [n, V]; each row is what :meth:`text_env.env.TextEnv.action_masks` returns.
-        :raises ValueError: as there.
+        :return: bool [n, V]: for each row what :meth:`text_env.env.TextEnv.action_masks` returns.
+        :raises ValueError: for the reasons given there.
         """
         return self.episodes.action_masks()
 
@@ -207,3 +183,35 @@ class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDAr
         if len(seed) != self.num_envs:
             raise ValueError(f"Expected one seed, or a list of num_envs={self.num_envs} seeds, got {seed!r}.")
         return list(seed)
+
+
+def plain(env: Any) -> TextVectorEnv:
+    """Tell the text vector environment itself from one inside wrappers.
+
+    :param env: a vector environment.
+    :return: ``env``, if it is a :class:`TextVectorEnv`.
+    :raises ValueError: if it is a wrapper around one, naming the wrappers, or something else altogether.
+    """
+    wrappers, inner = [], env
+    while isinstance(inner, VectorWrapper):
+        wrappers.append(type(inner).__name__)
+        inner = inner.env
+    if not isinstance(inner, TextVectorEnv):
+        raise ValueError(
+            f"Expected a text vector environment, for example gym.make_vec('TextRLHF-v0', num_envs=64), got {env}."
+        )
+    if wrappers:
+        raise wrapped_error(*wrappers)
+    return inner
+
+
+def wrapped_error(*wrappers: str) -> ValueError:
+    """
+    :param wrappers: the names of the wrappers around a text environment.
+    :return: the error for whoever hands it to a learner of this package.
+    """
+    return ValueError(
+        f"Expected the text environment itself, got it wrapped in {', '.join(wrappers)}. The learners of this package "
+        "drive the text environment itself, so these wrappers would never apply: put what they do into reward=, "
+        "shaping= or constraint=, or use Stable-Baselines3's own algorithms on TextVecEnv."
+    )

@@ -1,7 +1,9 @@
 """Text for algorithms with continuous actions: ``gym.make("TextRLHFContinuous-v0")``.
 
-The action is a point, and the token is the one whose embedding lies nearest. An action of V logits would do too, but a
-replay buffer of a million of them is hundreds of gigabytes; an embedding has a few hundred numbers.
+An action is a point, and chooses the token whose embedding is nearest to the point. V logits could be an action too,
+but a replay buffer of a million such actions takes hundreds of gigabytes, and an embedding is a few hundred numbers.
+
+Notation: V tokens in the vocabulary, H dimensions of an embedding, n rows.
 """
 
 from __future__ import annotations
@@ -25,28 +27,30 @@ from text_env.tokenization import load_tokenizer
 from text_env.vector_env import TextVectorEnv
 
 NO_POINT = -np.inf
-"""In the vector form: a row filled with it is :data:`~text_env.episodes.NO_ACTION`. It lies outside the box, so that no
-clipped action is one by accident; NaN, which a network that has diverged gives, stays an error."""
+"""In the vector environment, a row filled with this value means :data:`~text_env.episodes.NO_ACTION`. The value lies
+outside the box, so that no clipped action has it by accident. It is not NaN, which is what a network that has diverged
+returns and must stay an error."""
 
+CONTINUOUS_ID = "TextRLHFContinuous-v0"
 ENTRY_POINT = "text_env.wrappers:make_env"
-"""Under which ``TextRLHFContinuous-v0`` is registered."""
+"""The function that :data:`CONTINUOUS_ID` is registered with."""
 
 
 class NearestToken:
-    """Tokens as points on the unit sphere, and back.
+    """Maps every token to a point on the unit sphere, and any point to the nearest token.
 
-    The rows of the embedding matrix are centred (language models' embeddings share a large common component, beside
-    which their differences are small) and scaled to length 1. So every token lies inside the box [-1, 1]^H, none is
-    nearer to everything just for being long or short, and the nearest point is the one with the largest dot product:
-    the direction of an action decides, its length doesn't matter.
+    The rows of the embedding matrix are centred, since the embeddings of language models share a large common component
+    beside which their differences are small, and then scaled to length 1. So every token lies inside the box
+    [-1, 1]^H, and no token is near to everything just because its embedding is long or short. The nearest token is then
+    the one with the largest dot product: the direction of an action matters, and its length does not.
 
-    Tokens that share their embedding (entries that a model never trained often do) can't be told apart: the lowest
-    allowed id among them is chosen.
+    Tokens with the same embedding (often entries of the vocabulary that the model was never trained on) cannot be told
+    apart; the lowest allowed token id among them is chosen.
 
-    :param embeddings: ``"builtin"``, a directory or a hub name of a model whose input embeddings are used, or an array
-        [≥ V, H], of which the first V rows count.
-    :param tokenizer: the environment's.
-    :raises ValueError: if there is no such model, it has another tokenizer, or the array is no such matrix.
+    :param embeddings: ``"builtin"``, or the directory or hub name of a model whose input embeddings are used; or an
+        array [≥ V, H], of which the first V rows are used.
+    :param tokenizer: the tokenizer of the environment.
+    :raises ValueError: if there is no such model, the model has another tokenizer, or the array is no such matrix.
     """
 
     def __init__(self, embeddings: str | Path | ArrayLike, tokenizer: Any) -> None:
@@ -71,9 +75,10 @@ class NearestToken:
                 f"tokens {middle[:5].tolist()} ({middle.size} in all) don't."
             )
         self.points: NDArray[np.float32] = (matrix / length).astype(np.float32)
-        """float32 [V, H]: the point of each token, itself an action that chooses it."""
+        """float32 [V, H]: the point of each token. As an action, the point chooses this token."""
         self.points.setflags(write=False)
-        # Equal rows are multiplied once: the same product may differ in its last bit from column to column.
+        # Each of several equal rows must get the same product, and a matrix product may differ in the last bit from
+        # column to column. So every different row is multiplied once.
         number: dict[bytes, int] = {}
         group = [number.setdefault(row.tobytes(), len(number)) for row in self.points]
         self._group = np.array(group) if len(number) < n_tokens else None
@@ -82,9 +87,9 @@ class NearestToken:
     def __call__(self, points: ArrayLike, allowed: NDArray[np.bool_]) -> NDArray[np.int64]:
         """
         :param points: float [n, H].
-        :param allowed: bool [n, V].
+        :param allowed: bool [n, V], true for the tokens that may be chosen.
         :return: int64 [n], for each point the nearest allowed token.
-        :raises ValueError: if the shape is another, or a number isn't finite.
+        :raises ValueError: if ``points`` has another shape, or a number in it is not finite.
         """
         actions = np.asarray(points, np.float32)
         expected = (len(allowed), self.points.shape[1])
@@ -100,9 +105,9 @@ class NearestToken:
 
 
 class EmbeddingAction(gym.ActionWrapper[Observation, NDArray[np.float32], np.int64], RecordConstructorArgs):
-    """Choose tokens by a point among their embeddings (:class:`NearestToken` says which).
+    """The scalar environment with points as actions: a point chooses the nearest token (see :class:`NearestToken`).
 
-    The chosen token is the last one of the observation that follows.
+    The chosen token is the last token of the next observation.
 
     :param env: ``TextRLHF-v0``, possibly in other wrappers that leave its actions as they are.
     :param embeddings: as for :class:`NearestToken`.
@@ -116,21 +121,22 @@ class EmbeddingAction(gym.ActionWrapper[Observation, NDArray[np.float32], np.int
 
     @property
     def spec(self) -> EnvSpec | None:  # type: ignore[override]
-        """How to make it again."""
+        """The specification that this environment can be made from again."""
         inner = self.env.spec
-        # Made by name: the name includes this wrapper, and Gymnasium would compare its arguments, arrays among them.
+        # An environment made by name has this wrapper by its name already. If the spec named the wrapper too, Gymnasium
+        # would compare the arguments of both, which may be arrays.
         return inner if inner is not None and inner.entry_point == ENTRY_POINT else super().spec
 
     def action(self, action: NDArray[np.float32]) -> np.int64:
         """
-        :param action: float [H].
-        :return: the token.
+        :param action: the point, float [H].
+        :return: the nearest token.
         """
         return self.nearest_token(np.asarray(action)[None], _text(self.env).action_masks()[None])[0]
 
 
 class VectorEmbeddingAction(VectorActionWrapper[Observation, NDArray[np.float32], NDArray[np.int64], NDArray[Any]]):
-    """:class:`EmbeddingAction` for the vector environment; rows of :data:`NO_POINT` are ``NO_ACTION``.
+    """The vector environment with points as actions. A row of :data:`NO_POINT` means ``NO_ACTION``.
 
     :param env: ``gym.make_vec("TextRLHF-v0")``.
     :param embeddings: as for :class:`NearestToken`.
@@ -148,8 +154,8 @@ class VectorEmbeddingAction(VectorActionWrapper[Observation, NDArray[np.float32]
 
     def actions(self, actions: NDArray[np.float32]) -> NDArray[np.int64]:
         """
-        :param actions: float [n, H].
-        :return: int64 [n], tokens and ``NO_ACTION``.
+        :param actions: the points, float [n, H].
+        :return: int64 [n], the nearest tokens and ``NO_ACTION``.
         """
         points = np.asarray(actions, np.float32)
         tokens = np.full(self.num_envs, NO_ACTION, np.int64)
@@ -162,10 +168,11 @@ class VectorEmbeddingAction(VectorActionWrapper[Observation, NDArray[np.float32]
 
 
 def make_env(embeddings: str | Path | ArrayLike = "builtin", **kwargs: Any) -> EmbeddingAction:
-    """What ``gym.make("TextRLHFContinuous-v0")`` calls.
+    """The function that ``gym.make("TextRLHFContinuous-v0")`` calls.
 
     :param embeddings: as for :class:`NearestToken`.
-    :param kwargs: those of :class:`text_env.env.TextEnv`.
+    :param kwargs: the arguments of :class:`text_env.env.TextEnv`.
+    :return: the scalar environment.
     """
     return EmbeddingAction(TextEnv(**kwargs), embeddings)
 
@@ -173,24 +180,25 @@ def make_env(embeddings: str | Path | ArrayLike = "builtin", **kwargs: Any) -> E
 def make_vector_env(
     num_envs: int = 1, embeddings: str | Path | ArrayLike = "builtin", **kwargs: Any
 ) -> VectorEmbeddingAction:
-    """What ``gym.make_vec("TextRLHFContinuous-v0")`` calls.
+    """The function that ``gym.make_vec("TextRLHFContinuous-v0")`` calls.
 
-    :param num_envs: rows.
+    :param num_envs: number of rows.
     :param embeddings: as for :class:`NearestToken`.
-    :param kwargs: those of :class:`text_env.vector_env.TextVectorEnv`.
+    :param kwargs: the arguments of :class:`text_env.vector_env.TextVectorEnv`.
+    :return: the vector environment.
     """
     return VectorEmbeddingAction(TextVectorEnv(num_envs, **kwargs), embeddings)
 
 
 def _text(env: Any) -> Any:
-    """The text environment at the bottom."""
+    """The text environment inside all wrappers."""
     if not isinstance(env.unwrapped, EpisodesFace):
         raise ValueError(f"Expected a text environment, for example 'TextRLHF-v0', got {env}.")
     return env.unwrapped
 
 
 def _input_embeddings(model: str | Path, tokenizer: Any) -> NDArray[Any]:
-    from transformers import AutoModelForCausalLM  # imports torch, so not before embeddings are asked for by name
+    from transformers import AutoModelForCausalLM  # this imports torch, so it waits until embeddings go by name
 
     from text_env.builtin import LANGUAGE_MODEL
 
@@ -205,7 +213,7 @@ def _input_embeddings(model: str | Path, tokenizer: Any) -> NDArray[Any]:
     try:
         own = load_tokenizer(name).get_vocab()
     except ValueError:
-        own = tokenizer.get_vocab()  # weights without a tokenizer beside them: taken at the user's word
+        own = tokenizer.get_vocab()  # there is no tokenizer beside the weights to compare with
     if strange := [token for token, index in tokenizer.get_vocab().items() if own.get(token) != index]:
         raise ValueError(
             f"Expected the environment to use the tokenizer of the model {model!r}, whose embeddings its actions are "

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import gymnasium as gym
 import tyro
@@ -22,8 +23,10 @@ from agents.algorithms.reinforce import REINFORCE
 from agents.algorithms.rloo import RLOO
 from agents.state.arguments import argument_defaults
 from text_env.imports import import_object, is_object_name
+from text_env.settings import EpisodeSettings
 from text_env.shaping import PotentialShaping
-from text_env.vector_env import TextVectorEnv
+from text_env.vector_env import TextVectorEnv, plain, wrapped_error
+from text_env.wrappers import CONTINUOUS_ID
 
 # Arguments of the algorithms that `TrainConfig` has fields for, or that are made from them.
 OWN_OPTIONS = {
@@ -40,65 +43,70 @@ ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {
 }
 
 
-@dataclass
-class EnvConfig:
-    """The environment, as ``gym.make_vec`` takes it."""
+# A field of the environment's settings is declared again here only where the command line takes less than Python does
+# (names, no live objects), or where None leaves the choice to the model or the algorithm. All others are inherited
+# together with their help texts.
+@dataclass(frozen=True)
+class EnvConfig(EpisodeSettings):
+    """The environment of a run, as data."""
 
-    env: str = "TextRLHF-v0"
-    """Registered name."""
-    tokenizer: str | None = None
+    tokenizer: str | None = None  # type: ignore[assignment]
     """Name or directory; by default the model's."""
     prompts: str = "builtin"
     """'builtin', 'builtin:eval', a file (.jsonl, .json, .csv, .txt) or 'module:function'."""
     reward: str = "builtin"
     """'builtin', 'sentiment', a classifier's name, 'module:function', a sum ('builtin+0.5*sentiment')."""
-    gold: str | None = "sentiment"
-    """A second score, measured and logged as gold_score, never trained on."""
-    max_prompt_tokens: int = 16
-    """Longest prompt, in tokens."""
-    max_new_tokens: int = 48
-    """Response budget, in tokens."""
-    min_new_tokens: int = 0
-    """EOS is not sampled before so many response tokens."""
     constraint: str | None = None
     """'module:function' that says which tokens may follow a context."""
     stop: str | None = None
     """A string that ends the text."""
-    group_size: int | None = None
+    group_size: int | None = None  # type: ignore[assignment]
     """So many episodes in a row share a prompt; by default what the algorithm needs: 4 for RLOO and GRPO, else 1."""
-    overlong_prompts: Literal["error", "truncate_left"] = "error"
-    """What happens to a prompt that is too long."""
-    chat_template: bool | None = None
-    """Whether a string prompt is the user's turn in the tokenizer's chat template; by default if it has one."""
-    reward_kwargs: dict[str, str] = field(default_factory=dict)
-    """For the classifiers among the rewards, for example `--reward-kwargs batch_size 64 dtype bfloat16`."""
+    metrics: tyro.conf.Suppress[Mapping[str, Any] | None] = None
+    """Further scores besides `gold`; only from Python and YAML."""
     shaping: str | None = None
     """A potential, named as a reward is: pays every token of training for what it promises, and leaves the optimum."""
+    reward_kwargs: dict[str, str] = field(default_factory=dict)
+    """For the classifiers among the rewards, for example `--reward-kwargs batch_size 64 dtype bfloat16`."""
+    env: str = "TextRLHF-v0"
+    """Registered name."""
+    gold: str | None = "sentiment"
+    """A second score, measured and logged as gold_score, never trained on."""
     shaping_every: int = 1
     """Ask the potential after so many tokens."""
 
     def make(self, num_envs: int, model: str, gamma: float | None = None, **overrides: Any) -> TextVectorEnv:
         """
         :param num_envs: rows.
-        :param model: whose tokenizer is used, if none is named.
-        :param gamma: the discount of the algorithm that learns in it, which shaping must share; None: nothing learns,
-            so nothing is shaped.
+        :param model: the model whose tokenizer is used, if none is named.
+        :param gamma: the discount of the algorithm that learns in the environment, which shaping must share; None:
+            nothing learns, so nothing is shaped.
         :param overrides: keyword arguments of the environment that differ.
         :return: the vector environment.
+        :raises ValueError: if ``env`` names an environment in wrappers, which the learners would not see.
         """
-        options = dataclasses.asdict(self)
-        name, gold, tokenizer = options.pop("env"), options.pop("gold"), options.pop("tokenizer")
-        potential, every = options.pop("shaping"), options.pop("shaping_every")
+        options = {option.name: getattr(self, option.name) for option in dataclasses.fields(EpisodeSettings)}
+        gold = {"gold_score": self.gold} if self.gold else {}
+        shaping = None
+        if self.shaping is not None and gamma is not None:
+            shaping = PotentialShaping(self.shaping, gamma, self.shaping_every)
         options.update(
-            tokenizer=tokenizer or model,
-            metrics={"gold_score": gold} if gold else None,
-            shaping=None if potential is None or gamma is None else PotentialShaping(potential, gamma, every),
+            tokenizer=self.tokenizer or model,
+            metrics={**(self.metrics or {}), **gold} or None,
+            shaping=shaping,
             reward_kwargs=parsed(self.reward_kwargs),
         )
         options.update(overrides)
         if options["group_size"] is None:  # nobody has asked for groups
             options["group_size"] = 1
-        return cast(TextVectorEnv, gym.make_vec(name, num_envs=num_envs, **options).unwrapped)
+        if self.env.rpartition(":")[2] == CONTINUOUS_ID:
+            # Before the wrapper compares its embeddings' tokenizer with the model's, which would be beside the point.
+            raise ValueError(f"env={self.env!r}: {wrapped_error('VectorEmbeddingAction')}")
+        env = gym.make_vec(self.env, num_envs=num_envs, **options)
+        try:
+            return plain(env)
+        except ValueError as error:
+            raise ValueError(f"env={self.env!r}: {error}") from error
 
 
 @dataclass

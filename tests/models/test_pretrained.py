@@ -41,7 +41,15 @@ def base(tmp_path: Path) -> Path:
 
 
 def environment(tokenizer: Any, rows: int = 4, **options: Any) -> TextVectorEnv:
-    return TextVectorEnv(rows, tokenizer, ["The movie", "I", "That film was"], "sentiment", 8, 6, **options)
+    return TextVectorEnv(
+        rows,
+        tokenizer=tokenizer,
+        prompts=["The movie", "I", "That film was"],
+        reward="sentiment",
+        max_prompt_tokens=8,
+        max_new_tokens=6,
+        **options,
+    )
 
 
 def trained(model: Any, env: TextVectorEnv, **policy_kwargs: Any) -> PPO:

@@ -214,7 +214,9 @@ def test_the_directory_is_complete(trained: Trained) -> None:
 def fresh_scores(trained: Trained, prompts: list[Any]) -> np.ndarray:
     """Scores that the environment pays for texts that nobody has seen."""
     rows = [{"prompt": prompt} for prompt in prompts]
-    env = TextVectorEnv(16, trained.base, rows, str(trained.directory), max_prompt_tokens=40, max_new_tokens=8)
+    env = TextVectorEnv(
+        16, tokenizer=trained.base, prompts=rows, reward=str(trained.directory), max_prompt_tokens=40, max_new_tokens=8
+    )
     torch.manual_seed(12345)
     infos = sample_texts(load_policy(trained.base, env, "cpu"), env, prompts)
     return np.array([info["score"] for info in infos])

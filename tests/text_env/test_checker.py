@@ -92,6 +92,18 @@ class MovesTheTextToTheRight(TextEnv):
         return {**obs, "input_ids": obs["input_ids"][::-1], "attention_mask": obs["attention_mask"][::-1]}, info
 
 
+class WritesATokenOfItsOwn(TextEnv):
+    def step(self, action: Any) -> Any:
+        result = super().step(action)
+        return result if result[2] else super().step(action)
+
+
+class RewritesWhatStandsBefore(TextEnv):
+    def step(self, action: Any) -> Any:
+        self.episodes._input_ids[0, self.episodes._length[0] - 1] = 77
+        return super().step(action)
+
+
 class PaysForEveryToken(TextEnv):
     def step(self, action: Any) -> Any:
         obs, reward, *rest = super().step(action)
@@ -213,6 +225,8 @@ class TakesAFinishedResponse(TextEnv):
         (WidensItsMask, "The observation space must be"),
         (LeavesRubbishBehindTheText, "there must be pad_token_id only"),
         (MovesTheTextToTheRight, "Texts are left-aligned"),
+        (WritesATokenOfItsOwn, "must append its token to the context, and no more"),
+        (RewritesWhatStandsBefore, "must append its token to the context, and no more"),
         (PaysForEveryToken, "must be 0 before the last token"),
         (PaysNumpyNumbers, "The reward must be a float, not float32"),
         (TruncatesAtTheBudget, "Nothing in the environment truncates"),

@@ -86,7 +86,14 @@ def test_a_conversation_is_written_in_the_template_and_an_assistants_last_words_
 
 def test_a_rewards_text_is_what_trl_gives_of_a_conversation(tokenizer: Any) -> None:
     calls: list[dict[str, Any]] = []
-    env = TextVectorEnv(1, tokenizer, [{"prompt": ASKED, "genre": "war"}], recording(calls), 64, 16)
+    env = TextVectorEnv(
+        1,
+        tokenizer=tokenizer,
+        prompts=[{"prompt": ASKED, "genre": "war"}],
+        reward=recording(calls),
+        max_prompt_tokens=64,
+        max_new_tokens=16,
+    )
     first, final = finish(env, " it was good", tokenizer)
     assert spelt(tokenizer, first) == "[system]Be short.<eos>[user]The movie?<eos>[assistant]"
     assert calls[0]["prompts"] == [ASKED]
@@ -97,7 +104,9 @@ def test_a_rewards_text_is_what_trl_gives_of_a_conversation(tokenizer: Any) -> N
 
 def test_the_lexicon_reads_what_the_assistant_wrote_and_not_what_it_was_asked(tokenizer: Any) -> None:
     hateful = [{"role": "user", "content": "I hate this awful horrible movie. You?"}]
-    env = TextVectorEnv(1, tokenizer, [hateful], "sentiment", 64, 16)
+    env = TextVectorEnv(
+        1, tokenizer=tokenizer, prompts=[hateful], reward="sentiment", max_prompt_tokens=64, max_new_tokens=16
+    )
     assert finish(env, "I loved it", tokenizer)[1]["score"][0] > 0.5
     begun = [*hateful, {"role": "assistant", "content": "I loved"}]
     assert finish(env, " it", tokenizer, prompt=[begun])[1]["score"][0] > 0.5
@@ -105,7 +114,9 @@ def test_the_lexicon_reads_what_the_assistant_wrote_and_not_what_it_was_asked(to
 
 def test_a_reset_takes_strings_conversations_and_token_ids(tokenizer: Any) -> None:
     calls: list[dict[str, Any]] = []
-    env = TextVectorEnv(1, tokenizer, ["The movie?"], recording(calls), 64, 16)
+    env = TextVectorEnv(
+        1, tokenizer=tokenizer, prompts=["The movie?"], reward=recording(calls), max_prompt_tokens=64, max_new_tokens=16
+    )
     ids = tokenizer("[user]What?<eos>[assistant]")["input_ids"]
     for prompt, expected in (
         ("I?", "[user]I?<eos>[assistant]"),
@@ -115,7 +126,9 @@ def test_a_reset_takes_strings_conversations_and_token_ids(tokenizer: Any) -> No
         first, _ = finish(env, "good", tokenizer, prompt=[prompt])
         assert spelt(tokenizer, first) == expected
     assert [call["prompts"][0][-1]["role"] for call in calls] == ["user"] * 3
-    scalar = TextEnv(tokenizer, ["The movie?"], recording(calls), 64, 16)
+    scalar = TextEnv(
+        tokenizer=tokenizer, prompts=["The movie?"], reward=recording(calls), max_prompt_tokens=64, max_new_tokens=16
+    )
     observation, info = scalar.reset(options={"prompt": ASKED})
     assert observation["prompt_length"][0] == len(
         tokenizer(spelt(tokenizer, first := finish(env, "x", tokenizer, prompt=[ASKED])[0]))["input_ids"]
@@ -125,7 +138,14 @@ def test_a_reset_takes_strings_conversations_and_token_ids(tokenizer: Any) -> No
 
 
 def test_a_conversation_in_an_environment_of_plain_texts_is_refused() -> None:
-    env = TextVectorEnv(1, tiny_tokenizer(), ["The movie"], "sentiment", 64, 16)
+    env = TextVectorEnv(
+        1,
+        tokenizer=tiny_tokenizer(),
+        prompts=["The movie"],
+        reward="sentiment",
+        max_prompt_tokens=64,
+        max_new_tokens=16,
+    )
     with pytest.raises(ValueError, match="Expected a string or token ids as a prompt"):
         env.reset(options={"prompt": [ASKED]})
 
@@ -144,7 +164,15 @@ def test_an_overlong_conversation_is_an_error_that_counts_the_template(tokenizer
 
 
 def test_an_assistant_that_says_nothing_is_scored_alike_alone_and_among_others(tokenizer: Any) -> None:
-    env = TextVectorEnv(1, tokenizer, [ASKED], "builtin", 64, 16, shaping="builtin")
+    env = TextVectorEnv(
+        1,
+        tokenizer=tokenizer,
+        prompts=[ASKED],
+        reward="builtin",
+        max_prompt_tokens=64,
+        max_new_tokens=16,
+        shaping="builtin",
+    )
     assert np.isfinite(finish(env, "", tokenizer)[1]["score"][0])
     reward, silence = make_reward("builtin"), [{"role": "assistant", "content": ""}]
     among = reward(prompts=[ASKED, ASKED], completions=[silence, [{"role": "assistant", "content": "I loved it"}]])
@@ -172,7 +200,9 @@ def test_an_instruct_model_is_trained_evaluated_and_sampled_by_the_command_line(
 
 
 def test_what_is_trained_on_is_the_template_with_the_response_after_it(tokenizer: Any) -> None:
-    env = TextVectorEnv(2, tokenizer, [ASKED], "sentiment", 64, 6)
+    env = TextVectorEnv(
+        2, tokenizer=tokenizer, prompts=[ASKED], reward="sentiment", max_prompt_tokens=64, max_new_tokens=6
+    )
     model = PPO("CausalLMPolicy", env, n_episodes=2, policy_kwargs={"model": tiny_model("llama", tokenizer)}, seed=0)
     model.learn(4)
     samples = model.buffer.pack(range(2))  # type: ignore[arg-type]
@@ -185,7 +215,15 @@ def test_what_is_trained_on_is_the_template_with_the_response_after_it(tokenizer
 def test_a_special_token_that_ends_a_turn_can_stop_a_text_and_is_no_part_of_it(tokenizer: Any) -> None:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
     turn_end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
-    env = TextVectorEnv(1, tokenizer, [ASKED], "sentiment", 64, 16, stop=["<end_of_turn>", "bad"])
+    env = TextVectorEnv(
+        1,
+        tokenizer=tokenizer,
+        prompts=[ASKED],
+        reward="sentiment",
+        max_prompt_tokens=64,
+        max_new_tokens=16,
+        stop=["<end_of_turn>", "bad"],
+    )
     env.reset(seed=0)
     for token in tokenizer(" was good")["input_ids"]:
         assert not env.step([token])[2].any()

@@ -19,6 +19,12 @@ TOKENIZERS = {pad: tiny_tokenizer(pad) for pad in (True, False)}  # without a pa
 EOS = 0
 
 
+def make(tokenizer: Any, **kwargs: Any) -> TextEnv:
+    """A scalar environment with small budgets; keyword arguments override."""
+    defaults = {"prompts": PROMPTS, "reward": "sentiment", "max_prompt_tokens": 8, "max_new_tokens": 4}
+    return TextEnv(tokenizer=tokenizer, **{**defaults, **kwargs})
+
+
 def write(env: TextEnv, tokens: list[int]) -> list[Any]:
     steps = []
     for token in tokens:
@@ -38,7 +44,7 @@ def test_the_score_lands_on_the_true_last_token_also_when_pad_is_eos(
     tokens: list[int], pad: bool, min_new_tokens: int
 ) -> None:
     reward = RecordingReward()
-    env = TextEnv(TOKENIZERS[pad], PROMPTS, reward, 8, 8, min_new_tokens)
+    env = make(TOKENIZERS[pad], reward=reward, max_new_tokens=8, min_new_tokens=min_new_tokens)
     obs, _ = env.reset(seed=0)
     prompt = obs["input_ids"][: obs["prompt_length"][0]].tolist()
     # By hand: the first EOS that counts, otherwise the budget.
@@ -57,13 +63,13 @@ def test_the_score_lands_on_the_true_last_token_also_when_pad_is_eos(
 
 @pytest.mark.parametrize("min_new_tokens", [0, 1, 3])
 def test_eos_counts_from_min_new_tokens_response_tokens_on(tokenizer: Any, min_new_tokens: int) -> None:
-    env = TextEnv(tokenizer, PROMPTS, "sentiment", 8, 8, min_new_tokens)
+    env = make(tokenizer, max_new_tokens=8, min_new_tokens=min_new_tokens)
     env.reset(seed=0)
     assert len(write(env, [EOS] * 8)) == min_new_tokens + 1
 
 
 def test_the_budget_ends_a_text_even_if_eos_never_counts(tokenizer: Any) -> None:
-    env = TextEnv(tokenizer, PROMPTS, "sentiment", 8, 4, min_new_tokens=4)
+    env = make(tokenizer, min_new_tokens=4)
     env.reset(seed=0)
     steps = write(env, [EOS] * 8)
     assert len(steps) == 4
@@ -71,13 +77,13 @@ def test_the_budget_ends_a_text_even_if_eos_never_counts(tokenizer: Any) -> None
 
 
 def test_an_eos_that_spends_the_budget_is_an_eos(tokenizer: Any) -> None:
-    env = TextEnv(tokenizer, PROMPTS, "sentiment", 8, 3)
+    env = make(tokenizer, max_new_tokens=3)
     env.reset(seed=0)
     assert write(env, [50, 51, EOS])[-1][4]["finish_reason"] == "eos"
 
 
 def test_a_stop_string_ends_the_text_as_soon_as_it_is_there_also_across_tokens(tokenizer: Any) -> None:
-    env = TextEnv(tokenizer, PROMPTS, "sentiment", 8, 20, min_new_tokens=19, stop=["never", "xyz"])
+    env = make(tokenizer, max_new_tokens=20, min_new_tokens=19, stop=["never", "xyz"])
     env.reset(options={"prompt": "The movie"})
     tokens = tokenizer("abxyzzy")["input_ids"]
     steps = write(env, tokens)
@@ -85,14 +91,14 @@ def test_a_stop_string_ends_the_text_as_soon_as_it_is_there_also_across_tokens(t
 
 
 def test_a_stop_string_in_the_prompt_stops_nothing(tokenizer: Any) -> None:
-    env = TextEnv(tokenizer, ["The movie"], "sentiment", 8, 3, stop="movie")
+    env = make(tokenizer, prompts=["The movie"], max_new_tokens=3, stop="movie")
     env.reset(seed=0)
     assert len(write(env, [50, 51, 52])) == 3
 
 
 def test_a_response_given_at_reset_counts_against_the_budget_and_is_scored_with_the_rest(tokenizer: Any) -> None:
     reward = RecordingReward()
-    env = TextEnv(tokenizer, PROMPTS, reward, 8, 5)
+    env = make(tokenizer, reward=reward, max_new_tokens=5)
     start = tokenizer(" was")["input_ids"]
     obs, _ = env.reset(options={"prompt": "The film", "response": " was"})
     assert obs["input_ids"][: obs["attention_mask"].sum()].tolist() == tokenizer("The film")["input_ids"] + start
@@ -104,7 +110,7 @@ def test_a_response_given_at_reset_counts_against_the_budget_and_is_scored_with_
 
 
 def test_prompt_and_response_may_be_token_ids_even_some_that_no_text_gives(tokenizer: Any) -> None:
-    env = TextEnv(tokenizer, PROMPTS, "sentiment", 8, 8, min_new_tokens=3)
+    env = make(tokenizer, max_new_tokens=8, min_new_tokens=3)
     ids = np.array([40, 41, 42])  # three single characters, which a tokenizer would have merged or not
     obs, info = env.reset(options={"prompt": ids, "response": (EOS, 5, 6)})
     assert obs["input_ids"][:6].tolist() == [40, 41, 42, EOS, 5, 6]
@@ -112,7 +118,7 @@ def test_prompt_and_response_may_be_token_ids_even_some_that_no_text_gives(token
 
 
 def test_a_group_shares_a_prompt_and_the_next_group_draws_anew(tokenizer: Any) -> None:
-    env = TextEnv(tokenizer, PROMPTS, "sentiment", 8, 4, group_size=3)
+    env = make(tokenizer, group_size=3)
     drawn = [env.reset(seed=0)[1]["prompt"]] + [env.reset()[1]["prompt"] for _ in range(59)]
     groups = [set(drawn[first : first + 3]) for first in range(0, 60, 3)]
     assert all(len(group) == 1 for group in groups)
@@ -120,7 +126,15 @@ def test_a_group_shares_a_prompt_and_the_next_group_draws_anew(tokenizer: Any) -
 
 
 def test_groups_run_over_rows_and_through_resets_in_the_order_in_which_episodes_start(tokenizer: Any) -> None:
-    env = TextVectorEnv(4, tokenizer, [f"prompt {letter}" for letter in "abcdefgh"], "sentiment", 16, 4, group_size=3)
+    env = TextVectorEnv(
+        4,
+        tokenizer=tokenizer,
+        prompts=[f"prompt {letter}" for letter in "abcdefgh"],
+        reward="sentiment",
+        max_prompt_tokens=16,
+        max_new_tokens=4,
+        group_size=3,
+    )
     first = env.reset(seed=3)[1]["prompt"].tolist()
     assert len(set(first[:3])) == 1
     # Row 3 opened the second group; the two rows that restart now are its other two episodes.
@@ -129,7 +143,7 @@ def test_groups_run_over_rows_and_through_resets_in_the_order_in_which_episodes_
 
 
 def test_a_seed_begins_a_new_group(tokenizer: Any) -> None:
-    env = TextEnv(tokenizer, PROMPTS, "sentiment", 8, 4, group_size=3)
+    env = make(tokenizer, group_size=3)
     runs = []
     for _ in range(2):
         runs.append([env.reset(seed=5)[1]["prompt"]] + [env.reset()[1]["prompt"] for _ in range(6)])
@@ -137,14 +151,14 @@ def test_a_seed_begins_a_new_group(tokenizer: Any) -> None:
 
 
 def test_an_episode_with_a_given_prompt_stands_outside_the_groups(tokenizer: Any) -> None:
-    env = TextEnv(tokenizer, PROMPTS, "sentiment", 8, 4, group_size=2)
+    env = make(tokenizer, group_size=2)
     opened = env.reset(seed=1)[1]["prompt"]
     env.reset(options={"prompt": "I hated"})
     assert env.reset()[1]["prompt"] == opened
 
 
 def test_prompts_are_drawn_uniformly_by_the_rows_own_generator(tokenizer: Any) -> None:
-    env = TextEnv(tokenizer, PROMPTS, "sentiment", 8, 4)
+    env = make(tokenizer)
     env.reset(seed=9)
     counts = dict.fromkeys(PROMPTS, 0)
     for _ in range(2000):
@@ -159,7 +173,7 @@ def test_prompts_are_drawn_uniformly_by_the_rows_own_generator(tokenizer: Any) -
 
 def test_one_call_scores_all_the_rows_that_finish_in_a_step_and_no_others(tokenizer: Any) -> None:
     reward = RecordingReward()
-    env = TextVectorEnv(5, tokenizer, PROMPTS, reward, 8, 8)
+    env = TextVectorEnv(5, tokenizer=tokenizer, prompts=PROMPTS, reward=reward, max_prompt_tokens=8, max_new_tokens=8)
     env.reset(seed=0)
     env.step(np.full(5, 50))
     assert reward.calls == []
@@ -175,7 +189,15 @@ def test_columns_of_the_prompts_reach_rewards_and_metrics_as_lists(tokenizer: An
         return [0.0] * len(prompts)
 
     rows = [{"prompt": "The movie", "answer": 42}, {"prompt": "I loved"}]
-    env = TextVectorEnv(2, tokenizer, rows, reward, 8, 4, metrics={"other": reward})
+    env = TextVectorEnv(
+        2,
+        tokenizer=tokenizer,
+        prompts=rows,
+        reward=reward,
+        max_prompt_tokens=8,
+        max_new_tokens=4,
+        metrics={"other": reward},
+    )
     prompts = env.reset(seed=0)[1]["prompt"].tolist()
     env.step(np.array([EOS, EOS]))
     answers = {"The movie": 42, "I loved": None}
@@ -183,20 +205,18 @@ def test_columns_of_the_prompts_reach_rewards_and_metrics_as_lists(tokenizer: An
 
 
 def test_a_metric_is_reported_and_never_paid_and_its_failure_is_an_error(tokenizer: Any) -> None:
-    env = TextEnv(
-        tokenizer, PROMPTS, lambda completions, **_: [1.0], 8, 4, metrics={"two": lambda completions, **_: [2.0]}
-    )
+    env = make(tokenizer, reward=lambda completions, **_: [1.0], metrics={"two": lambda completions, **_: [2.0]})
     env.reset(seed=0)
     _, reward, _, _, info = env.step(EOS)
     assert (reward, info["score"], info["two"]) == (1.0, 1.0, 2.0)
-    failing = TextEnv(tokenizer, PROMPTS, "sentiment", 8, 4, metrics={"two": lambda completions, **_: [None]})
+    failing = make(tokenizer, metrics={"two": lambda completions, **_: [None]})
     failing.reset(seed=0)
     with pytest.raises(RewardError, match="must return numbers, but returned None"):
         failing.step(EOS)
 
 
 def test_a_weighted_sum_reports_its_parts_unweighted(tokenizer: Any) -> None:
-    env = TextEnv(tokenizer, PROMPTS, {"sentiment": 2.0, RecordingReward(): -1.0}, 8, 4)
+    env = make(tokenizer, reward={"sentiment": 2.0, RecordingReward(): -1.0})
     env.reset(options={"prompt": "I loved"})
     info = env.step(EOS)[4]
     assert info["score"] == pytest.approx(2 * info["reward/sentiment"] - info["reward/recording"])
@@ -215,7 +235,7 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
 def test_the_space_between_prompt_and_completion_survives_sentencepiece() -> None:
     tokenizer = sentencepiece_like()
     assert tokenizer.decode([3, 4]) == "was good"  # the trap: on its own the completion loses its space
-    env = TextEnv(tokenizer, ["The film"], lambda completions, **_: [0.0], 4, 4)
+    env = make(tokenizer, prompts=["The film"], reward=lambda completions, **_: [0.0], max_prompt_tokens=4)
     for response, completion in ([3, 4, 0], " was good"), ([5, 3, 0], "s was"), ([0], ""):
         env.reset(seed=0)
         assert write(env, response)[-1][4]["completion"] == completion
@@ -224,7 +244,7 @@ def test_the_space_between_prompt_and_completion_survives_sentencepiece() -> Non
 def test_a_border_within_a_character_is_decoded_as_well_as_it_can_be(tokenizer: Any) -> None:
     ids = tokenizer("é")["input_ids"]
     assert len(ids) == 2
-    env = TextEnv(tokenizer, PROMPTS, "sentiment", 8, 4)
+    env = make(tokenizer)
     env.reset(options={"prompt": [*tokenizer("caf")["input_ids"], ids[0]]})
     info = write(env, [ids[1], EOS])[-1][4]
     assert info["completion"] == "\N{REPLACEMENT CHARACTER}"
@@ -233,7 +253,7 @@ def test_a_border_within_a_character_is_decoded_as_well_as_it_can_be(tokenizer: 
 def test_a_truncated_prompt_is_what_is_seen_reported_and_scored(tokenizer: Any) -> None:
     text = "The movie was good and the music was good"
     ids = tokenizer(text)["input_ids"]
-    env = TextEnv(tokenizer, [text], "sentiment", 3, 4, overlong_prompts="truncate_left")
+    env = make(tokenizer, prompts=[text], max_prompt_tokens=3, overlong_prompts="truncate_left")
     obs, info = env.reset(seed=0)
     assert obs["input_ids"][:3].tolist() == ids[-3:]
     assert info["prompt"] == tokenizer.decode(ids[-3:])

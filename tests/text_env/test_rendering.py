@@ -12,7 +12,14 @@ from text_env.rendering import FRAME_HEIGHT, FRAME_WIDTH, render
 
 
 def make(tokenizer: Any, mode: str | None) -> TextEnv:
-    env = TextEnv(tokenizer, ["The movie"], "sentiment", 8, 8, render_mode=mode)
+    env = TextEnv(
+        tokenizer=tokenizer,
+        prompts=["The movie"],
+        reward="sentiment",
+        max_prompt_tokens=8,
+        max_new_tokens=8,
+        render_mode=mode,
+    )
     env.reset(options={"response": " was good"})
     return env
 
@@ -51,6 +58,6 @@ def test_without_a_mode_nothing_is_rendered(tokenizer: Any) -> None:
 
 
 def test_the_vector_environment_renders_every_row(tokenizer: Any) -> None:
-    env = TextVectorEnv(2, tokenizer, ["The movie"], "sentiment", render_mode="ansi")
+    env = TextVectorEnv(2, tokenizer=tokenizer, prompts=["The movie"], reward="sentiment", render_mode="ansi")
     env.reset(options={"response": [" was good", None]})
     assert env.render() == ("The movie was good", "The movie")

@@ -531,9 +531,9 @@ def test_a_reward_model_of_another_family_scores_a_llama_policys_texts(tmp_path:
     conversations = [messages for messages in CHAT if messages[-1]["role"] == "user"]
     env = TextVectorEnv(
         4,
-        tokenizer,
-        conversations,
-        {directory: 2.0},
+        tokenizer=tokenizer,
+        prompts=conversations,
+        reward={directory: 2.0},
         max_prompt_tokens=64,
         max_new_tokens=8,
         metrics={"gold_score": directory},

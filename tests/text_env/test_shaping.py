@@ -237,7 +237,7 @@ def test_what_reward_may_be_stands_for_the_potential_of_a_shaping() -> None:
     shaping = make_env(1, shaping="sentiment+0.5*learners:length_of").shaping
     assert shaping is not None
     assert shaping.potential.name == "1*sentiment+0.5*length_of"
-    assert TextEnv(tiny_tokenizer(), ["a"], "sentiment", shaping=HALVED).shaping == HALVED
+    assert TextEnv(tokenizer=tiny_tokenizer(), prompts=["a"], reward="sentiment", shaping=HALVED).shaping == HALVED
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import data_equivalence
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers.vector import ClipReward, TransformReward
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import RecordingReward, tiny_tokenizer
 
 from text_env import NO_ACTION, RewardError, TextEnv, TextVectorEnv
+from text_env.vector_env import plain
 
 PROMPTS = ["The movie", "I loved", "The film was", "The music"]
 TOKENIZERS = {pad: tiny_tokenizer(pad) for pad in (True, False)}
@@ -110,8 +112,8 @@ def test_disabled_autoreset_with_masked_resets_is_what_gymnasium_does_too(tokeni
 
 @pytest.mark.parametrize("group_size", [1, 2, 3])
 def test_one_row_is_the_scalar_environment_for_every_group_size(tokenizer: Any, group_size: int) -> None:
-    args = (tokenizer, PROMPTS, "sentiment", 8, 4, 0, None, group_size)
-    native, scalar = TextVectorEnv(1, *args), TextEnv(*args)
+    kwargs = {"tokenizer": tokenizer, "prompts": PROMPTS, "reward": "sentiment", "group_size": group_size}
+    native, scalar = TextVectorEnv(1, **kwargs), TextEnv(**kwargs)
     obs, info = scalar.reset(seed=4)
     assert data_equivalence({k: v[0] for k, v in native.reset(seed=4)[0].items()}, obs, exact=True)
     for _ in range(12):
@@ -306,3 +308,14 @@ def test_a_step_that_finishes_nothing_decodes_nothing(make: Make, monkeypatch: A
     env.step(np.full(4, 50))
     with pytest.raises(TypeError):
         env.step(np.full(4, EOS))
+
+
+def test_the_environment_itself_is_plain_and_one_in_wrappers_is_refused_with_their_names(make: Make) -> None:
+    env = make()
+    assert plain(env) is env
+    wrapped = ClipReward(TransformReward(env, lambda reward: 2 * reward), 0, 1)
+    with pytest.raises(ValueError, match=r"wrapped in ClipReward, TransformReward\. .*would never apply") as refused:
+        plain(wrapped)
+    assert "reward=, shaping= or constraint=" in str(refused.value)
+    with pytest.raises(ValueError, match="Expected a text vector environment"):
+        plain(TransformReward(gym.make_vec("CartPole-v1", num_envs=2), abs))

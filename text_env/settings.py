@@ -1,0 +1,151 @@
+"""The constructor arguments that the scalar and the vector environment share, each with its default and its meaning."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import numpy as np
+
+from text_env.prompts import OverlongPrompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+else:
+    # The command line reads these annotations at run time, and transformers is slow to import for one name.
+    PreTrainedTokenizerBase = Any
+
+Constructor = TypeVar("Constructor", bound=Callable[..., None])
+
+
+@dataclass(frozen=True)
+class EpisodeSettings:
+    """How the episodes of an environment go: where texts start, what ends them and what they are worth.
+
+    Names are the better form wherever a live object is accepted too: Gymnasium deep-copies live objects when the
+    ``spec`` of a wrapper is read.
+
+    :param tokenizer: ``"builtin"``, a directory, a hub name, or a live Hugging Face tokenizer with an eos token.
+    :param prompts: ``"builtin"``, ``"builtin:eval"``, a file (.jsonl, .json, .csv, .txt), ``"module:function"``, a list
+        of strings, a list of mappings with the key ``"prompt"``, or a ``datasets.Dataset``. The reward is given the
+        other columns. A prompt may be a conversation, which is a list of messages ``{"role": ..., "content": ...}``: it
+        is written in the tokenizer's chat template, and rewards are given prompts and completions as lists of messages,
+        as TRL gives them.
+    :param reward: ``"builtin"``, ``"sentiment"``, the directory or hub name of a sequence classifier,
+        ``"module:function"``, a callable ``(prompts, completions, completion_ids, **columns) -> list[float]``, or a
+        weighted sum of these, as ``{"builtin": 1.0, "sentiment": 0.5}`` or ``"builtin+0.5*sentiment"``.
+    :param max_prompt_tokens: the length of the longest prompt, in tokens.
+    :param max_new_tokens: the response budget, in tokens. An EOS counts.
+    :param min_new_tokens: an EOS ends the text only if at least this many response tokens stand before it, and the
+        policies of this package never sample an earlier one. Stop strings and the budget end a text regardless.
+    :param stop: a string, or several, that end the text. The completion keeps the string. A special token may be a stop
+        string, such as the one by which an instruct model ends its turn where that is not the tokenizer's eos token; it
+        ends the text too, but is no part of the decoded completion.
+    :param group_size: the number of consecutive episodes that share a prompt.
+    :param metrics: further rewards by name, for example ``{"gold_score": "sentiment"}``. Their scores are reported in
+        the final info and never paid.
+    :param overlong_prompts: what happens to a prompt of more than max_prompt_tokens: "error", or "truncate_left", which
+        keeps the end of the prompt.
+    :param constraint: which tokens may follow a context: a callable ``(contexts, n_tokens) -> bool [B, n_tokens]`` (see
+        :mod:`text_env.constraints`), its name as ``"module:function"``, or a list of these, all of which must hold. The
+        environment reports it by ``action_masks()`` and accepts every token all the same, so that algorithms without
+        masks can run; it is the policy that never samples a forbidden token.
+    :param chat_template: whether a prompt that is a string becomes the user's turn in a conversation, written in the
+        tokenizer's chat template. None means: if the tokenizer has a chat template, as those of instruct models do.
+        Prompts that are lists of messages always use it.
+    :param shaping: rewards for the tokens before the last one: a :class:`text_env.shaping.PotentialShaping`, its name
+        as ``"module:object"``, or anything that ``reward`` may be, which is then the potential. The best policy stays
+        the same. ``info["score"]`` is still the score, and the rewards of an episode sum to the score minus the
+        potential of the episode's start (if γ = 1).
+    :param reward_kwargs: the arguments ``batch_size``, ``device``, ``dtype``, ``max_length``, ``label`` and
+        ``chat_template`` of :class:`text_env.rewards.SequenceClassifierReward`, for every classifier that ``reward``,
+        ``metrics`` and ``shaping`` name.
+    """
+
+    tokenizer: str | Path | PreTrainedTokenizerBase = "builtin"
+    prompts: str | Path | Iterable[str | Mapping[str, Any]] = "builtin"
+    reward: Any = "builtin"
+    max_prompt_tokens: int = 16
+    max_new_tokens: int = 48
+    min_new_tokens: int = 0
+    stop: str | Sequence[str] | None = None
+    group_size: int = 1
+    metrics: Mapping[str, Any] | None = None
+    overlong_prompts: OverlongPrompts = "error"
+    constraint: Any = None
+    chat_template: bool | None = None
+    shaping: Any = None
+    reward_kwargs: Mapping[str, Any] | None = None
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """``stop`` as a tuple, empty where there is none."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def check(self) -> None:
+        """Check the numbers and the stop strings. What the other arguments name is checked where it is looked up.
+
+        :raises ValueError: if one of them is out of range.
+        """
+        check_integer("max_prompt_tokens", self.max_prompt_tokens, 1)
+        check_integer("max_new_tokens", self.max_new_tokens, 1)
+        check_integer("min_new_tokens", self.min_new_tokens, 0)
+        check_integer("group_size", self.group_size, 1)
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"Expected min_new_tokens to be at most max_new_tokens={self.max_new_tokens}, got "
+                f"{self.min_new_tokens}."
+            )
+        if not all(isinstance(string, str) and string for string in self.stop_strings):
+            raise ValueError(f"Expected stop to be a non-empty string or a list of them, got {self.stop!r}.")
+
+
+def check_integer(name: str, value: Any, least: int) -> None:
+    """
+    :param name: what the number is called in the error.
+    :param value: the number.
+    :param least: the smallest value allowed.
+    :raises ValueError: if ``value`` is no integer, or smaller.
+    """
+    if not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"Expected {name} to be an integer of at least {least}, got {value!r}.")
+
+
+def takes_settings(init: Constructor) -> Constructor:
+    """Decorate an ``__init__`` whose last parameter is ``**settings``, the fields of :class:`EpisodeSettings`.
+
+    ``inspect.signature`` and ``help`` then show every field with its default and its documentation, as if the
+    constructor listed them itself, and a misspelt argument is answered with the right one.
+
+    :param init: the constructor.
+    :return: the constructor, which raises a TypeError that names the known arguments if it is given an unknown one.
+    """
+    signature = inspect.signature(init)
+    own = [parameter for parameter in signature.parameters.values() if parameter.kind != parameter.VAR_KEYWORD]
+    fields = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in dataclasses.fields(EpisodeSettings)
+    ]
+    names = [parameter.name for parameter in (*own[1:], *fields)]
+
+    @wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name in kwargs:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, 1)
+                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                raise TypeError(
+                    f"Unknown argument {name!r} of {type(self).__name__}{hint}; known are {', '.join(names)}."
+                )
+        init(self, *args, **kwargs)
+
+    # On the function and not on the class, where subclasses with a constructor of their own would inherit it.
+    checked.__signature__ = signature.replace(parameters=[*own, *fields])  # type: ignore[attr-defined]
+    checked.__doc__ = inspect.getdoc(EpisodeSettings)
+    return cast(Constructor, checked)
