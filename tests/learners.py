@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.algorithms.ppo import PPO
 from agents.policies.causal_lm_policy import CausalLMPolicy
+from agents.rollouts.episode_buffer import EpisodeBuffer
 from text_env.vector_env import TextVectorEnv
 
 PROMPTS = ["The movie", "I loved this", "a", "That film was so good and"]
@@ -182,6 +183,13 @@ def counted_forwards(backbone: torch.nn.Module) -> Iterator[list[tuple[int, int]
         yield shapes
     finally:
         handle.remove()
+
+
+def prompt_of(buffer: EpisodeBuffer, episode: int) -> list[int]:
+    """Token ids of an episode's prompt, as a learner reads them."""
+    observations = buffer.pack(np.array([episode])).observations
+    ids: list[int] = observations["input_ids"][0, : int(observations["prompt_length"])].tolist()
+    return ids
 
 
 def weights_of(policy: torch.nn.Module) -> dict[str, torch.Tensor]:

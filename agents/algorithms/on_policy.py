@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 from gymnasium import spaces
+from gymnasium.vector import VectorEnv
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
@@ -32,7 +33,7 @@ from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.collector import Interrupted, collect_episodes
 from agents.rollouts.episode_buffer import EpisodeBuffer, EpisodeSamples
 from agents.rollouts.sb3_vec_env import TextVecEnv, make_vec_env
-from text_env.vector_env import TextVectorEnv
+from text_env.vector_env import TextVectorEnv, plain
 
 MAX_ROWS = 64  # of an environment that is given by name
 
@@ -411,11 +412,12 @@ class OnPolicyAlgorithm(Resumable):
 def _as_vec_env(env: str | VecEnv | TextVectorEnv, n_episodes: int, group_size: int) -> TextVecEnv:
     if isinstance(env, str):
         grouped = {"group_size": group_size} if group_size > 1 else {}
-        return make_vec_env(env, n_envs=default_rows(n_episodes, group_size), env_kwargs=grouped)
-    if isinstance(env, TextVectorEnv):
-        return TextVecEnv(env)
+        env = make_vec_env(env, n_envs=default_rows(n_episodes, group_size), env_kwargs=grouped)
     if isinstance(env, TextVecEnv):
+        plain(env.outermost)  # the loop drives the environment itself: wrappers would never apply
         return env
+    if isinstance(env, VectorEnv):
+        return TextVecEnv(plain(env))
     raise ValueError(
         "Expected env to be a registered name ('TextRLHF-v0'), gym.make_vec('TextRLHF-v0', num_envs=...) or "
         f"agents.make_vec_env(...), got {type(env).__name__}. For single or wrapped environments use SB3's algorithms."

@@ -14,7 +14,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from agents.models.pretrained import resolve_dtype
-from text_env.constraints import Constraint, MinimumLength, all_of, make_constraint, name_of
+from text_env.constraints import Constraint, MinimumLength, all_of, make_constraint, name_of, same_constraint
 from text_env.episodes import EpisodesFace
 
 
@@ -117,7 +117,7 @@ class TokenDistribution:
         mine, theirs = getattr(self, name), getattr(other, name)
         if name == "eos_token_ids" and not (mine and theirs):
             return True  # where somebody doesn't know the ends of a text, no minimum length depends on them
-        return mine is theirs or bool(mine == theirs)
+        return same_constraint(mine, theirs) if name == "constraint" else bool(mine == theirs)
 
     def check_environment(self, env: EpisodesFace) -> None:
         """

@@ -30,7 +30,7 @@ class TextVecEnv(VecEnv):
         if not isinstance(vector_env.unwrapped, TextVectorEnv):
             raise ValueError(f"Expected a text environment, for example gym.make_vec('TextRLHF-v0'), got {vector_env}.")
         self.vector_env = vector_env.unwrapped
-        self._wrapped = vector_env  # takes the actions
+        self.outermost = vector_env  # takes the actions
         self.render_mode = vector_env.render_mode
         super().__init__(vector_env.num_envs, vector_env.single_observation_space, vector_env.single_action_space)
         self.vector_env.autoreset_mode = AutoresetMode.SAME_STEP
@@ -47,7 +47,7 @@ class TextVecEnv(VecEnv):
             for key in ("prompt", "response")
             if any(key in row for row in self._options)
         }
-        observation, infos = self._wrapped.reset(
+        observation, infos = self.outermost.reset(
             seed=list(self._seeds) if len(seeds) == self.num_envs else None,  # type: ignore[arg-type]
             options=options or None,
         )
@@ -64,7 +64,7 @@ class TextVecEnv(VecEnv):
     def step_wait(self) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, list[dict[str, Any]]]:
         # A learner of ours may have driven the same environment in between.
         self.vector_env.autoreset_mode = AutoresetMode.SAME_STEP
-        observation, rewards, terminations, truncations, infos = self._wrapped.step(self._actions)
+        observation, rewards, terminations, truncations, infos = self.outermost.step(self._actions)
         dones = terminations | truncations
         self._returns += rewards
         self._lengths += 1
@@ -84,10 +84,10 @@ class TextVecEnv(VecEnv):
         return observation, rewards.astype(np.float32), dones, rows
 
     def close(self) -> None:
-        self._wrapped.close()
+        self.outermost.close()
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        owner = self._wrapped if hasattr(self._wrapped, attr_name) else self.vector_env
+        owner = self.outermost if hasattr(self.outermost, attr_name) else self.vector_env
         return [getattr(owner, attr_name) for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
@@ -96,7 +96,7 @@ class TextVecEnv(VecEnv):
         setattr(self.vector_env, attr_name, value)
 
     def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
-        owner = self._wrapped if hasattr(self._wrapped, method_name) else self.vector_env
+        owner = self.outermost if hasattr(self.outermost, method_name) else self.vector_env
         result = getattr(owner, method_name)(*method_args, **method_kwargs)
         return [result[row] if method_name in PER_ROW_METHODS else result for row in self._get_indices(indices)]
 

@@ -27,7 +27,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -49,7 +49,7 @@ from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.collector import collect_episodes
 from agents.rollouts.episode_buffer import EpisodeBuffer
 from benchmarks.timing import machine, today, versions
-from text_env.vector_env import TextVectorEnv
+from text_env.vector_env import TextVectorEnv, plain
 
 # Of the mean variance of a hidden unit: the best of 0.001 to 10 on held-out episodes is between 0.1 and 0.3.
 RIDGE = 0.2
@@ -117,7 +117,7 @@ def measure(
         raise ValueError(f"Expected at least 3 rollouts, since the jackknife leaves one of them out, got {rollouts}.")
     start = time.perf_counter()
     if env is None:
-        env = cast(TextVectorEnv, gym.make_vec("TextRLHF-v0", num_envs=episodes, group_size=GROUP_SIZE).unwrapped)
+        env = plain(gym.make_vec("TextRLHF-v0", num_envs=episodes, group_size=GROUP_SIZE))
     lm = load_causal_lm(model)  # one object for all: the same weights, and nothing here steps them
     env.reset(seed=seed)  # the prompts; the tokens are drawn by PyTorch, which the sampler seeds
     sampler = _algorithm(PLAIN, lm, env, episodes, seed)

@@ -17,6 +17,7 @@ from learners import (
     make_env,
     make_model,
     make_ppo,
+    prompt_of,
     randomize_value_head,
     weights_of,
 )
@@ -127,9 +128,9 @@ def test_the_running_mean_is_of_past_episodes_only() -> None:
 def test_rloo_and_grpo_compare_a_text_with_the_others_of_its_prompt() -> None:
     rloo, grpo = rollout(make(RLOO, group_size=4)), rollout(make(GRPO, group_size=4))
     for model in (rloo, grpo):
-        first_tokens = [tuple(model.buffer._prefixes[e]) for e in range(N_EPISODES)]
-        assert first_tokens[:4] == [first_tokens[0]] * 4
-        assert first_tokens[4:] == [first_tokens[4]] * 4
+        prompts = [prompt_of(model.buffer, episode) for episode in range(N_EPISODES)]
+        assert prompts[:4] == [prompts[0]] * 4
+        assert prompts[4:] == [prompts[4]] * 4
     returns = rloo.buffer.episode_sums(rloo.buffer.rewards)
     per_episode = rloo.buffer.advantages[rloo.buffer.starts[:-1]]
     np.testing.assert_allclose(per_episode, leave_one_out(returns, 4), atol=1e-6)
@@ -331,7 +332,7 @@ def test_groups_stay_whole_after_an_interrupted_rollout() -> None:
     # Someone refills three rows from outside, which leaves a group of four with one place.
     model.vector_env.reset(options={"reset_mask": np.arange(N_EPISODES) < 3})
     rollout(model)
-    prompts = [tuple(prefix) for prefix in model.buffer._prefixes]
+    prompts = [prompt_of(model.buffer, episode) for episode in range(N_EPISODES)]
     assert prompts[:4] == [prompts[0]] * 4
     assert prompts[4:] == [prompts[4]] * 4
 

@@ -34,6 +34,7 @@ from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.policies.maskable import MaskableCausalLMPolicy
 from agents.rollouts.collector import collect_episodes
 from agents.rollouts.episode_buffer import EpisodeBuffer
+from agents.rollouts.sampling import collect_texts
 from agents.rollouts.sb3_vec_env import TextVecEnv
 from text_env.constraints import Contexts, ForbiddenTokens
 from text_env.episodes import NO_ACTION
@@ -235,10 +236,15 @@ def test_no_learner_ever_samples_a_forbidden_token(
 
 def test_a_policy_that_is_not_told_of_the_constraint_samples_forbidden_tokens() -> None:
     """The negative control: the environment takes every token."""
-    parts = [RandomMasks(0, 0.5)]
-    env = watched_env(parts)
-    own_ppo(env, None)
+    env = watched_env([RandomMasks(0, 0.5)])
+    policy = make_policy(env, model=make_model(ends=0.2))
+    collect_texts(policy, env, 16)
     assert env.forbidden > 0.3 * env.sampled
+
+
+def test_an_algorithm_whose_policy_is_not_told_of_the_constraint_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"constraint is None for the policy and .*RandomMasks.* for the environment"):
+        own_ppo(watched_env([RandomMasks(0, 0.5)]), None)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
