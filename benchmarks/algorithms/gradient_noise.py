@@ -127,15 +127,15 @@ def measure(
     scores = np.concatenate([buffer.episode_sums(buffer.rewards) for buffer in buffers])
     values = np.concatenate([buffer.values for buffer in buffers])
     returns = np.concatenate([np.repeat(b.episode_sums(b.rewards), b.lengths) for b in buffers])
-    plain = gradients(PLAIN, _algorithm(PLAIN, lm, env, episodes), buffers, past)
-    plain_signal = signal(plain @ plain.T)
+    reinforce = gradients(PLAIN, _algorithm(PLAIN, lm, env, episodes), buffers, past)
+    plain_signal = signal(reinforce @ reinforce.T)
     rows, snr = {}, {}
     for estimator in estimators:
         own = gradients(estimator, _algorithm(estimator, lm, env, episodes), buffers, past)
         gram = own @ own.T
         snr[estimator.key] = signal_to_noise(gram)
         with np.errstate(invalid="ignore", divide="ignore"):
-            cosine = signal(own @ plain.T) / (np.sqrt(signal(gram)) * np.sqrt(plain_signal))
+            cosine = signal(own @ reinforce.T) / (np.sqrt(signal(gram)) * np.sqrt(plain_signal))
         rows[estimator.key] = {
             "algorithm": estimator.name,
             "critic": estimator.critic,
@@ -150,7 +150,7 @@ def measure(
         "episodes_per_rollout": episodes,
         "group_size": env.group_size,
         "past_episodes": past_episodes,
-        "parameters": plain.shape[1],
+        "parameters": reinforce.shape[1],
         "score_mean": float(scores.mean()),
         "score_std": float(scores.std()),
         "explained_variance_of_the_fitted_critic": float(explained_variance(values, returns)),
