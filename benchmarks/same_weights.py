@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
 ITERATIONS = 3
 CLOSE = 1e-5
 """How far apart weights may be after the first iteration where a forward pass has another shape than before."""
@@ -159,24 +156,19 @@ def main(args: list[str] | None = None) -> int:
     if options.worker is not None:
         worker(options.learners, options.worker, options.iterations, options.seed)
         return 0
-    commit = subprocess.check_output(["git", "rev-parse", options.base], cwd=ROOT, text=True).strip()
-    with tempfile.TemporaryDirectory() as scratch:
-        other = Path(scratch) / "tree"
-        subprocess.run(["git", "worktree", "add", "--detach", "--quiet", str(other), commit], cwd=ROOT, check=True)
-        try:
-            directories = []
-            for tree in (other, ROOT):
-                out = Path(scratch) / f"weights-{len(directories)}"
-                out.mkdir()
-                directories.append(out)
-                command = [sys.executable, str(Path(__file__).resolve()), commit, "--worker", str(out)]
-                command += ["--iterations", str(options.iterations), "--seed", str(options.seed)]
-                command += ["--learners", *options.learners]
-                # This file runs in both, but each on its own packages.
-                subprocess.run(command, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, check=True)
-            differences = compare(*directories)
-        finally:
-            subprocess.run(["git", "worktree", "remove", "--force", str(other)], cwd=ROOT, check=True)
+    from benchmarks.commits import ROOT, checked_out, commit_of, run_in  # which the other tree may not have
+
+    commit = commit_of(options.base)
+    with checked_out(commit) as other, tempfile.TemporaryDirectory() as scratch:
+        directories = []
+        for tree in (other, ROOT):
+            out = Path(scratch) / f"weights-{len(directories)}"
+            out.mkdir()
+            directories.append(out)
+            # This file runs in both, but each on its own packages.
+            command = [str(Path(__file__).resolve()), commit, "--worker", str(out), "--learners", *options.learners]
+            run_in(tree, [*command, "--iterations", str(options.iterations), "--seed", str(options.seed)])
+        differences = compare(*directories)
     for name, values in differences.items():
         print(f"{name:10} {verdict(values):14} {', '.join(f'{i}: {x:.1e}' for i, x in sorted(values.items()))}")
     if options.json is not None:
