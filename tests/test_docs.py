@@ -145,6 +145,13 @@ def test_what_a_docstring_names_is_there(path: Path) -> None:
             assert missing_paths(text) == []
 
 
+@pytest.mark.parametrize("name", ["Makefile", "pyproject.toml"])
+def test_what_the_build_files_name_is_there(name: str) -> None:
+    text = (ROOT / name).read_text()
+    assert PATH.findall(text)
+    assert missing_paths(text) == []
+
+
 def missing_names(text: str) -> list[str]:
     """The dotted names of either package that nothing bears."""
 
