@@ -1,5 +1,5 @@
-"""The command line: ``textrlhf train | evaluate | sample | reward-model | demo``. Thin; the work is in ``run``,
-``evaluation`` and ``reward_model``."""
+"""The command line: ``textrlhf train | evaluate | sample | reward-model | demo``. Thin; the work is in ``runs``,
+``evaluation`` and ``reward_models``."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ Two commands::
 ``build`` runs six stages in order: ``tokenizer``, ``language_model``, ``prompts``, ``preferences``,
 ``reward_model``, ``report``. Each reads what the earlier ones left in ``--out`` and notes its figures in
 ``report.json`` there, so any of them can be run again by itself: ``build --stages reward_model report``.
-Everything is a setting of :class:`Build`; ``tests/test_builtin.py`` rebuilds a miniature with small ones.
+Everything is a setting of :class:`Build`; ``tests/text_env/test_builtin.py`` rebuilds a miniature with small ones.
 """
 
 from __future__ import annotations

@@ -1,32 +1,182 @@
-"""The documentation points at code that is there."""
+"""The documentation points at code that is there.
 
+Pages name functions, classes, methods and constants, and link each name to the file that defines it. Where a line of
+code is the equation that the text explains, it is quoted after the name of its function and a colon:
+``[`whiten`](../agents/objectives/advantages.py): `return ...` ``.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import pkgutil
 import re
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-LINK = re.compile(r"\[`([^`]+)`\]\(\.\./([\w/]+\.py)#L(\d+)\)")
-PAGES = sorted((ROOT / "docs").glob("*.md"))
-LINKS = [match.groups() for page in PAGES for match in LINK.finditer(page.read_text())]
-REFERENCE = re.compile(r"\]\((?!https?:|#)([^)#]+)")
+ROOT = Path(__file__).parents[1]
+CODE = ("agents", "text_env", "benchmarks", "data", "examples")
+PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in ("docs", *CODE) for page in (ROOT / folder).rglob("*.md"))])
+# Programs wrote these: they speak of the code as it was when it was measured.
+REPORTS = [page for page in PAGES if page.is_relative_to(ROOT / "benchmarks" / "results")]
+SOURCES = sorted(path for folder in (*CODE, "tests") for path in (ROOT / folder).rglob("*.py"))
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
+SPAN = re.compile(r"`([^`]+)`")
+QUOTE = re.compile(r"\[`([\w.]+)`\]\(([^)\s]+\.py)\):\s+`([^`]+)`")
+STATEMENT = re.compile(r"return .|.* [-+*/]?= ")
+DOTTED = re.compile(r"(?<![\w./])(?:agents|text_env)(?:\.[A-Za-z_]\w*)+")
+PATH = re.compile(r"(?<![\w./])(?:agents|text_env|benchmarks|data|docs|examples|tests)/[\w/.-]*\w")
 
 
-def test_every_equation_has_a_link():
-    assert len(LINKS) >= 20
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs"])
-def test_what_a_page_points_at_is_there(path: str):
-    pages = PAGES if path == "docs" else [ROOT / path]
-    links = [(page, name) for page in pages for name in REFERENCE.findall(page.read_text())]
-    missing = [name for page, name in links if not (page.parent / name).exists()]
-    assert links or path not in ("README.md", "docs")
-    assert missing == []
+def prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    return FENCE.sub("", page.read_text())
 
 
-@pytest.mark.parametrize(("code", "path", "line"), LINKS, ids=[f"{path}:{code[:40]}" for code, path, _ in LINKS])
-def test_a_linked_line_holds_the_code_that_the_text_quotes(code: str, path: str, line: str):
-    lines = (ROOT / path).read_text().splitlines()
-    found = [number for number, text in enumerate(lines, 1) if text.strip() == code]
-    assert found == [int(line)]
+def links(page: Path) -> list[tuple[str, str]]:
+    """Text and target of every link into the repository."""
+    return [
+        (text, target.partition("#")[0])
+        for text, target in LINK.findall(prose(page))
+        if not re.match(r"[a-z]+:|#", target)
+    ]
+
+
+@functools.cache
+def definitions(path: Path) -> dict[str, ast.stmt]:
+    """What a file defines at its top level, by name; what its classes define, as ``Class.name``."""
+
+    def of(body: list[ast.stmt], owner: str) -> dict[str, ast.stmt]:
+        found: dict[str, ast.stmt] = {}
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                found[owner + node.name] = node
+            if isinstance(node, ast.ClassDef):
+                found.update(of(node.body, f"{owner}{node.name}."))
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            found.update({owner + name.id: node for name in targets if isinstance(name, ast.Name)})
+        return found
+
+    return of(ast.parse(path.read_text()).body, "")
+
+
+def holds(function: ast.stmt, code: str) -> bool:
+    """Whether a function has this statement or expression. Spaces, line breaks and comments make no difference."""
+    quoted: ast.AST = ast.parse(code).body[0]
+    if isinstance(quoted, ast.Expr):
+        quoted = quoted.value
+    return any(ast.dump(node) == ast.dump(quoted) for node in ast.walk(function) if type(node) is type(quoted))
+
+
+CODE_LINKS = [(page, text, target) for page in PAGES for text, target in links(page) if target.endswith(".py")]
+QUOTES = [(page, *quote) for page in PAGES for quote in QUOTE.findall(prose(page))]
+
+
+def test_there_is_something_to_check() -> None:
+    assert {"README.md", "CONTRIBUTING.md", "docs/ppo.md", "benchmarks/README.md"} <= set(map(named, PAGES))
+    assert len(CODE_LINKS) >= 50
+    assert len(QUOTES) >= 18
+    assert len([page for page, *_ in QUOTES if page.name == "ppo.md"]) >= 12
+
+
+@pytest.mark.parametrize(
+    ("page", "text", "target"), CODE_LINKS, ids=[f"{named(page)}:{text}" for page, text, _ in CODE_LINKS]
+)
+def test_a_link_to_code_names_what_the_file_defines(page: Path, text: str, target: str) -> None:
+    names = SPAN.findall(text)
+    assert names, f"Expected the link's text to be the name of what {target} defines, got {text!r}."
+    assert [name for name in names if name not in definitions(page.parent / target)] == []
+
+
+@pytest.mark.parametrize(
+    ("page", "name", "target", "code"), QUOTES, ids=[f"{name}: {code[:40]}" for _, name, _, code in QUOTES]
+)
+def test_a_quoted_line_of_code_is_in_the_function_that_is_named_before_it(
+    page: Path, name: str, target: str, code: str
+) -> None:
+    assert holds(definitions(page.parent / target)[name], code)
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=named)
+def test_no_line_of_code_is_quoted_without_the_function_that_it_is_in(page: Path) -> None:
+    quoted = {code for other, *_, code in QUOTES if other == page}
+    assert [span for span in SPAN.findall(prose(page)) if STATEMENT.match(span) and span not in quoted] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_what_a_page_links_to_is_there(page: Path) -> None:
+    assert [target for _, target in links(page) if not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_no_page_points_at_the_number_of_a_line(page: Path) -> None:
+    assert re.findall(r"\S+#L\d+", page.read_text()) == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in REPORTS], ids=named)
+def test_what_a_page_names_is_there(page: Path) -> None:
+    spans = SPAN.findall(prose(page))
+    assert missing_names(" ".join(spans)) == []
+    assert missing_paths(" ".join(spans)) == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in REPORTS], ids=named)
+def test_what_the_examples_of_a_page_import_is_there(page: Path) -> None:
+    for language, code in FENCE.findall(page.read_text()):
+        if language == "python":
+            imports = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)]
+            names = [f"{node.module}.{alias.name}" for node in imports for alias in node.names]
+            assert missing_names(" ".join(names)) == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=named)
+def test_what_a_docstring_names_is_there(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node) or ""
+            assert missing_names(" ".join(SPAN.findall(text))) == []
+            assert missing_paths(text) == []
+
+
+@pytest.mark.parametrize("name", ["Makefile", "pyproject.toml"])
+def test_what_the_build_files_name_is_there(name: str) -> None:
+    text = (ROOT / name).read_text()
+    assert PATH.findall(text)
+    assert missing_paths(text) == []
+
+
+def missing_names(text: str) -> list[str]:
+    """The dotted names of either package that nothing bears."""
+
+    def is_there(name: str) -> bool:
+        try:
+            pkgutil.resolve_name(name)
+        except (ImportError, AttributeError):
+            return False
+        return True
+
+    return [name for name in DOTTED.findall(text) if not is_there(name)]
+
+
+def missing_paths(text: str) -> list[str]:
+    """The paths, from the root of the repository, at which there is nothing."""
+    return [path for path in PATH.findall(text) if not (ROOT / path).exists()]
+
+
+def test_a_wrong_name_path_or_quotation_is_noticed() -> None:
+    assert missing_names("`agents.PPO` `agents.ppo.PPO` `text_env.episodes.NO_ACTION`") == ["agents.ppo.PPO"]
+    assert missing_paths("agents/cli.py, agents/ppo.py, docs/ppo.md") == ["agents/ppo.py"]
+    losses = definitions(ROOT / "agents" / "objectives" / "losses.py")
+    assert "clipped_surrogate" in losses
+    assert "torch" not in losses
+    assert "EpisodeBuffer.finalize" in definitions(ROOT / "agents" / "rollouts" / "episode_buffer.py")
+    assert holds(losses["policy_gradient"], "return  -log_prob*advantages")
+    assert not holds(losses["policy_gradient"], "return log_prob * advantages")
+    assert not holds(losses["clipped_surrogate"], "return -log_prob * advantages")

@@ -199,3 +199,50 @@ def test_every_field_of_a_docstring_has_a_line_of_its_own() -> None:
     for path in MODULES:
         lines = path.read_text().splitlines()
         assert [line for line in lines if crowded.search(line)] == [], path
+
+
+# ---- the reading order in CONTRIBUTING.md --------------------------------------------------------------------------
+
+
+def reading_order() -> tuple[list[str], list[Path]]:
+    """
+    :return: the folders of the two packages that have a heading in the reading order, and all files, both as they come.
+    """
+    folders: list[str] = []
+    files: list[Path] = []
+    table = False
+    for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines():
+        if line.startswith("#"):
+            heading = re.match(r"### `((?:text_env|agents)/[\w/]*)`: ", line)
+            folders += [heading[1]] if heading else []
+            table = heading is not None
+        elif table and (row := re.match(r"\| `([\w/]+\.py)` \| \S", line)):
+            files.append(ROOT / folders[-1] / row[1])
+    return folders, files
+
+
+def has_code(path: Path) -> bool:
+    """Whether there is more in a file than its docstring."""
+    return len(ast.parse(path.read_text()).body) > 1
+
+
+def test_the_reading_order_goes_through_the_folders_from_the_environment_upward() -> None:
+    floors = [f"agents/{name}/" for name in reversed(FLOORS) if name != "cli"]
+    assert reading_order()[0] == ["text_env/", *floors, "agents/"]
+
+
+def test_the_reading_order_names_every_file_once() -> None:
+    files = reading_order()[1]
+    assert len(set(files)) == len(files)
+    read, written = ({str(path.relative_to(ROOT)) for path in paths} for paths in (files, filter(has_code, MODULES)))
+    assert read == written
+
+
+def test_a_file_imports_only_what_stands_before_it_in_the_reading_order() -> None:
+    names = [module_name(path) for path in reading_order()[1]]
+    assert len(names) >= 60
+    edges = graph()
+    for position, name in enumerate(names):
+        # A root is imported for its effect alone: it registers the environment's name.
+        later = edges.get(name, set()) - set(names[:position]) - set(PACKAGES)
+        assert later == set(), f"{name} imports {later}"

@@ -26,7 +26,7 @@ FEWEST_SEEDS = 5
 SEEDS_WITHOUT_COLLAPSE = 10
 SMOOTHING = 5  # bins of a learning curve
 
-AGENTS = Path(__file__).parents[2] / "agents"
+ALGORITHMS = Path(__file__).parents[2] / "agents" / "algorithms"
 
 Run = dict[str, Any]
 
@@ -344,14 +344,14 @@ class Evidence:
     :param tuning: algorithm → trials, each with ``learning_rate`` and ``objective``.
     :param noise: estimator → ``{"snr", "low", "high", "minus"}``, see ``gradient_noise.py``.
     :param kl_coef: β.
-    :param agents: directory of the algorithms' files.
+    :param algorithms: directory of the algorithms' files.
     """
 
     runs: dict[str, list[Run]]
     tuning: dict[str, list[dict[str, Any]]]
     noise: dict[str, dict[str, Any]]
     kl_coef: float
-    agents: Path = AGENTS
+    algorithms: Path = ALGORITHMS
 
     def lacks(self, *names: str) -> list[str]:
         """Algorithms without runs."""
@@ -449,12 +449,13 @@ def needs_tuning(evidence: Evidence) -> Claim:
 
 def fewer_lines(evidence: Evidence, simple: str, other: str) -> Claim:
     """One algorithm's file is shorter than another's."""
-    paths = [evidence.agents / f"{name}.py" for name in (simple, other)]
+    paths = [evidence.algorithms / f"{name}.py" for name in (simple, other)]
     if not all(path.exists() for path in paths):
         return missing(*(path.name for path in paths if not path.exists()))
     short, long = map(lines_of_code, paths)
     verdict = Verdict.SUPPORTED if short < long else Verdict.CONTRADICTED
-    return Claim(f"`agents/{simple}.py` has {short} lines of code, `agents/{other}.py` {long}", verdict)
+    text = f"`agents/algorithms/{simple}.py` has {short} lines of code, `agents/algorithms/{other}.py` {long}"
+    return Claim(text, verdict)
 
 
 def needs_fewer_tokens(evidence: Evidence, ours: str, theirs: str) -> Claim:

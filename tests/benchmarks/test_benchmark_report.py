@@ -264,6 +264,15 @@ def test_lines_of_code_leave_out_docstrings_comments_and_blank_lines(tmp_path: P
     assert sentences.fewer_lines(Evidence({}, {}, {}, 0, tmp_path), "none", "ppo").verdict == Verdict.UNDECIDED
 
 
+@pytest.mark.parametrize("simple", ["a2c", "reinforce"])
+def test_the_files_whose_lines_are_counted_are_named_by_their_paths(simple: str) -> None:
+    claim = sentences.fewer_lines(Evidence({}, {}, {}, 0), simple, "ppo")
+    assert claim.verdict != Verdict.UNDECIDED
+    paths = [span for span in claim.text.split("`") if span.endswith(".py")]
+    assert paths == [f"agents/algorithms/{simple}.py", "agents/algorithms/ppo.py"]
+    assert all((Path(__file__).parents[2] / path).exists() for path in paths)
+
+
 def test_scores_at_equal_kl_are_brought_down_each_in_favour_of_the_other_side() -> None:
     ours, theirs = [run(score=2.0, kl=16.0)], [run("trl-ppo", score=1.0, kl=4.0)]
     assert report.frontier(ours, theirs).ours == pytest.approx(0.5)  # the chord: a quarter of the KL, of the gain

@@ -1,5 +1,5 @@
-"""Invariant 8, as a whole: from sampled tokens to advantages, worked out by hand. The parts: tests/test_advantages.py
-and tests/test_losses.py.
+"""Invariant 8, as a whole: from sampled tokens to advantages, worked out by hand. The parts:
+tests/objectives/test_advantages.py and tests/objectives/test_losses.py.
 """
 
 from __future__ import annotations
