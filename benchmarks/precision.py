@@ -153,7 +153,7 @@ def main(args: list[str] | None = None) -> int:
             "date": today(),
             "machine": machine(torch.device("cpu")),
             "versions": versions(),
-            "what": "ratios before any update; times relative to the bfloat16 head's (update: one pass and its gradient)",
+            "what": "ratios before any update; times relative to those with the bfloat16 head",
             "figures": figures,
         }
         options.json.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
