@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Before transformers is imported anywhere: a test that reaches for the hub is a mistake.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# torch.compile would start a process of its own to compile in, which imports all of PyTorch for a dozen small files.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch
@@ -16,6 +19,12 @@ from transformers import PreTrainedTokenizerFast
 
 # With several threads the order of additions, and the last digits with it, would depend on the machine.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays until the end: no garbage collection has to look through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

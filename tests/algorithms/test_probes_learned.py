@@ -36,13 +36,15 @@ class Allowance(NamedTuple):
 
 # The same for all algorithms, whose settings are their defaults otherwise. A rollout is 64 to 160 tokens.
 ALLOWANCES = {
-    "fixed-token": Allowance(5e-3, 8_000),
-    "increasing-numbers": Allowance(3e-3, 24_000),
-    "count-to-eos": Allowance(3e-3, 16_000),
-    "copy-prompt": Allowance(1.5e-3, 16_000),
-    "early-credit": Allowance(3e-3, 12_000),
+    "fixed-token": Allowance(1e-2, 8_000),
+    "increasing-numbers": Allowance(6e-3, 24_000),
+    "count-to-eos": Allowance(6e-3, 16_000),
+    "copy-prompt": Allowance(3e-3, 16_000),
+    "early-credit": Allowance(6e-3, 12_000),
 }
-CONTROL = 0.5  # the share of the allowance that a control gets; by then, the learners that it is compared with have learned
+CONTROL = (
+    0.5  # the share of the allowance that a control gets; by then, the learners that it is compared with have learned
+)
 
 
 def towards_optimum(probe: Probe, share: float) -> float:
