@@ -12,13 +12,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # torch.compile would start a process of its own to compile in, which imports all of PyTorch for a dozen small files.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-import pytest
-import torch
-from tiny import tiny_tokenizer
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
 
-# With several threads the order of additions, and the last digits with it, would depend on the machine.
-torch.set_num_threads(1)
+import pytest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def pytest_collectstart() -> None:
+    """Comes before the first test is imported, and not in the process that only hands out tests to the workers."""
+    import torch
+
+    # With several threads the order of additions, and the last digits with it, would depend on the machine.
+    torch.set_num_threads(1)
 
 
 def pytest_collection_finish() -> None:
@@ -30,4 +37,6 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """A tiny tokenizer with pad ≠ eos."""
+    from tiny import tiny_tokenizer
+
     return tiny_tokenizer()

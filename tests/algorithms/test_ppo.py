@@ -97,8 +97,8 @@ def test_a_reward_of_other_texts_teaches_nothing() -> None:
 
 
 def test_the_value_function_learns_what_a_text_is_worth() -> None:
-    env = make_env(16, reward=length_of)
-    model = make_ppo(env, n_episodes=32, learning_rate=lambda _: 0.0, vf_coef=1.0, clip_range_vf=None)
+    env, lm = make_env(32, reward=length_of), make_model(ends=0.2, num_hidden_layers=1)
+    model = make_ppo(env, lm, n_episodes=32, learning_rate=lambda _: 0.0, vf_coef=1.0, clip_range_vf=None)
     model.lr_schedule = lambda _: 3e-3
     for parameter in model.policy.lm.parameters():
         parameter.requires_grad_(False)  # the critic alone
@@ -111,7 +111,7 @@ def test_a_strong_kl_penalty_holds_the_policy_near_its_reference() -> None:
     kl = {}
     for coef in (0.0, 2.0):
         env = make_env(32, max_new_tokens=6, min_new_tokens=6)
-        model = make_ppo(env, one_layer(), n_episodes=32, learning_rate=3e-3, kl_coef=coef)
+        model = make_ppo(env, one_layer(), n_episodes=32, batch_size=8, learning_rate=3e-3, kl_coef=coef)
         kl[coef] = logged(model, 3_000)[-1]["objective/kl"]
     assert kl[2.0] < 0.3 * kl[0.0]
 
