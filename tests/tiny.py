@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -33,8 +36,13 @@ def tiny_tokenizer(pad: bool = True, vocab_size: int = 300) -> PreTrainedTokeniz
     """
     :param pad: with a pad token of its own; otherwise it has none.
     :param vocab_size: entries, special tokens included; at least 258.
-    :return: a byte-level BPE tokenizer, the same one every time.
+    :return: a byte-level BPE tokenizer, the same one every time, but the caller's own.
     """
+    return copy.deepcopy(_tokenizer(pad, vocab_size))
+
+
+@functools.cache
+def _tokenizer(pad: bool, vocab_size: int) -> PreTrainedTokenizerFast:
     special = ["<eos>", "<pad>"] if pad else ["<eos>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -83,11 +91,17 @@ def tiny_model(kind: str, tokenizer: Any = 300, seed: int = 0, **kwargs: Any) ->
     :param tokenizer: a tokenizer, or the number of entries of one.
     :param seed: of the random weights; PyTorch's global generator is left as it was.
     :param kwargs: further entries of its config.
-    :return: a random causal language model of two layers, in evaluation mode, float32.
+    :return: a random causal language model of two layers, in evaluation mode, float32; the caller's own.
     """
+    make = _model if all(isinstance(value, Hashable) for value in kwargs.values()) else _model.__wrapped__
+    return copy.deepcopy(make(kind, _vocabulary(tokenizer), seed, **kwargs))
+
+
+@functools.lru_cache(maxsize=64)  # a copy costs a third of a model
+def _model(kind: str, vocab_size: int, seed: int, **kwargs: Any) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(_config(kind, _vocabulary(tokenizer), **kwargs)).float().eval()
+        return AutoModelForCausalLM.from_config(_config(kind, vocab_size, **kwargs)).float().eval()
 
 
 def tiny_classifier(

@@ -25,6 +25,7 @@ from learners import (
 )
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger
+from transformers import PreTrainedModel
 
 from agents.algorithms.ppo import PPO
 from agents.models.reference import Reference
@@ -59,22 +60,30 @@ def logged(model: PPO, total_timesteps: int, **kwargs: Any) -> list[dict[str, An
 # ---- learning ------------------------------------------------------------------------------------------------------
 
 
-def share_of_even_tokens(reward: Any) -> tuple[float, float]:
-    """What 6,000 tokens of training do to the share of even tokens: at first, and in the end."""
-    env = make_env(16, reward=reward, metrics={"even": even_tokens}, max_new_tokens=6, min_new_tokens=6)
-    model = make_ppo(env, make_model(), n_episodes=32, batch_size=16, n_epochs=4, learning_rate=3e-3, kl_coef=0.0)
-    rows = logged(model, 6_000)
+def one_layer() -> PreTrainedModel:
+    """Enough to learn with, in half the time of two."""
+    return make_model(num_hidden_layers=1)
+
+
+def share_of_even_tokens(reward: Any, tokens: int) -> tuple[float, float]:
+    """What so many tokens of training do to the share of even tokens: at first, and in the end."""
+    env = make_env(32, reward=reward, metrics={"even": even_tokens}, max_new_tokens=6, min_new_tokens=6)
+    model = make_ppo(env, one_layer(), n_episodes=32, batch_size=16, n_epochs=4, learning_rate=3e-3, kl_coef=0.0)
+    rows = logged(model, tokens)
     return rows[0]["objective/even"], float(np.mean([row["objective/even"] for row in rows[-3:]]))
 
 
 def test_ppo_learns_to_write_even_tokens_within_6000_tokens() -> None:
-    before, after = share_of_even_tokens(even_tokens)
+    before, after = share_of_even_tokens(even_tokens, 6_000)
     assert 0.3 < before < 0.7
     assert after > 0.9
 
 
+ENOUGH = 3_000  # tokens after which the share has risen by 0.35 or more, if it is what is paid
+
+
 def test_a_constant_reward_teaches_nothing() -> None:
-    before, after = share_of_even_tokens(constant)
+    before, after = share_of_even_tokens(constant, ENOUGH)
     assert abs(after - before) < 0.2
 
 
@@ -83,13 +92,13 @@ def test_a_reward_of_other_texts_teaches_nothing() -> None:
         scores = even_tokens(completion_ids=completion_ids, prompts=[], completions=[])
         return [scores[(i + 1) % len(scores)] for i in range(len(scores))]
 
-    before, after = share_of_even_tokens(lambda prompts, completions, **kwargs: of_somebody_else(**kwargs))
+    before, after = share_of_even_tokens(lambda prompts, completions, **kwargs: of_somebody_else(**kwargs), ENOUGH)
     assert abs(after - before) < 0.2
 
 
 def test_the_value_function_learns_what_a_text_is_worth() -> None:
-    env = make_env(16, reward=length_of)
-    model = make_ppo(env, n_episodes=32, learning_rate=lambda _: 0.0, vf_coef=1.0, clip_range_vf=None)
+    env, lm = make_env(32, reward=length_of), make_model(ends=0.2, num_hidden_layers=1)
+    model = make_ppo(env, lm, n_episodes=32, learning_rate=lambda _: 0.0, vf_coef=1.0, clip_range_vf=None)
     model.lr_schedule = lambda _: 3e-3
     for parameter in model.policy.lm.parameters():
         parameter.requires_grad_(False)  # the critic alone
@@ -101,8 +110,8 @@ def test_the_value_function_learns_what_a_text_is_worth() -> None:
 def test_a_strong_kl_penalty_holds_the_policy_near_its_reference() -> None:
     kl = {}
     for coef in (0.0, 2.0):
-        env = make_env(16, max_new_tokens=6, min_new_tokens=6)
-        model = make_ppo(env, make_model(), n_episodes=32, learning_rate=3e-3, kl_coef=coef)
+        env = make_env(32, max_new_tokens=6, min_new_tokens=6)
+        model = make_ppo(env, one_layer(), n_episodes=32, batch_size=8, learning_rate=3e-3, kl_coef=coef)
         kl[coef] = logged(model, 3_000)[-1]["objective/kl"]
     assert kl[2.0] < 0.3 * kl[0.0]
 

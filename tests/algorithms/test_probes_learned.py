@@ -6,6 +6,7 @@ token to the first.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,9 +21,11 @@ from agents.rollouts.episode_buffer import EpisodeBuffer
 from agents.rollouts.sampling import sample_texts
 from agents.runs.config import ALGORITHMS
 from text_env.probes import PROBES, VOCABULARY, Probe, make_probe
+from text_env.vector_env import TextVectorEnv
 
 OWN = ("ppo", "a2c", "reinforce", "rloo", "grpo")
 EPISODES = 32  # of a rollout
+TEXTS = 1024  # to measure a policy by
 STEPS = {"ppo": 8}  # gradient steps a rollout (two minibatches, four epochs); the others take one
 
 
@@ -33,12 +36,15 @@ class Allowance(NamedTuple):
 
 # The same for all algorithms, whose settings are their defaults otherwise. A rollout is 64 to 160 tokens.
 ALLOWANCES = {
-    "fixed-token": Allowance(5e-3, 8_000),
-    "increasing-numbers": Allowance(3e-3, 24_000),
-    "count-to-eos": Allowance(3e-3, 16_000),
-    "copy-prompt": Allowance(1.5e-3, 16_000),
-    "early-credit": Allowance(3e-3, 12_000),
+    "fixed-token": Allowance(1e-2, 8_000),
+    "increasing-numbers": Allowance(6e-3, 24_000),
+    "count-to-eos": Allowance(6e-3, 16_000),
+    "copy-prompt": Allowance(3e-3, 16_000),
+    "early-credit": Allowance(6e-3, 12_000),
 }
+CONTROL = (
+    0.5  # the share of the allowance that a control gets; by then, the learners that it is compared with have learned
+)
 
 
 def towards_optimum(probe: Probe, share: float) -> float:
@@ -84,17 +90,24 @@ def make_learner(algorithm: str, name: str, seed: int = 0, **kwargs: Any) -> OnP
     )
 
 
+@functools.cache
+def environment_to_measure_in(name: str) -> TextVectorEnv:
+    """One row for each text that is measured: a thousand texts cost as many forward passes as one."""
+    return make_probe(name, TEXTS)
+
+
 def mean_score(model: OnPolicyAlgorithm, probe: Probe) -> float:
-    """Of at least 1,024 sampled texts, each prompt as often as any other."""
-    prompts = list(probe.prompts) * (1024 // len(probe.prompts))
-    return float(np.mean([text["score"] for text in sample_texts(model.policy, model.vector_env, prompts)]))
+    """Of 1,024 sampled texts, each prompt as often as any other."""
+    prompts = list(probe.prompts) * (TEXTS // len(probe.prompts))
+    env = environment_to_measure_in(probe.name)
+    return float(np.mean([text["score"] for text in sample_texts(model.policy, env, prompts)]))
 
 
-def learned_score(model: OnPolicyAlgorithm, name: str) -> float:
+def learned_score(model: OnPolicyAlgorithm, name: str, share_of_allowance: float = 1.0) -> float:
     probe = PROBES[name]
     assert mean_score(model, probe) < towards_optimum(probe, 0.3)  # there is something to learn
     callback = StopWhenSolved(probe)
-    model.learn(ALLOWANCES[name].tokens, callback)
+    model.learn(int(share_of_allowance * ALLOWANCES[name].tokens), callback)
     if callback.solution is not None:
         model.policy.load_state_dict(callback.solution)
     return mean_score(model, probe)
@@ -138,9 +151,11 @@ def pay_for_another_text(model: OnPolicyAlgorithm) -> OnPolicyAlgorithm:
 @pytest.mark.parametrize("algorithm", OWN)
 def test_paid_for_other_texts_no_algorithm_learns_to_copy(algorithm: str) -> None:
     # A policy that is blind to the prompt gets 0.25 at most, whatever it has drifted to.
-    assert learned_score(pay_for_another_text(make_learner(algorithm, "copy-prompt")), "copy-prompt") < 0.4
+    model = pay_for_another_text(make_learner(algorithm, "copy-prompt"))
+    assert learned_score(model, "copy-prompt", CONTROL) < 0.4
 
 
 def test_without_credit_for_early_tokens_ppo_fails_the_probe_of_it() -> None:
-    scores = [learned_score(make_learner("ppo", "early-credit", seed, gamma=0.0), "early-credit") for seed in (0, 1)]
+    models = [make_learner("ppo", "early-credit", seed, gamma=0.0) for seed in (0, 1)]
+    scores = [learned_score(model, "early-credit", 1 / 3) for model in models]  # with credit it takes a quarter
     assert np.mean(scores) < 0.5

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +126,23 @@ def test_tuning_takes_the_rate_of_the_best_objective(tmp_path: Path) -> None:
     assert [t["objective"] for t in trials["ppo"]] == pytest.approx([0.8, -0.3, None])
 
 
-def test_a_run_that_fails_for_another_reason_than_divergence_is_an_error(tmp_path: Path) -> None:
+def in_this_process(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    """Stands in for a process of its own, which would spend most of its time on imports."""
+    assert command[:3] == [sys.executable, "-m", runs.__name__]
+    errors = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
+        patch.setattr(sys, "argv", command[2:])
+        try:
+            runs.main()
+        except SystemExit as ended:
+            return subprocess.CompletedProcess(command, int(ended.code or 0), "", errors.getvalue())
+    return subprocess.CompletedProcess(command, 0, "", errors.getvalue())
+
+
+def test_a_run_that_fails_for_another_reason_than_divergence_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subprocess, "run", in_this_process)
     run = benchmark.Run("no-such-algorithm", 0, 1e-4, 100, "builtin")
     with pytest.raises(RuntimeError, match="invalid choice: 'no-such-algorithm'"):
         benchmark.execute(run, tmp_path)

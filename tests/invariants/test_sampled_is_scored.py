@@ -324,13 +324,13 @@ def test_under_a_constraint_the_memo_changes_nothing(name: str) -> None:
 
 # ---- every text that is started counts -----------------------------------------------------------------------------
 
-BUDGET = 24
+BUDGET = 12
 TEXTS = 800
 
 
 def policy_of_varied_lengths(n: int) -> tuple[CausalLMPolicy, object]:
     env = make_env(n, max_new_tokens=BUDGET, prompts=["a"], reward=length_of, max_prompt_tokens=4)
-    return make_policy(env, model=make_model(ends=0.12)), env
+    return make_policy(env, model=make_model(ends=0.2, num_hidden_layers=1)), env
 
 
 def one_at_a_time() -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +87,27 @@ def settings(base: str, out: Path, **changes: Any) -> RewardModelConfig:
     return RewardModelConfig(base=base, out=out, **{**quick, **changes})
 
 
+DRAW = {name: getattr(agents.reward_models.train, name) for name in ("plot_calibration", "plot_margins")}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def only_plots_that_are_looked_at() -> Iterator[None]:
+    """To draw two plots takes as long as to train such a small model: only those of :class:`Trained` are real."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in DRAW:
+            patch.setattr(agents.reward_models.train, name, lambda _, path: path.touch())
+        yield
+
+
 class Trained:
     """A reward model of the toy pairs and what was reported of it."""
 
     def __init__(self, base: str, out: Path, preferences: list[dict[str, Any]], **changes: Any) -> None:
         self.base, self.directory = base, out
-        self.report = train_reward_model(settings(base, out, **changes), preferences)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, draw in DRAW.items():
+                patch.setattr(agents.reward_models.train, name, draw)
+            self.report = train_reward_model(settings(base, out, **changes), preferences)
 
 
 @pytest.fixture(scope="module")
@@ -352,7 +368,7 @@ def test_plain_prompts_of_ones_own_open_conversations_where_the_pairs_are_conver
 
 
 def test_with_the_builtin_preferences_the_annotators_ceiling_is_reported(tmp_path: Path) -> None:
-    base = save_base(tmp_path / "base", max_position_embeddings=512)
+    base = save_base(tmp_path / "base", max_position_embeddings=512, num_hidden_layers=1)
     changes = {"preferences": "builtin", "max_pairs": 32, "n_normalisation_texts": 0}
     report = train_reward_model(settings(base, tmp_path / "out", **changes))
     ceiling = json.loads((LANGUAGE_MODEL.parent / "report.json").read_text())["preferences"]["eval"][
