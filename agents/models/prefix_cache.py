@@ -296,7 +296,7 @@ class PrefixCache:
 
     @torch.no_grad()
     def _probe(self) -> float:
-        """Largest relative difference between memoised and plain hidden states, over calls in which rows grow by one token
+        """Largest relative difference between memoised and plain hidden states, over calls in which rows grow by a token
         or by several, wait, restart, and begin as another row does.
         """
         self.enabled = True
