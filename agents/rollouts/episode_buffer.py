@@ -202,7 +202,7 @@ class EpisodeBuffer(RolloutBuffer):
         self.full = self.pos == self.buffer_size
 
     def _add_context(self, obs: Mapping[str, np.ndarray], rows: np.ndarray) -> None:
-        """Append the tokens of the observations that are not in the streams yet: at the start all, later usually none."""
+        """Append the tokens of the observations that are not yet in the streams: first all of them, later few."""
         written = self._written[rows]
         mask = obs["attention_mask"]
         index = np.arange(len(rows))

@@ -117,8 +117,8 @@ def make_vec_env(
     seed: int | None = None,
     env_kwargs: dict[str, Any] | None = None,
 ) -> TextVecEnv:
-    """SB3's function of the same name for the text environment, whose rows share one vector environment and one reward
-    call.
+    """SB3's function of the same name for the text environment. All rows share one vector environment and its reward
+    calls.
 
     :param env_id: the registered name of the environment.
     :param n_envs: the number of rows.
