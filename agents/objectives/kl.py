@@ -101,5 +101,9 @@ class AdaptiveKL:
         self._gain = gain
 
     def update(self, kl: float) -> None:
+        """Adapt β to the latest rollout.
+
+        :param kl: the KL divergence from the reference, in nats per episode, mean over the episodes of the rollout.
+        """
         error = min(max(kl / self._target - 1.0, -0.2), 0.2)
         self.coef *= 1.0 + self._gain * error
