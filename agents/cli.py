@@ -48,8 +48,8 @@ class EvaluateConfig:
     policy: str
     """The directory of a trained policy, or the name of any model."""
     reference: str | None = None
-    """The model by which KL divergence and perplexity are measured, and with which the policy is compared; by default
-    the model that the policy's run started from."""
+    """The model that the policy is compared with, and by which KL divergence and perplexity are measured.
+    By default it is the model that the policy's run started from."""
     against: str | None = None
     """Another policy to compare with, in place of the reference."""
     reward: str | None = None

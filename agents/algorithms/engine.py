@@ -19,8 +19,7 @@ from agents.policies.causal_lm_policy import CausalLMPolicy
 
 
 class Engine:
-    """The engine of a single process. An engine of several processes overrides these methods and keeps to what they
-    document.
+    """The engine of a single process. An engine of several processes overrides its methods as they are documented.
 
     A step of the optimiser consists of ``zero_grad``, one ``backward`` per micro-batch, ``clip`` and ``step``, in this
     order.

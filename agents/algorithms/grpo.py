@@ -15,8 +15,7 @@ from agents.rollouts.episode_buffer import EpisodeBuffer, EpisodeSamples
 
 
 class GRPO(OnPolicyAlgorithm):
-    """PPO's clipped surrogate without a critic: the score of a text is compared with those of the other texts of its
-    prompt.
+    """PPO's clipped surrogate without a critic. A text's score is compared with those of the prompt's other texts.
 
     As in the paper, the KL penalty is a term of the loss, with the estimator k3, and every *text* has the same weight,
     whatever its length. The environment's ``group_size`` is the number of texts per prompt.

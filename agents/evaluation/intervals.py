@@ -89,9 +89,7 @@ def effective_size(outcomes: np.ndarray, clusters: np.ndarray) -> float:
 
 
 def _cluster_sums(values: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The sum of the values and the number of texts of each prompt, [C] each. A single prompt's texts are clusters of
-    their own.
-    """
+    """The sum of the values and the number of texts of each prompt, [C] each; of each text if there is one prompt."""
     names, which = np.unique(clusters, return_inverse=True)
     if len(names) == 1:
         which = np.arange(len(values))

@@ -24,8 +24,7 @@ ADAPTER, REFERENCE = "default", "reference"
 
 
 class Adapter:
-    """An adapter and PEFT's wrapper around the model that holds it. The wrapper owns no weights but those inside the
-    model.
+    """An adapter in a model, and PEFT's wrapper around that model. The wrapper owns no weights but those in the model.
 
     :param wrapper: PEFT's model, with one adapter, called :data:`ADAPTER`.
     """

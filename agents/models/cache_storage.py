@@ -173,8 +173,9 @@ class Block:
         return moved
 
     def reserve(self, more: int, at_least: int = 0) -> None:
-        """Make room for more columns. When the storage is full, columns on the left that no live row uses any more are
-        dropped.
+        """Make room for more columns.
+
+        When the storage is full, columns on the left that no live row uses any more are dropped.
 
         :param more: the number of columns that are needed beyond those in use.
         :param at_least: the number of columns that are needed in all.

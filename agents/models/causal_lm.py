@@ -45,8 +45,9 @@ class Positions(NamedTuple):
 
 
 class CausalLM(nn.Module):
-    """Next-token distributions of a causal language model, restricted to the environment's tokens. Dropout is always
-    off.
+    """Next-token distributions of a causal language model, restricted to the environment's tokens.
+
+    Dropout is always off.
 
     :param model: the Hugging Face model, or PEFT's wrapper around it.
     :param distribution: the distribution that is sampled and scored. The model may have more logits than its V tokens,
@@ -159,8 +160,7 @@ class CausalLM(nn.Module):
         return torch.from_numpy(allowed_tokens(constraint, contexts, n_tokens)).to(self.device)
 
     def logits(self, hidden: torch.Tensor, step: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor:
-        """The logits of the distribution that is sampled: divided by the temperature, and minus infinity where a token
-        is forbidden.
+        """The logits that tokens are sampled from, with the temperature applied and forbidden tokens at minus infinity.
 
         :param hidden: last hidden states, [N, H].
         :param step: int64 [N], how many tokens of each context belong to the response.
@@ -178,8 +178,7 @@ class CausalLM(nn.Module):
         actions: torch.Tensor,
         allowed: Callable[[slice], torch.Tensor | None] = lambda part: None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The log-probability of each action and the entropy of the distribution that it comes from, in chunks of
-        positions.
+        """The log-probability of each action and the entropy of its distribution, in chunks of positions.
 
         The backward pass computes the logits of each chunk again, so that they never exist for all positions at once.
         If all positions fit into one chunk, its logits are kept.
@@ -244,9 +243,7 @@ class CausalLM(nn.Module):
 
     @torch.no_grad()
     def _check_head(self) -> None:
-        """Check that applying the head apart from the model, which is done only at the positions needed, gives the
-        model's logits.
-        """
+        """Check that the head, applied apart from the model and only where needed, gives the model's logits."""
         probe = torch.arange(4, device=self.device)[None] % self.distribution.n_tokens
         expected = self.model(input_ids=probe, use_cache=False).logits
         actual = self._head(full_forward(self.backbone, probe))
@@ -287,8 +284,7 @@ def _compiled_forward() -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
 
 
 def fuse_activations(model: nn.Module) -> None:
-    """Replace GPT-2's tanh approximation of GELU, which takes eight operations, by PyTorch's kernel of the same
-    function.
+    """Replace GPT-2's tanh approximation of GELU, which takes eight operations, by PyTorch's kernel for it.
 
     :param model: the model, which is changed in place.
     """

@@ -183,8 +183,7 @@ def _plogp(probs: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
 
 
 def sample(probs: torch.Tensor) -> torch.Tensor:
-    """Sample tokens by inverting the cumulative distribution, which takes one uniform random number per row instead of
-    V.
+    """Sample tokens by inverting the cumulative distribution, with one uniform random number per row instead of V.
 
     A token of probability 0 is never sampled: the search finds the first cumulative sum *above* u · total, and the sum
     at such a token equals the one before it.

@@ -134,9 +134,7 @@ class PrefixCache:
         return best, best_slots
 
     def _decode(self, block: Block, contexts: Contexts, slots: np.ndarray, grows: np.ndarray) -> None:
-        """Read the new token of each row that has grown by one. The other live rows take part, and their output is
-        ignored.
-        """
+        """Read the new token of each row that has grown by one, and ignore the output of the other live rows."""
         known, growing = block.known, slots[grows]
         n = known.live
         block.reserve(1)
@@ -165,8 +163,7 @@ class PrefixCache:
     def _read_apart(
         self, contexts: Contexts, block: Block | None, slots: np.ndarray
     ) -> list[tuple[np.ndarray, Reading, np.ndarray]]:
-        """Read contexts that are new or have grown by several tokens. Equal contexts are read once, on top of their
-        known beginning.
+        """Read contexts that are new or have grown by several tokens, each different one once.
 
         :param contexts: B contexts.
         :param block: the block that holds the beginnings of those that have grown; None if all are new.
@@ -203,9 +200,7 @@ class PrefixCache:
         return readings
 
     def _beginning(self, contexts: Contexts, i: int, block: Block | None, slot: int) -> Beginning | None:
-        """The known part of a context: the whole row that it extends or, for a new context, what it shares with any row
-        of any block.
-        """
+        """The known part of a context: the row that it extends or, for a new context, the longest match in any row."""
         if block is not None and slot >= 0:
             return block.beginning(slot, int(block.known.length[slot]))
         n = int(contexts.length[i])
@@ -218,9 +213,7 @@ class PrefixCache:
         return best[0].beginning(best[1], longest) if best is not None and 2 * longest >= n else None
 
     def _read_whole(self, contexts: Contexts) -> Reading:
-        """One forward pass over whole contexts, right-padded, since causal attention never looks at padding on the
-        right.
-        """
+        """One forward pass over whole contexts, right-padded, since causal attention never looks at padding there."""
         input_ids, length = contexts.input_ids, contexts.length
         columns = np.arange(int(length.max()))
         # Padding repeats the first token, since some models search their inputs for the pad token, and warn.
@@ -283,9 +276,7 @@ class PrefixCache:
         return hidden[at.row, at.column]
 
     def _is_supported(self) -> bool:
-        """Whether all layers are plain attention whose cache and mask can be passed, and a small example gives the
-        right result.
-        """
+        """Whether all layers are plain attention with cache and mask, and a small example gives the right result."""
         config = cast(PreTrainedModel, self._backbone).config.get_text_config()
         parameters = inspect.signature(self._backbone.forward).parameters
         reason = ""

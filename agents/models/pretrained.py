@@ -90,9 +90,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _unpacked(gguf_file: str) -> dict[str, Any]:
-    """Options for ordinary weight tensors. Newer releases of transformers keep GGUF blocks otherwise, which can't be
-    trained.
-    """
+    """Options that make weights ordinary tensors. Newer releases otherwise keep GGUF blocks, which can't be trained."""
     import transformers
 
     config = getattr(transformers, "GgufConfig", None)

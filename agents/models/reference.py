@@ -21,8 +21,7 @@ from agents.models.pretrained import load_causal_lm, tokenizer_beside
 
 
 class Reference:
-    """Log-probabilities under a frozen model, of the same distribution as the policy's (temperature and masks
-    included).
+    """Log-probabilities under a frozen model, of the same distribution as the policy's, temperature and masks included.
 
     :param lm: the frozen model.
     :param shares_base: whether ``lm`` is the policy's own model. The reference is then that model as it was before its
@@ -39,8 +38,10 @@ class Reference:
 
     @classmethod
     def of(cls, policy: Any) -> Reference:
-        """The policy as it is now. With an adapter this is the policy's base model, which both share; otherwise a
-        frozen copy.
+        """The policy as it is now, frozen.
+
+        Without an adapter this is a copy. With one it is the policy's own model, which both share, with the adapter
+        switched off or, if training goes on from an existing adapter, with a frozen copy of that adapter.
 
         :param policy: a ``CausalLMPolicy``.
         :return: the reference.

@@ -225,8 +225,7 @@ class CausalLMActorCritic(BasePolicy):
         return self.forward(observation, deterministic, action_masks)[0]
 
     def train(self, mode: bool = True) -> Self:
-        """Set training mode, in which dropout stays off, and empty the cache, since SB3 calls this before it changes
-        weights.
+        """Set training mode. SB3 calls this before it changes weights, so the cache is emptied. Dropout stays off.
 
         :param mode: whether training mode is set.
         :return: the policy.
@@ -272,8 +271,7 @@ class CausalLMActorCritic(BasePolicy):
     # ---- saving ---------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write a plain Hugging Face directory (the model or its adapter, and the tokenizer), with the critic in a file
-        of its own.
+        """Write a plain Hugging Face directory of the model or its adapter and the tokenizer, and a file of the critic.
 
         :param directory: the directory, which is created if it does not exist.
             ``AutoModelForCausalLM.from_pretrained(directory)`` loads it.

@@ -35,8 +35,7 @@ REFERENCE_TOKENS = 2048
 
 
 class EpisodeSamples(NamedTuple):
-    """A packed batch of E whole episodes with N actions: SB3's ``RolloutBufferSamples`` and the reference's
-    log-probabilities.
+    """A packed batch of E whole episodes with N actions: SB3's ``RolloutBufferSamples``, and log π_ref.
 
     All tensors but ``observations`` have one entry per action, row by row. They are float32 [N], except for
     ``actions``.
@@ -263,8 +262,7 @@ class EpisodeBuffer(RolloutBuffer):
     # ---- laying out -----------------------------------------------------------------------------------------------
 
     def finalize(self) -> None:
-        """Sort the tokens by segment, compute log-probabilities under the reference, and subtract the KL penalty from
-        the rewards.
+        """Sort the tokens by segment, compute log-probabilities under the reference, and apply the KL penalty.
 
         :raises ValueError: if the reference gives a sampled token probability 0.
         """
@@ -274,7 +272,7 @@ class EpisodeBuffer(RolloutBuffer):
         order = np.argsort(segment, kind="stable")
         self.tokens, self.is_action = tokens[order], is_action[order]  # [M]
         self._stream_starts = np.concatenate([[0], np.cumsum(np.bincount(segment, minlength=self._n_segments))])
-        segment = segment[is_action]  # of the N actions
+        segment = segment[is_action]  # the segment of each of the N actions
         order = np.argsort(segment, kind="stable")
         self.actions = self.tokens[self.is_action]
         self.values = self._logged["values"].array[order]

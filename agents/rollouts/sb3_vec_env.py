@@ -117,14 +117,13 @@ def make_vec_env(
     seed: int | None = None,
     env_kwargs: dict[str, Any] | None = None,
 ) -> TextVecEnv:
-    """SB3's function of the same name for the text environment. All rows share one vector environment and its reward
-    calls.
+    """SB3's function of the same name, for the text environment. All rows share one vector environment.
 
     :param env_id: the registered name of the environment.
     :param n_envs: the number of rows.
     :param seed: the seed of row 0; row i gets ``seed`` + i. None: random seeds.
     :param env_kwargs: the keyword arguments of the environment.
-    :return: the environment.
+    :return: the environment, with one reward call for all texts that a step finishes.
     :raises ValueError: if the name is not that of a text environment.
     """
     env = TextVecEnv(gym.make_vec(env_id, num_envs=n_envs, **(env_kwargs or {})))

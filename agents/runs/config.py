@@ -55,27 +55,26 @@ class EnvConfig(EpisodeSettings):
     prompts: str = "builtin"
     """'builtin', 'builtin:eval', a file (.jsonl, .json, .csv, .txt) or 'module:function'."""
     reward: str = "builtin"
-    """'builtin', 'sentiment', the directory or hub name of a classifier, 'module:function', or a weighted sum of these
-    ('builtin+0.5*sentiment')."""
+    """'builtin', 'sentiment', the directory or hub name of a classifier, 'module:function',
+    or a weighted sum of these ('builtin+0.5*sentiment')."""
     constraint: str | None = None
     """'module:function', a function that decides which tokens may follow a context."""
     stop: str | None = None
     """A string that ends the text."""
     group_size: int | None = None  # type: ignore[assignment]
-    """The number of consecutive episodes that share a prompt; by default what the algorithm needs, 4 for RLOO and GRPO
-    and 1 for the others."""
+    """The number of consecutive episodes that share a prompt.
+    By default it is what the algorithm needs, 4 for RLOO and GRPO and 1 for the others."""
     metrics: tyro.conf.Suppress[Mapping[str, Any] | None] = None
     """Further scores besides `gold`. They can be set only in Python and YAML."""
     shaping: str | None = None
-    """A potential, named in the same way as a reward. Each token of training is paid for the change of the potential,
-    which does not change which policy is best."""
+    """A potential, named in the same way as a reward. Each token of training is paid for the change of the potential.
+    This does not change which policy is best."""
     reward_kwargs: dict[str, str] = field(default_factory=dict)
     """Arguments of the classifiers among the rewards, for example `--reward-kwargs batch_size 64 dtype bfloat16`."""
     env: str = "TextRLHF-v0"
     """The registered name of the environment."""
     gold: str | None = "sentiment"
-    """A second score, named in the same way as a reward. It is measured and logged as gold_score and never trained
-    on."""
+    """A second score, named in the same way as a reward, which is logged as gold_score and never trained on."""
     shaping_every: int = 1
     """The number of tokens after which the potential is computed again."""
 
@@ -125,8 +124,7 @@ class TrainConfig:
     algo: str = "ppo"
     """'ppo', 'a2c', 'reinforce', 'rloo', 'grpo', or 'module:Class' for another algorithm."""
     model: str = "builtin"
-    """'builtin', a directory, a hub name, a GGUF file, or the directory of a PEFT adapter, whose training then goes
-    on."""
+    """'builtin', a directory, a hub name, a GGUF file, or the directory of a PEFT adapter, which is trained on."""
     env: Annotated[EnvConfig, tyro.conf.arg(name="")] = field(default_factory=EnvConfig)
     total_timesteps: int = 60_000
     """The number of tokens to generate."""
@@ -137,8 +135,8 @@ class TrainConfig:
     learning_rate: float | None = None
     """The highest learning rate; by default that of the algorithm."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """What follows the warm-up: a constant learning rate, or one that falls to 0 at the end, in a straight line or as
-    half a cosine wave."""
+    """What follows the warm-up: a constant learning rate, or one that falls to 0 at the end of the run,
+    in a straight line or as half a cosine wave."""
     lr_warmup: float = 0.0
     """The share of the run (0.1: a tenth) in which the learning rate rises from 0."""
     n_episodes: int | None = None
@@ -152,8 +150,8 @@ class TrainConfig:
     kl_target: float | None = None
     """A KL divergence in nats per episode. β is adapted to hold it; by default β is constant."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """The estimator of the KL divergence at each token for the penalty. k1 is the log-ratio; k2 and k3 have another
-    gradient (docs/ppo.md)."""
+    """The estimator of the KL divergence at each token for the penalty.
+    k1 is the log-ratio; k2 and k3 have another gradient (docs/ppo.md)."""
     missing_eos_penalty: float | None = None
     """A number that is subtracted from the reward of texts that the response budget has cut off."""
     algo_kwargs: dict[str, str] = field(default_factory=dict)
@@ -161,8 +159,8 @@ class TrainConfig:
     temperature: float = 1.0
     """The temperature of the policy's distribution, in rollouts, updates and the reference."""
     critic: str | None = None
-    """A reward model that the critic starts as: 'builtin', a directory or a hub name. By default the critic is a linear
-    head on the policy's decoder."""
+    """A reward model that the critic starts as: 'builtin', a directory or a hub name.
+    By default the critic is a linear head on the policy's decoder."""
     lora_r: int | None = None
     """The rank of a LoRA adapter; by default there is none, and all weights are trained."""
     lora_alpha: int = 16
@@ -178,8 +176,8 @@ class TrainConfig:
     compile_forward: bool = False
     """Run whole sequences through torch.compile."""
     checkpoint_every: int = 0
-    """The number of iterations between two checkpoints, or 0 for none. Each replaces the one before it in
-    run_dir/checkpoint, from which `PPO.load(path, env=...)` resumes the run exactly."""
+    """The number of iterations between two checkpoints, or 0 for none. Each replaces the one before it.
+    `PPO.load("<run_dir>/checkpoint", env=...)` resumes the run exactly."""
     sample_every: int = 5
     """The number of iterations between two entries of samples.jsonl."""
     n_samples: int = 6
