@@ -1,4 +1,4 @@
-"""The learners: a Hugging Face causal language model as an SB3 policy, and algorithms that train it."""
+"""A Hugging Face causal language model as a Stable-Baselines3 policy, and algorithms that train it."""
 
 from agents.algorithms.a2c import A2C
 from agents.algorithms.engine import Engine

@@ -1,5 +1,8 @@
-"""The command line: ``textrlhf train | evaluate | sample | reward-model | demo``. Thin; the work is in ``runs``,
-``evaluation`` and ``reward_models``."""
+"""The command line: ``textrlhf train | evaluate | sample | reward-model | demo``.
+
+This module only parses options and prints results. The work is done by ``agents.runs``, ``agents.evaluation`` and
+``agents.reward_models``.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ from text_env.tokenization import load_tokenizer
 
 console = Console(emoji=False)  # texts of a model are printed as they are
 
-# What the demo has to show on held-out prompts; below it, training has not worked.
+# What the demo must reach on held-out prompts. Otherwise the training has not worked.
 MIN_SCORE_GAIN_STD, MIN_GOLD_GAIN, MAX_KL, MIN_DISTINCT_RATIO = 1.5, 0.4, 15.0, 0.5
 
 
@@ -43,65 +46,80 @@ class EvaluateConfig:
     """Compare a policy with its reference, or with another policy, on held-out prompts."""
 
     policy: str
-    """Directory of a trained policy (or any model's name)."""
+    """The directory of a trained policy, or the name of any model."""
     reference: str | None = None
-    """Measures KL and perplexity, and is what to compare with; by default the model that the run started from."""
+    """The model that the policy is compared with, and by which KL divergence and perplexity are measured.
+    By default it is the model that the policy's run started from."""
     against: str | None = None
-    """Another policy to compare with, instead of the reference."""
+    """Another policy to compare with, in place of the reference."""
     reward: str | None = None
-    """By default the run's."""
+    """The reward; by default that of the policy's run."""
     gold: str | None = None
-    """A second score; by default the run's."""
+    """A second score; by default that of the policy's run."""
     prompts: str = "builtin:eval"
-    """Held-out prompts."""
+    """The held-out prompts."""
     max_new_tokens: int | None = None
-    """Response budget, in tokens; by default the run's."""
+    """The response budget, in tokens; by default that of the policy's run."""
     episodes: int = 256
-    """Texts of each, for the same prompts."""
+    """The number of texts of each of the two models, for the same prompts."""
     texts: int = 0
-    """Show so many texts of both side by side."""
+    """The number of texts of both that are shown side by side."""
     temperature: float = 1.0
-    """Of policy and reference; 1 evaluates the models themselves."""
+    """The temperature of both models; 1 evaluates the models themselves."""
     json: Path | None = None
-    """Write the figures here."""
+    """A file to which the results are written as JSON."""
     seed: int = 0
+    """The seed of the prompts, the texts and the intervals."""
     device: str = "auto"
+    """'auto', 'cpu', 'cuda', …"""
     dtype: str = "float32"
+    """The floating-point type of the weights."""
 
 
 @dataclass
 class SampleConfig:
-    """Let a policy write."""
+    """Let a policy write texts."""
 
     policy: str
-    """Directory or name of a model."""
+    """The directory of a trained policy, or the name of any model."""
     prompt: list[str]
-    """Opening words, one or more."""
+    """One or more prompts."""
     n: int = 1
-    """Texts for each prompt."""
+    """The number of texts for each prompt."""
     greedy: bool = False
-    """The most probable token instead of a sampled one."""
+    """Choose the most probable token instead of sampling one."""
     temperature: float = 1.0
+    """The temperature of the policy's distribution."""
     max_new_tokens: int = 48
+    """The response budget, in tokens."""
     seed: int = 0
+    """The seed of the texts."""
     device: str = "auto"
+    """'auto', 'cpu', 'cuda', …"""
     dtype: str = "float32"
+    """The floating-point type of the weights."""
 
 
 @dataclass
 class DemoConfig:
-    """Train PPO on the built-in model, and show that it learned."""
+    """Train PPO on the built-in model, and show that it has learned."""
 
     run_dir: Path = Path("runs/demo")
-    """An existing run there is replaced, if it is a demo's."""
+    """The directory of the run. An existing run there is replaced if it is a demo."""
     seed: int = 0
+    """The seed of the training and the evaluation."""
     total_timesteps: int = 80_000
-    """Tokens to generate."""
+    """The number of tokens to generate."""
     episodes: int = 256
-    """Texts to evaluate, of the policy before and after."""
+    """The number of texts that are evaluated, of the policy before training and after it."""
 
 
 def run_evaluate(config: EvaluateConfig) -> int:
+    """Run ``textrlhf evaluate``.
+
+    :param config: the options.
+    :return: the exit status.
+    """
     result = evaluate_policy(config)
     print_evaluation(result, config.prompts)
     print_pairs(result)
@@ -111,11 +129,11 @@ def run_evaluate(config: EvaluateConfig) -> int:
 
 
 def evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
-    """Evaluate as the run that the policy belongs to was set up, where the question doesn't say otherwise.
+    """Evaluate a policy in the environment of its run, except for what the options change.
 
-    :param config: the question.
-    :return: what :func:`agents.evaluation.evaluate.evaluate` says.
-    :raises ValueError: if there is nothing to compare with.
+    :param config: the options.
+    :return: what :func:`agents.evaluation.evaluate.evaluate` returns.
+    :raises ValueError: if no reference is given, and the policy belongs to no run that names one.
     """
     run = run_of(config.policy)
     env_config = run.env if run is not None else EnvConfig()
@@ -127,6 +145,11 @@ def evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def run_sample(config: SampleConfig) -> int:
+    """Run ``textrlhf sample``.
+
+    :param config: the options.
+    :return: the exit status.
+    """
     run = run_of(config.policy)
     env_config = run.env if run is not None else EnvConfig()
     longest = _longest(config.prompt, env_config, config.policy)
@@ -145,6 +168,11 @@ def run_sample(config: SampleConfig) -> int:
 
 
 def run_train(config: TrainConfig) -> int:
+    """Run ``textrlhf train``.
+
+    :param config: the options.
+    :return: the exit status.
+    """
     config = resolved(config)
     train(config)
     console.print(f"Wrote {config.run_dir}/: policy/, learning_curve.png, progress.csv, samples.jsonl, config.yaml")
@@ -152,6 +180,11 @@ def run_train(config: TrainConfig) -> int:
 
 
 def run_reward_model(config: RewardModelConfig) -> int:
+    """Run ``textrlhf reward-model``.
+
+    :param config: the options.
+    :return: the exit status.
+    """
     console.print(report_table(train_reward_model(config)))
     console.print(
         f"Wrote {config.out}/: use it as --reward {config.out}; reward_model.json, calibration.png, margins.png"
@@ -160,6 +193,12 @@ def run_reward_model(config: RewardModelConfig) -> int:
 
 
 def run_demo(config: DemoConfig) -> int:
+    """Run ``textrlhf demo``.
+
+    :param config: the options.
+    :return: the exit status: 0 if the policy has learned, else 1.
+    :raises FileExistsError: if the directory holds another run than a demo.
+    """
     changeable: dict[str, Any] = {
         "run_dir": config.run_dir,
         "seed": config.seed,
@@ -193,15 +232,22 @@ def run_demo(config: DemoConfig) -> int:
 
 
 def run_of(policy: str) -> TrainConfig | None:
-    """The configuration of the run that a policy directory belongs to, if it does."""
-    if not Path(policy).is_dir():  # a name, not a directory
+    """
+    :param policy: the name or directory of a policy.
+    :return: the configuration of the run that the directory belongs to; None if there is none.
+    """
+    if not Path(policy).is_dir():  # the name of a model
         return None
     path = Path(policy).resolve().parent / "config.yaml"
     return load_config(path) if path.exists() else None
 
 
 def print_evaluation(result: dict[str, Any], prompts: str) -> None:
-    """Print an evaluation on these prompts as a table."""
+    """Print an evaluation as a table.
+
+    :param result: what :func:`evaluate_policy` returned.
+    :param prompts: the name of the prompts.
+    """
     other = result["compared_with"]
     table = Table(
         *("", other, "policy", "change" if other == "reference" else "difference", "win rate"),
@@ -225,7 +271,10 @@ def print_evaluation(result: dict[str, Any], prompts: str) -> None:
 
 
 def print_pairs(result: dict[str, Any]) -> None:
-    """Print the texts of an evaluation, if it has any: what both wrote for each prompt, with the scores."""
+    """Print the texts of an evaluation, if it has any: what both models wrote for each prompt, with the scores.
+
+    :param result: what :func:`evaluate_policy` returned.
+    """
     if "texts" not in result:
         return
     other = result["compared_with"]
@@ -238,7 +287,7 @@ def print_pairs(result: dict[str, Any]) -> None:
 
 
 def _longest(prompts: Any, env_config: EnvConfig, model: str) -> int:
-    """Tokens of the longest of these prompts."""
+    """The length of the longest of these prompts, in tokens."""
     tokenizer = load_tokenizer(env_config.tokenizer or model)
     encoded = Prompts(prompts, tokenizer, sys.maxsize, chat_template=env_config.chat_template)
     return max(len(prompt.token_ids) for prompt in encoded)
@@ -249,7 +298,7 @@ def _evaluate(config: EvaluateConfig, env_config: EnvConfig, reference: str) -> 
         env_config = dataclasses.replace(
             env_config, max_prompt_tokens=_longest(config.prompts, env_config, config.policy)
         )
-    # As many prompts as texts, however the policy was trained.
+    # As many prompts as texts, even if the policy was trained on groups of texts.
     env = env_config.make(min(64, config.episodes), config.policy, prompts=config.prompts, group_size=1)
     set_random_seed(config.seed)
 
@@ -283,18 +332,18 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
 
 
 def _split_config(option: str) -> list[str]:
-    """``--config=FILE`` as two arguments."""
+    """``--config=FILE`` as two arguments. Any other argument is returned as it is."""
     return option.split("=", 1) if option.startswith("--config=") else [option]
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Entry point of the console script.
+    """The entry point of the command ``textrlhf``.
 
-    :param args: by default the process's.
-    :return: exit status.
+    :param args: the arguments; None: those of the process.
+    :return: the exit status.
     """
     args = list(sys.argv[1:] if args is None else args)
-    transformers_logging.disable_progress_bar()  # for models this small, loading is over before it is read
+    transformers_logging.disable_progress_bar()  # loading small models takes too short to need one
     if not args or args[0] not in COMMANDS:
         for name, (config_type, _) in COMMANDS.items():
             console.print(f"  textrlhf {name:12} {(config_type.__doc__ or '').splitlines()[0]}", highlight=False)

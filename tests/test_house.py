@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import importlib
+import inspect
 import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pytest
 from setuptools import find_packages
@@ -246,3 +252,72 @@ def test_a_file_imports_only_what_stands_before_it_in_the_reading_order() -> Non
         # A root is imported for its effect alone: it registers the environment's name.
         later = edges.get(name, set()) - set(names[:position]) - set(PACKAGES)
         assert later == set(), f"{name} imports {later}"
+
+
+def members(cls: type[Any]) -> Iterator[tuple[str, Any, bool]]:
+    """
+    :param cls: a class.
+    :return: the names of the functions and properties that it defines, the functions and properties, and whether they
+        override one of a base class.
+    """
+    for name, member in vars(cls).items():
+        if isinstance(member, property | cached_property | classmethod | staticmethod) or inspect.isfunction(member):
+            overrides = any(name in vars(base) for base in cls.__mro__[1:])
+            yield name, getattr(cls, name) if isinstance(member, classmethod | staticmethod) else member, overrides
+
+
+def parameters(described: Any) -> list[str]:
+    """
+    :param described: a function, a property or a class.
+    :return: the names of the parameters of the function, or of the constructor of the class.
+    """
+    if isinstance(described, property | cached_property):
+        return []
+    if isinstance(described, type) and "__init__" in vars(described):
+        described = inspect.unwrap(described.__init__)  # type: ignore[misc]
+    return [name for name in inspect.signature(described).parameters if name != "self"]
+
+
+def documented_parameters(described: Any) -> list[str]:
+    """
+    :param described: a function, a property or a class.
+    :return: the names in the fields ``:param name:`` of its docstring.
+    """
+    return re.findall(r"^ *:param (\w+):", described.__doc__ or "", re.MULTILINE)
+
+
+def takes_undocumented_arguments(cls: type[Any]) -> bool:
+    """
+    :param cls: a class without ``:param`` fields.
+    :return: whether it has a constructor of its own with parameters. The fields of a dataclass may have help texts.
+    """
+    own = {"__init__", "__new__"} & set(vars(cls)) and not dataclasses.is_dataclass(cls)
+    return bool(own and not getattr(cls, "_is_protocol", False) and parameters(cls))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_everything_public_has_a_docstring_that_lists_its_parameters(name: str) -> None:
+    """An override may leave the parameters, or all of the docstring, to the method that it overrides."""
+    module = importlib.import_module(name)
+    assert module.__doc__
+    for qualified, value in vars(module).items():
+        if getattr(value, "__module__", None) != name or not (inspect.isfunction(value) or isinstance(value, type)):
+            continue
+        documented = documented_parameters(value)
+        if isinstance(value, type):
+            described = list(members(value))
+            if not qualified.startswith("_"):
+                # A dataclass and a NamedTuple without a docstring get their signature as one.
+                assert not (value.__doc__ or f"{qualified}(").startswith(f"{qualified}("), qualified
+                assert documented or not takes_undocumented_arguments(value), qualified
+            assert not documented or documented == parameters(value), qualified
+        else:
+            described = [(qualified, value, False)]
+        for own_name, member, overrides in described:
+            where = f"{qualified}: {own_name}"
+            documented = documented_parameters(member)
+            if own_name.startswith("_"):
+                assert own_name.startswith("__") or set(documented) <= set(parameters(member)), where
+            elif not qualified.startswith("_"):
+                assert member.__doc__ or overrides, where
+                assert documented == parameters(member) or (overrides and not documented), where

@@ -95,6 +95,10 @@ class FinishedTexts:
     ) -> FinishedTexts:
         """The inverse of :meth:`as_keywords`, for rewards that call other rewards with their own arguments.
 
+        :param prompts: the prompts, B texts or lists of messages.
+        :param completions: the completions, B texts or lists of messages.
+        :param completion_ids: the token ids of each completion.
+        :param columns: the other columns of the prompts, each a list of B entries.
         :return: the batch of texts.
         """
         messages = [prompt for prompt in prompts if not isinstance(prompt, str)]

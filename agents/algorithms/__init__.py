@@ -1,1 +1,1 @@
-"""The on-policy algorithms: the loop that they share, and one file for each of them."""
+"""The on-policy algorithms: the training loop that they share, and one file for each of them."""

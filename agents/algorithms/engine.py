@@ -1,9 +1,10 @@
-"""The engine of an update: how gradients are accumulated, reduced, clipped and applied, and what everybody agrees on.
+"""The engine of an update: how gradients are accumulated, reduced, clipped and applied, and what several processes
+agree on.
 
-The loop in ``on_policy`` is written as if it were one of several processes that train the same weights, each with
-episodes of its own. Whatever needs the other processes is asked of the engine: a sum or a mean over all of their
-episodes, how many micro-batches a minibatch has, when a gradient is complete. So every process takes the same
-decisions, and the loop has no second branch for one process.
+The training loop in ``on_policy`` is written as if it were one of several processes that train the same weights, each
+with episodes of its own. Whatever concerns the other processes is asked of the engine: a sum or a mean over all
+episodes, the number of micro-batches of a minibatch, and whether a gradient is complete. So all processes take the same
+decisions, and the loop needs no special case for a single process.
 """
 
 from __future__ import annotations
@@ -18,69 +19,74 @@ from agents.policies.causal_lm_policy import CausalLMPolicy
 
 
 class Engine:
-    """One process. An engine for several overrides these methods and keeps what they promise.
+    """The engine of a single process. An engine of several processes overrides its methods as they are documented.
 
-    A step of the optimiser is, in this order: ``zero_grad``, one ``backward`` for each micro-batch, ``clip``, ``step``.
+    A step of the optimiser consists of ``zero_grad``, one ``backward`` per micro-batch, ``clip`` and ``step``, in this
+    order.
 
     :param policy: the policy that is trained, with its optimiser.
     """
 
     def __init__(self, policy: CausalLMPolicy) -> None:
         self._policy = policy
-        self._norm = 0.0  # of the gradient that `step` would apply
+        self._norm = 0.0  # the norm of the gradient that `step` would apply
 
-    # ---- what everybody agrees on ---------------------------------------------------------------------------------
+    # ---- what all processes agree on ------------------------------------------------------------------------------
 
     def total(self, value: float) -> float:
         """
-        :param value: this process's number.
-        :return: the sum of everybody's.
+        :param value: a number of this process.
+        :return: the sum of the numbers of all processes.
         """
         return float(value)
 
     def mean(self, values: np.ndarray) -> float:
         """
-        :param values: this process's numbers, at least one; other processes may have more or fewer.
-        :return: the mean of everybody's numbers, each of which counts the same.
+        :param values: numbers of this process, at least one; other processes may have more or fewer.
+        :return: the mean of the numbers of all processes, all with the same weight.
         """
         return float(values.mean())
 
     def micro_batches(self, parts: Sequence[np.ndarray]) -> list[tuple[np.ndarray, float]]:
-        """
-        :param parts: this process's micro-batches of a minibatch, int [E] each, at least one.
-        :return: as many micro-batches in every process, each with the factor that its loss counts with: 1 for every one
-            of ``parts``, 0 for those that only keep step with a process that has more.
+        """Make the number of micro-batches the same in all processes.
+
+        :param parts: this process's micro-batches of a minibatch, at least one, each the int [E] numbers of its
+            episodes.
+        :return: the micro-batches, each with a factor for its loss: 1 for those of ``parts``, and 0 for those that are
+            added because another process has more.
         """
         return [(part, 1.0) for part in parts]
 
     # ---- the gradient ---------------------------------------------------------------------------------------------
 
     def zero_grad(self) -> None:
-        """Forget the gradient of the step before."""
+        """Set the gradient to zero."""
         self._policy.optimizer.zero_grad()
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Add the gradient of a micro-batch's loss to the step's.
+        """Add the gradient of the loss of a micro-batch to the gradient of the step.
 
         :param loss: a scalar. The step follows the gradient of the *sum* of all losses, over micro-batches and
-            processes alike; the loop has divided each by the weight of everybody's minibatch.
-        :param last: no micro-batch follows before the step, so the gradient can be reduced over the processes.
+            processes; the loop has divided each by the weight of the minibatch over all processes.
+        :param last: whether this is the last micro-batch before the step, after which the gradient can be reduced over
+            the processes.
         """
         loss.backward()
 
     def clip(self, max_norm: float) -> float:
-        """
-        :param max_norm: longer gradients are scaled down to this norm.
-        :return: the norm before that, of the gradient of all processes.
+        """Scale the gradient down if it is too long.
+
+        :param max_norm: the largest norm.
+        :return: the norm before clipping, over all parameters and processes.
         """
         trained = [p for group in self._policy.optimizer.param_groups for p in group["params"]]
         self._norm = float(torch.nn.utils.clip_grad_norm_(trained, max_norm))
         return self._norm
 
     def step(self) -> None:
-        """Let the optimiser apply the clipped gradient.
+        """Apply the clipped gradient.
 
-        :raises FloatingPointError: if its norm is not finite; the weights stay as they are.
+        :raises FloatingPointError: if its norm is not finite, in which case the weights are not changed.
         """
         if not math.isfinite(self._norm):
             raise FloatingPointError(

@@ -15,15 +15,16 @@ from agents.rollouts.episode_buffer import EpisodeBuffer, EpisodeSamples
 
 
 class GRPO(OnPolicyAlgorithm):
-    """PPO's clipped surrogate without a critic: a text is compared with the other texts of its prompt.
+    """PPO's clipped surrogate without a critic. A text's score is compared with those of the prompt's other texts.
 
-    As in the paper, the KL penalty is a term of the loss (the k3 estimator), and every *text* counts the same, however
-    long it is. The environment's ``group_size`` is the number of texts of a prompt.
+    As in the paper, the KL penalty is a term of the loss, with the estimator k3, and every *text* has the same weight,
+    whatever its length. The environment's ``group_size`` is the number of texts per prompt.
 
-    :param policy: see ``OnPolicyAlgorithm``, like every argument that isn't named here.
-    :param env: likewise.
+    :param policy: the policy, as for ``OnPolicyAlgorithm``.
+    :param env: the environment, as for ``OnPolicyAlgorithm``.
     :param clip_range: ε of the clipped surrogate.
-    :param scale_rewards: divide by the group's standard deviation.
+    :param scale_rewards: whether to divide advantages by the standard deviation of the group's scores.
+    :param kwargs: the other arguments of ``OnPolicyAlgorithm``.
     """
 
     default_group_size: ClassVar[int] = 4
@@ -37,16 +38,19 @@ class GRPO(OnPolicyAlgorithm):
         super().__init__(policy, env, **kwargs)
 
     def estimate(self, buffer: EpisodeBuffer) -> None:
+        """The score of a text minus the mean of its group, the same for each of its tokens. There are no returns."""
         scores = buffer.episode_sums(buffer.rewards)
         advantages = group_relative(scores, self.vector_env.group_size, self.scale_rewards)
         buffer.advantages = np.repeat(advantages, buffer.lengths).astype(np.float32)
 
     def token_weights(self, lengths: np.ndarray) -> np.ndarray:
+        """One over the length of the episode, so that every text has the same weight."""
         return 1.0 / lengths
 
     def loss(
         self, samples: EpisodeSamples, values: torch.Tensor, log_prob: torch.Tensor, entropy: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The clipped surrogate, and the weighted KL divergence from the reference by the estimator k3."""
         policy_loss = clipped_surrogate(log_prob, samples.old_log_prob, samples.advantages, self.clip_range)
         kl_loss = kl_k3(log_prob - samples.ref_log_prob)
         return policy_loss + self.kl.coef * kl_loss, {

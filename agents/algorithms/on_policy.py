@@ -1,8 +1,9 @@
-"""The shared on-policy loop: collect whole episodes, shape, estimate advantages, update, log.
+"""The training loop of the on-policy algorithms: collect whole episodes, shape rewards, estimate advantages, update,
+log.
 
-An algorithm says only what is its own: how advantages are estimated (:meth:`OnPolicyAlgorithm.estimate`) and what the
-loss is (:meth:`OnPolicyAlgorithm.loss`). It is an SB3 ``BaseAlgorithm``: callbacks, loggers, schedules and ``predict``
-are SB3's.
+An algorithm defines how advantages are estimated (:meth:`OnPolicyAlgorithm.estimate`) and what the loss is
+(:meth:`OnPolicyAlgorithm.loss`). It is an SB3 ``BaseAlgorithm`` with SB3's callbacks, loggers, schedules and
+``predict``.
 """
 
 from __future__ import annotations
@@ -35,47 +36,52 @@ from agents.rollouts.episode_buffer import EpisodeBuffer, EpisodeSamples
 from agents.rollouts.sb3_vec_env import TextVecEnv, make_vec_env
 from text_env.vector_env import TextVectorEnv, plain
 
-MAX_ROWS = 64  # of an environment that is given by name
+MAX_ROWS = 64  # the largest number of rows of an environment that is given by name
 
 
 class OnPolicyAlgorithm(Resumable):
-    """What PPO, A2C, REINFORCE and their kin have in common.
+    """The base class of PPO, A2C, REINFORCE, RLOO and GRPO.
 
-    :param policy: ``"CausalLMPolicy"`` or a class that takes packed batches of episodes.
+    :param policy: ``"CausalLMPolicy"``, or a class of policies that take packed batches of episodes.
     :param env: a registered name, a ``TextVectorEnv``, or the SB3 environment that ``make_vec_env`` returns.
-    :param learning_rate: a number, a ``LearningRate`` or another function of the remaining progress (1 → 0), which a
-        checkpoint can't hold.
-    :param n_episodes: episodes of a rollout; all are started and finished under one set of weights.
-    :param batch_size: *episodes* of a minibatch; None: all of the rollout.
-    :param n_epochs: passes over a rollout. All steps but the first are off-policy, for which PPO's and GRPO's ratio
-        makes up; the other algorithms' defaults take one step.
-    :param gamma: discount; not used by algorithms whose action is the whole text (RLOO, GRPO).
-    :param max_grad_norm: gradient clipping.
-    :param kl_coef: β of the KL penalty; 0 measures the KL without penalising it.
-    :param kl_target: nats per episode; β then adapts to hold the KL there, starting from ``kl_coef``.
-    :param kl_estimator: the estimator of each token's KL that the reward pays for: ``"k1"``, the log-ratio, ``"k2"`` or
-        ``"k3"`` (see ``agents.objectives.losses`` and ``docs/ppo.md``). ``kl_target`` is of k1, whatever is paid.
-    :param missing_eos_penalty: taken off the reward (never the reported score) of texts that were cut by the budget.
-    :param normalize_advantage: whiten advantages over the whole rollout.
-    :param micro_batch_tokens: tokens of one forward pass; less memory, same gradient.
-    :param reference: the frozen model; by default the policy as it is at the start. One of your own must have the
-        policy's temperature, minimum length and constraint.
-    :param policy_kwargs: for the policy.
-    :param tensorboard_log: SB3's.
-    :param verbose: SB3's.
-    :param seed: of
-        everything random.
-    :param device: ``"auto"``, ``"cpu"``, ``"cuda"``, …
-    :param stats_window_size: SB3's.
+    :param learning_rate: a number, a ``LearningRate``, or another function of the remaining progress, which goes from 1
+        to 0. A checkpoint can't hold such a function.
+    :param n_episodes: the number of episodes of a rollout. All of them are started and finished under the same weights.
+    :param batch_size: the number of *episodes* of a minibatch; None: all of the rollout.
+    :param n_epochs: the number of passes over a rollout. All steps but the first are off-policy, which the ratio in the
+        loss of PPO and GRPO corrects; the other algorithms take one step by default.
+    :param gamma: the discount γ. Algorithms whose action is the whole text (RLOO, GRPO) don't use it.
+    :param max_grad_norm: the norm to which longer gradients are scaled down.
+    :param kl_coef: β, the coefficient of the KL penalty. With 0 the KL divergence is measured without a penalty.
+    :param kl_target: a KL divergence in nats per episode. β is adapted to hold it, starting from ``kl_coef``. None: β
+        is constant.
+    :param kl_estimator: the estimator of the KL divergence at each token that the penalty in the reward uses: ``"k1"``,
+        the log-ratio, ``"k2"`` or ``"k3"`` (see :mod:`agents.objectives.kl` and ``docs/ppo.md``). ``kl_target`` refers
+        to k1 in any case.
+    :param missing_eos_penalty: a number that is subtracted from the reward, but not from the reported score, of texts
+        that the response budget has cut off; None: nothing is subtracted.
+    :param normalize_advantage: whether to shift and scale advantages to mean 0 and variance 1 over the whole rollout.
+    :param micro_batch_tokens: the number of tokens of one forward pass. Fewer take less memory and give the same
+        gradient.
+    :param reference: the frozen model that the KL penalty refers to. Its temperature, minimum length and constraint
+        must be those of the policy. None: the policy as it is at the start.
+    :param policy_kwargs: the keyword arguments of the policy.
+    :param stats_window_size: the number of latest episodes over which SB3's ``rollout/`` statistics are taken.
+    :param tensorboard_log: the directory of TensorBoard logs; None: no such logs.
+    :param verbose: SB3's verbosity, 0, 1 or 2.
+    :param seed: the seed of all random generators; None: they are not seeded.
+    :param device: the device of the policy: ``"auto"``, ``"cpu"``, ``"cuda"``, …
+    :raises ValueError: if a number is out of range, or if environment, policy and reference don't fit together.
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"CausalLMPolicy": CausalLMPolicy}
 
-    # More than 1: episodes are compared with others of the same prompt, and an environment given by name is made so.
+    # Greater than 1: episodes are compared with others of the same prompt, and an environment that is given by name is
+    # made with groups of this size.
     default_group_size: ClassVar[int] = 1
-    # False: the loss has a KL term of its own, so the reward has none.
+    # False: the KL penalty is a term of the loss and not of the reward.
     kl_in_reward: ClassVar[bool] = True
-    # How gradients are applied, and what several processes agree on.
+    # The engine decides how gradients are applied, and what several processes agree on.
     engine_class: ClassVar[type[Engine]] = Engine
 
     def __init__(
@@ -175,7 +181,7 @@ class OnPolicyAlgorithm(Resumable):
 
     @property
     def kl_coef(self) -> float:
-        """β, as the controller has it now; setting it sets the controller's."""
+        """β, the current coefficient of the KL penalty. Setting it sets the controller's."""
         return self.kl.coef
 
     @kl_coef.setter
@@ -184,37 +190,46 @@ class OnPolicyAlgorithm(Resumable):
 
     @property
     def vector_env(self) -> TextVectorEnv:
-        """The environment below the SB3 adapter; our loop drives it directly."""
+        """The environment inside SB3's adapter, which the training loop uses directly."""
         return self._text_env.vector_env
 
-    # ---- what is an algorithm's own -------------------------------------------------------------------------------
+    # ---- what an algorithm defines --------------------------------------------------------------------------------
 
     @abstractmethod
     def estimate(self, buffer: EpisodeBuffer) -> None:
-        """Set ``buffer.advantages`` (and ``buffer.returns``, if there is a critic) from ``buffer.rewards``, all [N]."""
+        """Estimate the advantages of a rollout.
+
+        :param buffer: the rollout. ``buffer.advantages`` must be set from ``buffer.rewards``, float32 [N] for N
+            actions, and so must ``buffer.returns`` if the loss uses them.
+        """
 
     @abstractmethod
     def loss(
         self, samples: EpisodeSamples, values: torch.Tensor, log_prob: torch.Tensor, entropy: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """
-        :param samples: a packed batch.
-        :param values: [N].
-        :param log_prob: [N].
-        :param entropy: [N].
-        :return: the loss of each token [N], whose mean over a minibatch is minimised, and what to log, [N] each.
+        """The loss of each token, whose weighted mean over a minibatch is minimised.
+
+        :param samples: a packed batch of N actions.
+        :param values: the values under the policy that is trained, [N].
+        :param log_prob: the log-probabilities of the actions under the policy that is trained, [N].
+        :param entropy: the entropies of the distributions of the actions, [N], nats.
+        :return: the losses, [N]; and what to log, by name, [N] each.
         """
 
     def token_weights(self, lengths: np.ndarray) -> np.ndarray:
-        """What a token of each episode counts in that mean; by default every token counts the same.
+        """The weight of a token in the mean of the loss over a minibatch. By default all tokens have the same.
 
-        :param lengths: int [E], tokens of each episode.
-        :return: [E], positive.
+        :param lengths: int [E], the number of actions of each episode.
+        :return: the weight of each token of an episode, [E], greater than 0.
         """
         return np.ones(len(lengths))
 
     def stop_early(self, means: dict[str, float]) -> bool:
-        """Whether to skip this step and the rest of the update, given the minibatch's logged means."""
+        """Whether to skip this step and the rest of the update. By default never.
+
+        :param means: the mean over the minibatch of what :meth:`loss` logs, by name.
+        :return: whether to stop.
+        """
         return False
 
     # ---- the loop -------------------------------------------------------------------------------------------------
@@ -228,19 +243,19 @@ class OnPolicyAlgorithm(Resumable):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> Self:
-        """Train.
+        """Train the policy.
 
-        :param total_timesteps: tokens to generate; the last rollout is finished.
-        :param callback: SB3's.
-        :param log_interval: iterations between two log lines.
-        :param tb_log_name: of the TensorBoard run.
-        :param reset_num_timesteps: False goes on counting.
-        :param progress_bar: tokens so far, with the latest score and KL.
-        :return: self.
+        :param total_timesteps: the number of tokens to generate. The rollout in which it is reached is completed.
+        :param callback: SB3's callbacks, or functions.
+        :param log_interval: the number of iterations between two log entries; 0: nothing is logged.
+        :param tb_log_name: the name of the TensorBoard run; None: that of the class.
+        :param reset_num_timesteps: whether to count tokens from 0. False continues an earlier training.
+        :param progress_bar: whether to show a progress bar with the latest score and KL divergence.
+        :return: the algorithm.
         """
         bar = ProgressBar()
         if progress_bar:
-            # Not SB3's own bar, which adds every row of the environment at every step.
+            # Not SB3's bar, which counts one token for every row of the environment at every step.
             given = callback if isinstance(callback, list) else [callback]
             callback = [*(c if isinstance(c, BaseCallback) else ConvertCallback(c) for c in given), bar]
         total_timesteps, callback = self._setup_learn(
@@ -249,7 +264,7 @@ class OnPolicyAlgorithm(Resumable):
         callback.on_training_start(locals(), globals())
         try:
             self._iterate(total_timesteps, callback, log_interval)
-        finally:  # also after an error the terminal must be given back
+        finally:  # the bar must be removed from the terminal after an error, too
             bar.close()
         callback.on_training_end()
         return self
@@ -261,7 +276,7 @@ class OnPolicyAlgorithm(Resumable):
                 break
             iteration += 1
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-            # The last rollout overshoots; a schedule should not be asked about negative progress.
+            # The last rollout exceeds the total, and schedules are not defined for negative progress.
             self._current_progress_remaining = max(0.0, self._current_progress_remaining)
             self.train()
             self.kl.update(self.engine.mean(self.buffer.episode_sums(self.buffer.log_ratio)))
@@ -271,7 +286,8 @@ class OnPolicyAlgorithm(Resumable):
     def collect_rollouts(self, callback: BaseCallback) -> bool:
         """Fill the buffer with whole episodes and estimate their advantages.
 
-        :return: False if the callback stopped the training, in this process or in another.
+        :param callback: SB3's callback, which is called at each step of the environment.
+        :return: False if a callback has stopped the training, in this process or in another.
         """
         self.policy.set_training_mode(False)
         before = self.num_timesteps
@@ -290,11 +306,11 @@ class OnPolicyAlgorithm(Resumable):
         except Interrupted:
             interrupted = True
         seconds = time.perf_counter() - start
-        # During the rollout a process counts its own tokens; here all of them come to the same count.
+        # During the rollout a process counts its own tokens. From here on all processes have the same count.
         self.num_timesteps = before + int(self.engine.total(self.num_timesteps - before))
         if self.engine.total(interrupted):
             return False
-        self.policy.clear_cache()  # the update will empty it anyway; the reference can use the memory
+        self.policy.clear_cache()  # the update would empty it anyway, and the reference needs memory
         buffer = self.buffer
         buffer.finalize()
         cut = np.array([episode["finish_reason"] == "length" for episode in episodes])
@@ -308,13 +324,18 @@ class OnPolicyAlgorithm(Resumable):
         return True
 
     def set_advantages(self, buffer: EpisodeBuffer) -> None:
-        """As the algorithm estimates them, whitened if that was asked for."""
+        """Estimate the advantages of a rollout, and normalise them if ``normalize_advantage`` is set.
+
+        :param buffer: the rollout, whose advantages are set.
+        """
         self.estimate(buffer)
         if self.normalize_advantage:
             buffer.advantages = whiten(buffer.advantages, self.engine.mean).astype(np.float32)
 
     def train(self) -> None:
-        """Epochs of minibatches of episodes; the gradient is that of the whole minibatch, however it is split."""
+        """Update the policy: ``n_epochs`` passes over the rollout, in minibatches of episodes. Each step follows the
+        gradient of a whole minibatch, however it is split into micro-batches.
+        """
         buffer = self.buffer
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
@@ -345,10 +366,10 @@ class OnPolicyAlgorithm(Resumable):
             self.logger.record("train/explained_variance", self._explained_variance())
 
     def _backward(self, minibatch: np.ndarray) -> dict[str, float]:
-        """Leave the gradient of the minibatch's mean loss in the parameters.
+        """Compute the gradient of the weighted mean loss of a minibatch.
 
-        :param minibatch: int [E], episodes of the buffer.
-        :return: what :meth:`loss` logs, mean over tokens as they count.
+        :param minibatch: int [E], the numbers of the episodes in the buffer.
+        :return: the weighted means over tokens of the loss and of what :meth:`loss` logs.
         """
         lengths = self.buffer.lengths
         weights = self.token_weights(lengths)
@@ -368,7 +389,7 @@ class OnPolicyAlgorithm(Resumable):
         return {name: self.engine.total(mean) for name, mean in means.items()}
 
     def _explained_variance(self) -> float:
-        """The share of the returns' variance that the critic foresaw; not a number where they have none."""
+        """The share of the variance of returns that the critic has predicted; NaN if all returns are the same."""
         buffer, mean = self.buffer, self.engine.mean
         spread = variance(buffer.returns, mean)
         return float(1 - variance(buffer.returns - buffer.values, mean) / spread) if spread else math.nan
@@ -414,7 +435,7 @@ def _as_vec_env(env: str | VecEnv | TextVectorEnv, n_episodes: int, group_size: 
         grouped = {"group_size": group_size} if group_size > 1 else {}
         env = make_vec_env(env, n_envs=default_rows(n_episodes, group_size), env_kwargs=grouped)
     if isinstance(env, TextVecEnv):
-        plain(env.outermost)  # the loop drives the environment itself: wrappers would never apply
+        plain(env.outermost)  # the loop uses the innermost environment: wrappers would have no effect
         return env
     if isinstance(env, VectorEnv):
         return TextVecEnv(plain(env))
@@ -426,16 +447,17 @@ def _as_vec_env(env: str | VecEnv | TextVectorEnv, n_episodes: int, group_size: 
 
 def default_rows(n_episodes: int, group_size: int) -> int:
     """
-    :param n_episodes: of a rollout.
-    :param group_size: of the environment.
-    :return: rows of an environment that is made for it: at most ``MAX_ROWS``, and whole groups.
+    :param n_episodes: the number of episodes of a rollout.
+    :param group_size: the environment's group size.
+    :return: the number of rows of an environment that is made for such rollouts: whole groups, and at most ``MAX_ROWS``
+        rows if a group is no larger.
     """
     rows = min(n_episodes, MAX_ROWS)
     return max(rows // group_size, 1) * group_size
 
 
 def _check_groups(algorithm: str, env: TextVectorEnv, n_episodes: int) -> None:
-    """Episodes are grouped by the order of their start, so groups must neither be cut nor begin in mid-rollout."""
+    """Episodes belong to groups by the order in which they start, so a rollout must consist of whole groups."""
     size = env.group_size
     if size < 2:
         raise ValueError(

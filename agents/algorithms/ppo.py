@@ -1,6 +1,7 @@
-"""Proximal policy optimisation (Schulman et al. 2017, https://arxiv.org/abs/1707.06347), as language models use it.
+"""Proximal policy optimisation (Schulman et al. 2017, https://arxiv.org/abs/1707.06347), as it is used for language
+models.
 
-``docs/ppo.md`` walks through it line by line.
+``docs/ppo.md`` explains it line by line.
 """
 
 from __future__ import annotations
@@ -17,20 +18,24 @@ from agents.rollouts.episode_buffer import EpisodeBuffer, EpisodeSamples
 
 
 class PPO(OnPolicyAlgorithm):
-    """
-    :param policy: see ``OnPolicyAlgorithm``, like every argument that isn't named here.
-    :param env: likewise.
-    :param learning_rate: lower than that of the algorithms that take one step a rollout.
-    :param n_episodes: episodes of a rollout.
-    :param batch_size: episodes of a minibatch.
-    :param n_epochs: passes over a rollout.
-    :param normalize_advantage: whiten advantages over the whole rollout.
+    """Several epochs of minibatches per rollout, with the clipped surrogate and a learned critic.
+
+    :param policy: the policy, as for ``OnPolicyAlgorithm``.
+    :param env: the environment, as for ``OnPolicyAlgorithm``.
+    :param learning_rate: the learning rate. The default is lower than that of the algorithms that take one step per
+        rollout.
+    :param n_episodes: the number of episodes of a rollout.
+    :param batch_size: the number of episodes of a minibatch; None: all of the rollout.
+    :param n_epochs: the number of passes over a rollout.
     :param gae_lambda: λ of generalized advantage estimation.
     :param clip_range: ε of the clipped surrogate.
-    :param clip_range_vf: ε of value clipping, None for none.
-    :param vf_coef: weight of the value loss.
-    :param ent_coef: weight of an entropy bonus.
-    :param target_kl: stop an update when the KL to the policy that sampled exceeds 1.5 times this (per token).
+    :param clip_range_vf: ε of value clipping; None: no value clipping.
+    :param vf_coef: the weight of the value loss.
+    :param ent_coef: the weight of an entropy bonus.
+    :param target_kl: an update stops when the KL divergence from the policy that sampled, in nats per token, exceeds
+        1.5 times this number; None: never.
+    :param normalize_advantage: whether to shift and scale advantages to mean 0 and variance 1 over the whole rollout.
+    :param kwargs: the other arguments of ``OnPolicyAlgorithm``.
     """
 
     def __init__(
@@ -68,15 +73,17 @@ class PPO(OnPolicyAlgorithm):
         )
 
     def estimate(self, buffer: EpisodeBuffer) -> None:
+        """Advantages and returns by generalized advantage estimation."""
         buffer.estimate_gae(self.gamma, self.gae_lambda)
 
     def loss(
         self, samples: EpisodeSamples, values: torch.Tensor, log_prob: torch.Tensor, entropy: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The clipped surrogate, the weighted value loss, and minus the weighted entropy."""
         policy_loss = clipped_surrogate(log_prob, samples.old_log_prob, samples.advantages, self.clip_range)
         critic_loss = value_loss(values, samples.old_values, samples.returns, self.clip_range_vf)
         loss = policy_loss + self.vf_coef * critic_loss
-        if self.ent_coef:  # otherwise its gradient would be computed, to be multiplied by 0
+        if self.ent_coef:  # the gradient of the entropy is expensive, and not needed with a weight of 0
             loss = loss - self.ent_coef * entropy
         log_ratio = (log_prob - samples.old_log_prob).detach()
         return loss, {
@@ -88,4 +95,5 @@ class PPO(OnPolicyAlgorithm):
         }
 
     def stop_early(self, means: dict[str, float]) -> bool:
+        """Whether the KL divergence from the policy that sampled exceeds 1.5 times ``target_kl``."""
         return self.target_kl is not None and means["approx_kl"] > 1.5 * self.target_kl

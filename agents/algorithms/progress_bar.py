@@ -1,4 +1,4 @@
-"""Callbacks for our own loop."""
+"""The progress bar of the training loop."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 
 class ProgressBar(BaseCallback):
-    """Tokens so far, with the latest rollout's score and KL."""
+    """Shows the number of tokens generated so far, and the score and the KL divergence of the latest rollout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,5 +32,5 @@ class ProgressBar(BaseCallback):
         self._bar.update(self._task, score=values["objective/scores"], kl=values["objective/kl"])
 
     def close(self) -> None:
-        """Give the terminal back; also when it was never taken."""
+        """Remove the bar from the terminal. This may be called even if the bar was never shown."""
         self._bar.stop()

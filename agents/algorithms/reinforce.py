@@ -1,4 +1,4 @@
-"""REINFORCE (Williams 1992, https://doi.org/10.1007/BF00992696), with the baseline as an argument."""
+"""REINFORCE (Williams 1992, https://doi.org/10.1007/BF00992696), with a choice of baselines."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from agents.rollouts.episode_buffer import EpisodeBuffer, EpisodeSamples
 
 
 class REINFORCE(OnPolicyAlgorithm):
-    """One gradient step a rollout, along Σ_t (G_t − b) ∇ log π(a_t).
+    """One gradient step per rollout along Σ_t (G_t − b) ∇ log π(a_t), with the return G_t and a baseline b.
 
-    :param policy: see ``OnPolicyAlgorithm``, like every argument that isn't named here.
-    :param env: likewise.
-    :param baseline: b: ``"none"``; ``"mean"``, the running mean of past episodes' returns; ``"value"``, the critic's
-        value of the context.
-    :param baseline_decay: of the running mean, per rollout.
-    :param vf_coef: weight of the value loss, for ``"value"``.
+    :param policy: the policy, as for ``OnPolicyAlgorithm``.
+    :param env: the environment, as for ``OnPolicyAlgorithm``.
+    :param baseline: the baseline b: ``"none"``, which is 0; ``"mean"``, the running mean of the returns of earlier
+        episodes; or ``"value"``, the critic's value of the context.
+    :param baseline_decay: the share of its old value that the running mean keeps after each rollout.
+    :param vf_coef: the weight of the value loss, for the baseline ``"value"``.
+    :param kwargs: the other arguments of ``OnPolicyAlgorithm``.
     :raises ValueError: for another baseline.
     """
 
@@ -45,6 +46,7 @@ class REINFORCE(OnPolicyAlgorithm):
         super().__init__(policy, env, **kwargs)
 
     def estimate(self, buffer: EpisodeBuffer) -> None:
+        """The discounted returns minus the baseline."""
         mask, ended = buffer.mask, np.zeros(buffer.n_episodes)
         padded = discounted_returns(buffer.padded(buffer.rewards), ended, mask, self.gamma)  # [E, T]
         returns = padded[mask].astype(np.float32)
@@ -53,8 +55,8 @@ class REINFORCE(OnPolicyAlgorithm):
             buffer.advantages = returns - buffer.values
         elif self.baseline == "mean":
             mean = self.engine.mean(padded[:, 0])
-            # The mean of *past* episodes is independent of these, which keeps the gradient unbiased; the first rollout
-            # has no past, and takes its own.
+            # The mean of *earlier* episodes is independent of these, which keeps the gradient unbiased. The first
+            # rollout has no earlier ones, and uses its own mean.
             buffer.advantages = returns - np.float32(mean if self.mean_return is None else self.mean_return)
             previous = mean if self.mean_return is None else self.mean_return
             self.mean_return = self.baseline_decay * previous + (1 - self.baseline_decay) * mean
@@ -64,6 +66,7 @@ class REINFORCE(OnPolicyAlgorithm):
     def loss(
         self, samples: EpisodeSamples, values: torch.Tensor, log_prob: torch.Tensor, entropy: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The policy gradient, and with the baseline ``"value"`` the weighted value loss."""
         policy_loss = policy_gradient(log_prob, samples.advantages)
         logged = {"policy_gradient_loss": policy_loss, "entropy_loss": -entropy}
         if self.baseline != "value":

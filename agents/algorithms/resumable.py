@@ -1,7 +1,7 @@
-"""What an algorithm is between two iterations, as data: written down, and taken up again.
+"""Saving and loading the state of an algorithm between two iterations.
 
-No episode is running between two iterations, so weights, optimiser, counters and the state of every random generator
-are all there is; a resumed run goes on as the run that was never stopped.
+No episode is unfinished between two iterations, so the state consists of weights, optimiser, counters and the states of
+all random generators. A resumed run continues exactly as if it had not been stopped.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ from agents.state.arguments import (
 from agents.state.generators import generator_states, set_generator_states
 from agents.state.schedules import LearningRate
 
-# Those of SB3's attributes that change while training.
+# The attributes of SB3's algorithms that change while training.
 COUNTERS = ("num_timesteps", "_total_timesteps", "_n_updates", "_current_progress_remaining")
-# Arguments that are no data, or go their own way into the state.
+# Arguments that are no data, or that the state holds in another form.
 NOT_KEPT = frozenset({"policy", "env", "policy_kwargs", "device", "reference", "stats_window_size"})
 
 
 class Resumable(BaseAlgorithm):
     """An algorithm that can be saved and loaded.
 
-    It keeps the arguments of its constructor as attributes of the same names.
+    It must keep the arguments of its constructor as attributes of the same names. ``state_attributes`` names the
+    numbers that change while training, besides SB3's counters.
     """
 
     policy: CausalLMPolicy
@@ -44,14 +45,15 @@ class Resumable(BaseAlgorithm):
     reference_was_given: bool
     kl: KLController
 
-    # Numbers that change while training, besides SB3's counters.
     state_attributes: ClassVar[tuple[str, ...]] = ()
 
     def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
-        """Write :meth:`state` as a directory of safetensors and JSON; nothing in it is run when it is loaded.
+        """Write :meth:`state` to a directory of safetensors and JSON files, none of which holds code.
 
-        :param path: the directory; a ``.zip`` ending, as SB3's callbacks add it, is dropped. It is replaced as a whole:
-            a kill at any moment leaves the old one or the new one.
+        :param path: the directory; an ending ``.zip``, which SB3's callbacks add, is dropped. It is replaced as a
+            whole, so that a process that is killed at any moment leaves either the old one or the new one.
+        :param exclude: not used; part of SB3's signature.
+        :param include: not used; part of SB3's signature.
         """
         checkpoint.save(path, self.state())
 
@@ -64,18 +66,18 @@ class Resumable(BaseAlgorithm):
         policy: str | type[CausalLMPolicy] = "CausalLMPolicy",
         **kwargs: Any,
     ) -> Self:
-        """Load what :meth:`save` wrote; ``learn(..., reset_num_timesteps=False)`` then goes on.
+        """Load what :meth:`save` wrote. Training continues with ``learn(..., reset_num_timesteps=False)``.
 
         :param path: the directory.
-        :param env: as for the constructor; needed.
-        :param device: where to.
-        :param policy: the class of the policy that was saved.
-        :param kwargs: the constructor's arguments that should differ from the saved ones, and those that can't be
-            written down (live objects, schedules other than ``LearningRate``, ``"module:function"`` names).
+        :param env: the environment, as for the constructor; required.
+        :param device: the device of the algorithm.
+        :param policy: the class of the policy that was saved, or its name.
+        :param kwargs: arguments of the constructor that should differ from the saved ones, and those that can't be
+            saved (live objects, schedules other than ``LearningRate``, ``"module:function"`` names).
         :return: the algorithm as it was saved.
         :raises FileNotFoundError: if there is no checkpoint.
-        :raises ValueError: without an environment; if an algorithm or a policy of another class was saved; if an
-            argument that can't be written down isn't given again.
+        :raises ValueError: without an environment; if an algorithm or a policy of another class was saved; or if an
+            argument that can't be saved is missing.
         """
         state = checkpoint.load(path)
         if env is None:
@@ -106,9 +108,9 @@ class Resumable(BaseAlgorithm):
         return model
 
     def state(self) -> dict[str, Any]:
-        """In the middle of a rollout this is the state in which the rollout is lost.
+        """The state of the algorithm. In the middle of a rollout, it is the state in which this rollout is lost.
 
-        :return: a tree for :mod:`agents.state.checkpoint`. Its tensors are the live ones, which training changes.
+        :return: a tree for :mod:`agents.state.checkpoint`. Its tensors are not copies, so training changes them.
         """
         arguments = kept_arguments(self, set(argument_defaults(type(self))) - NOT_KEPT)
         arguments["stats_window_size"] = self._stats_window_size
@@ -136,17 +138,16 @@ class Resumable(BaseAlgorithm):
             "generators": generator_states(self._text_env.vector_env.np_random),
         }
         assert self.reference is not None
-        if not self.reference.shares_base:  # otherwise it is in the policy
+        if not self.reference.shares_base:  # otherwise its weights are among the policy's
             state["reference"] = self.reference.lm.state_dict()
         return state
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go back to a state of an algorithm of the same class and arguments.
+        """Set the state of an algorithm of the same class with the same arguments. Nothing is set but the attributes
+        that this class lists, whatever the state contains.
 
-        Only what this class lists is set, whatever the state names.
-
-        :param state: what :meth:`state` returned, read from a checkpoint or copied.
-        :raises ValueError: for other counters, or an environment with another number of rows.
+        :param state: what :meth:`state` returned, copied or read from a checkpoint.
+        :raises ValueError: if its counters are others, or if its environment had another number of rows.
         """
         counters = (*COUNTERS, *self.state_attributes)
         if set(state["counters"]) != set(counters):
@@ -171,7 +172,7 @@ class Resumable(BaseAlgorithm):
             setattr(self, name, state["counters"][name])
         self.kl.coef = state["kl"]["coef"]
         self.ep_info_buffer = deque(state["latest_episodes"], maxlen=self._stats_window_size)
-        # Otherwise `learn` would do it, and seed the environment's generators anew.
+        # Otherwise `learn` would reset the environment, and seed its generators again.
         self._last_obs = self._text_env.reset()
         set_generator_states(state["generators"], self._text_env.vector_env.np_random)
 
@@ -182,5 +183,5 @@ class Resumable(BaseAlgorithm):
 
 
 def _short(name: str) -> str:
-    """The last part of a class's name."""
+    """The last part of the name of a class."""
     return name.replace(":", ".").rpartition(".")[2]

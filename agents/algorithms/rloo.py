@@ -14,23 +14,23 @@ from agents.rollouts.episode_buffer import EpisodeBuffer, EpisodeSamples
 
 
 class RLOO(OnPolicyAlgorithm):
-    """One gradient step a rollout; the baseline of a text is the mean return of the other texts of its prompt.
+    """One gradient step per rollout. The baseline of a text is the mean return of the other texts of its prompt.
 
-    The whole text is one action: every token of it has the same advantage. No critic. The environment's
-    ``group_size`` is the number of texts of a prompt.
-
-    Every argument is ``OnPolicyAlgorithm``'s.
+    The whole text is one action, so all of its tokens have the same advantage. There is no critic. The environment's
+    ``group_size`` is the number of texts per prompt. The arguments are those of ``OnPolicyAlgorithm``.
     """
 
     default_group_size: ClassVar[int] = 4
 
     def estimate(self, buffer: EpisodeBuffer) -> None:
-        returns = buffer.episode_sums(buffer.rewards)  # score − β Σ_t log-ratio; a single action has no discount
+        """The return of a text minus the mean return of the others of its group, the same for each of its tokens."""
+        returns = buffer.episode_sums(buffer.rewards)  # score − β Σ_t log-ratio, without discount
         advantages = leave_one_out(returns, self.vector_env.group_size)
         buffer.advantages = np.repeat(advantages, buffer.lengths).astype(np.float32)
 
     def loss(
         self, samples: EpisodeSamples, values: torch.Tensor, log_prob: torch.Tensor, entropy: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The policy gradient."""
         policy_loss = policy_gradient(log_prob, samples.advantages)
         return policy_loss, {"policy_gradient_loss": policy_loss, "entropy_loss": -entropy}

@@ -1,1 +1,1 @@
-"""A policy beside another one, and how sure a measured number is."""
+"""The evaluation of a policy beside another one, and confidence intervals."""

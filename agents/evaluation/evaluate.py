@@ -1,4 +1,4 @@
-"""How good is a policy: its texts scored, and compared with the reference's."""
+"""The evaluation of a policy: its texts are scored, and compared with those of the reference or of another policy."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from text_env.vector_env import TextVectorEnv
 class Written(NamedTuple):
     """What one policy wrote, one text for each of n prompts.
 
-    :param means: over the texts: what :func:`describe` says, without ``kl`` and ``score_std``.
-    :param kl: to the reference, nats per text.
-    :param scores: ``score`` and every metric, float64 [n] each.
-    :param infos: n final infos.
+    :param means: means over the texts, as :func:`describe` returns them, without ``kl`` and ``score_std``.
+    :param kl: the KL divergence from the reference, in nats per text.
+    :param scores: ``score`` and every metric, by name, float64 [n] each.
+    :param infos: the n final infos.
     """
 
     means: dict[str, float]
@@ -39,30 +39,36 @@ def evaluate(
     seed: int = 0,
     n_texts: int = 0,
 ) -> dict[str, Any]:
-    """Let a policy and its reference, or another policy, write for the same prompts; score and compare the texts.
+    """Let a policy and its reference, or another policy, write for the same prompts, and score and compare the texts.
 
-    In what is returned, ``policy`` and ``reference`` are means over texts: ``score``, every metric of the environment
-    (such as ``gold_score``) and every part of a weighted reward; ``distinct_1``, ``distinct_2``, ``mean_length``,
-    ``terminated_ratio``, and ``perplexity`` under the reference. These five of the policy are at the top level too, and
-    ``kl``: the mean per-episode Σ log π − log π_ref of its texts, nats. Of the two writers:
+    In the result, ``policy`` and ``reference`` hold means over the texts of each of the two writers: ``score``, every
+    metric of the environment (such as ``gold_score``) and every part of a weighted reward; ``distinct_1``,
+    ``distinct_2``, ``mean_length``, ``terminated_ratio``, and ``perplexity`` under the reference. The last five are
+    repeated for the policy at the top level of the result, together with ``kl``, which is the mean over the policy's
+    texts of Σ log π − log π_ref, in nats. Further entries are:
 
-    - ``score_gain_std``: the gain in score, in standard deviations of the other's scores; None if those are all equal.
-    - ``win_rate``, ``win_rate_interval``: share of prompts for which the policy's text scores higher; ties count half.
-    - ``comparison``: for the score and each metric what :func:`compare` says.
-    - ``intervals``: for each writer, the intervals of these means.
-    - ``episodes`` of each, ``prompts`` that are different, ``compared_with``; ``texts``, if they were asked for.
+    - ``score_gain_std``: the policy's gain in score, in standard deviations of the other writer's scores; None if these
+      are all equal.
+    - ``win_rate``, ``win_rate_interval``: the share of prompts for which the policy's text scores higher than the
+      other's. Ties count half.
+    - ``comparison``: what :func:`compare` returns for the score and for each metric.
+    - ``intervals``: for each writer, the intervals of its means of the score and the metrics.
+    - ``episodes``: the number of texts of each writer; ``prompts``: the number of different prompts; ``compared_with``:
+      ``"reference"``; and ``texts``, if ``n_texts`` is greater than 0.
 
-    With ``against``, that policy's figures stand under ``against`` and ``kl_against``, nothing under ``reference``, and
-    ``compared_with`` is ``"against"``, not ``"reference"``. Intervals are [low, high] of 95 %, clustered by prompt.
+    With ``against``, the results of that policy are under ``against`` and ``kl_against``, ``compared_with`` is
+    ``"against"``, and there is no entry ``reference``. All intervals are lists [low, high] of 95 %, clustered by
+    prompt.
 
-    :param policy: what was trained.
-    :param reference: what it started from; KL and perplexity are measured by it.
-    :param env: prompts and rewards; its prompts are gone through in random order, again and again if they are few.
-    :param n_episodes: of each, at least 2.
-    :param against: another policy, which writes in the reference's stead.
-    :param seed: of the prompts and of the bootstrap; the texts are drawn from torch's generator.
-    :param n_texts: how many pairs of texts to return, the first.
-    :return: a plain dict, ready for JSON.
+    :param policy: the policy that was trained.
+    :param reference: the policy that it was trained from, by which KL divergence and perplexity are measured.
+    :param env: the environment, which gives prompts and scores. Its prompts are used in random order, and repeatedly if
+        they are fewer than ``n_episodes``.
+    :param n_episodes: the number of texts of each of the two writers, at least 2.
+    :param against: another policy to compare with, in place of the reference.
+    :param seed: the seed of the prompt order and of the bootstrap. The texts are sampled with PyTorch's generator.
+    :param n_texts: the number of pairs of texts to return, counted from the first.
+    :return: a dict that JSON can represent.
     :raises ValueError: for fewer than 2 episodes.
     """
     if n_episodes < 2:
@@ -99,23 +105,24 @@ def _intervals(written: Written, clusters: np.ndarray, seed: int) -> dict[str, l
 
 
 def draw_prompts(n_prompts: int, n_episodes: int, seed: int) -> np.ndarray:
-    """Go through a set of prompts in random order, as often as it takes: none is used twice before all were used once.
+    """Draw prompts in random order. No prompt is drawn again before all have been drawn equally often.
 
-    :param n_prompts: in the set.
-    :param n_episodes: how many to draw.
-    :param seed: of the order.
-    :return: int [n_episodes], indices of the set.
+    :param n_prompts: the number of prompts in the set.
+    :param n_episodes: the number of prompts to draw.
+    :param seed: the seed of the prompt order.
+    :return: int [n_episodes], indices of prompts.
     """
     return np.resize(np.random.default_rng(seed).permutation(n_prompts), n_episodes)
 
 
 def write(policy: CausalLMPolicy, reference: Reference, env: TextVectorEnv, prompts: Sequence[Any]) -> Written:
-    """
-    :param policy: writes.
-    :param reference: of perplexity and KL.
-    :param env: scores.
-    :param prompts: n, as a reset takes them; entries of ``env.prompts`` keep their columns.
-    :return: one text for each.
+    """Let a policy write one text for each prompt.
+
+    :param policy: the policy that writes.
+    :param reference: the frozen model by which KL divergence and perplexity are measured.
+    :param env: the environment, which scores the texts.
+    :param prompts: n prompts, each in a form that a reset takes. Entries of ``env.prompts`` keep their columns.
+    :return: the texts and their scores.
     """
     buffer, infos = collect_texts(policy, env, len(prompts), reference, prompts=prompts)
     scores = {name: np.array([info[name] for info in infos]) for name in metrics_of(infos[0])}
@@ -125,12 +132,14 @@ def write(policy: CausalLMPolicy, reference: Reference, env: TextVectorEnv, prom
 
 
 def compare(ours: np.ndarray, theirs: np.ndarray, clusters: np.ndarray, seed: int = 0) -> dict[str, Any]:
-    """
-    :param ours: [n], scores of one policy's texts.
-    :param theirs: [n], of the other's for the same prompts.
-    :param clusters: int [n], which prompts those are.
-    :param seed: of the bootstrap.
-    :return: ``difference`` of the means and ``win_rate``, each with its ``…_interval``.
+    """Compare the scores of two policies' texts for the same prompts.
+
+    :param ours: the scores of one policy's texts, [n].
+    :param theirs: the scores of the other policy's texts for the same prompts, [n].
+    :param clusters: int [n], the number of each text's prompt.
+    :param seed: the seed of the bootstrap.
+    :return: ``difference``, the mean difference, and ``win_rate``, with their 95 % intervals ``difference_interval``
+        and ``win_rate_interval``.
     """
     outcomes = wins(ours, theirs)
     return {
@@ -143,8 +152,9 @@ def compare(ours: np.ndarray, theirs: np.ndarray, clusters: np.ndarray, seed: in
 
 def side_by_side(infos: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """
-    :param infos: for each writer n final infos, of the same prompts.
-    :return: n times ``prompt``, and under each writer's name ``completion``, ``finish_reason``, ``score`` and metrics.
+    :param infos: for each writer n final infos, of the same prompts in the same order.
+    :return: n dicts with ``prompt`` and, under each writer's name, ``completion``, ``finish_reason``, ``score`` and
+        metrics.
     """
     return [
         {"prompt": pair[0]["prompt"], **{writer: _text(info) for writer, info in zip(infos, pair, strict=True)}}
@@ -160,22 +170,25 @@ def _text(info: Mapping[str, Any]) -> dict[str, Any]:
 def measure_policy(
     policy: CausalLMPolicy, reference: Reference, env: TextVectorEnv, n_episodes: int
 ) -> dict[str, float]:
-    """
-    :param policy: writes.
-    :param reference: of perplexity and KL.
-    :param env: draws the prompts, and scores.
-    :param n_episodes: how many.
-    :return: what :func:`describe` says of them.
+    """Let a policy write texts, and measure them.
+
+    :param policy: the policy that writes.
+    :param reference: the frozen model by which KL divergence and perplexity are measured.
+    :param env: the environment, which draws the prompts and scores the texts.
+    :param n_episodes: the number of texts.
+    :return: what :func:`describe` returns for the texts.
     """
     return describe(*collect_texts(policy, env, n_episodes, reference))
 
 
 def describe(buffer: EpisodeBuffer, episodes: list[dict[str, Any]]) -> dict[str, float]:
     """
-    :param buffer: holds the episodes, and the reference.
-    :param episodes: their final infos.
-    :return: means over episodes of ``score`` and every metric, ``score_std``, ``distinct_1``, ``distinct_2``,
-        ``mean_length``, ``terminated_ratio``, ``perplexity`` of the texts under the reference, and ``kl`` to it.
+    :param buffer: the buffer that holds the episodes, with the reference.
+    :param episodes: the final infos of the episodes.
+    :return: the means over episodes of ``score`` and every metric; ``score_std``; ``distinct_1`` and ``distinct_2``
+        (see :func:`distinct_n`); ``mean_length`` in tokens; ``terminated_ratio``, the share of texts that the budget
+        did not cut off; ``perplexity`` of the texts under the reference; and ``kl``, the KL divergence from the
+        reference in nats per episode.
     """
     buffer.finalize()
     means = {name: float(np.mean([episode[name] for episode in episodes])) for name in metrics_of(episodes[0])}
@@ -196,17 +209,18 @@ def describe(buffer: EpisodeBuffer, episodes: list[dict[str, Any]]) -> dict[str,
 def metrics_of(info: Mapping[str, Any]) -> list[str]:
     """
     :param info: the final info of an episode.
-    :return: names of the numbers in it that somebody gave the text: ``score``, ``reward/<part>``, metrics.
+    :return: the names of the scores in it: ``score``, ``reward/<part>`` for each part of a weighted reward, and the
+        metrics.
     """
     return [name for name, value in info.items() if isinstance(value, float | np.floating)]
 
 
 def distinct_n(texts: list[str], n: int) -> float:
-    """Share of distinct n-grams of words among all of them (Li et al. 2016, https://arxiv.org/abs/1510.03055).
+    """The share of distinct n-grams among all n-grams of words (Li et al. 2016, https://arxiv.org/abs/1510.03055).
 
     :param texts: completions.
-    :param n: words in a row.
-    :return: in [0, 1]; 0 if there are none.
+    :param n: the number of words of an n-gram.
+    :return: the share, in [0, 1]; 0 if there are no n-grams.
     """
     grams = [tuple(words[i : i + n]) for words in (t.lower().split() for t in texts) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0

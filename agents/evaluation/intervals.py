@@ -1,8 +1,9 @@
-"""How sure a figure of sampled texts is: 95 % intervals of means and win rates.
+"""95 % confidence intervals for means and win rates of sampled texts.
 
-Texts of one prompt resemble each other, so four texts of each of 64 prompts say less than one of each of 256. It is
-prompts, therefore, that are taken to be sampled independently: ``clusters``, int [n], names the prompt of each text. If
-there is only one prompt, its texts are, and the interval is about this prompt.
+Texts of the same prompt resemble each other, so four texts for each of 64 prompts carry less information than one text
+for each of 256. Therefore the prompts, not the texts, are taken to be sampled independently: ``clusters``, int [n],
+holds the number of each text's prompt. If there is only one prompt, its texts are taken to be independent, and the
+interval is for this prompt.
 
 Notation: n texts of C prompts.
 """
@@ -14,29 +15,29 @@ import math
 import numpy as np
 
 LEVEL = 0.95
-Z = 1.959963984540054  # of the normal distribution lies this far from its mean, on either side, 1 − LEVEL
+Z = 1.959963984540054  # a standard normal variable lies in [−Z, Z] with probability LEVEL
 RESAMPLES = 2_000
 
 
 def wins(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     """
-    :param ours: [n].
-    :param theirs: [n], what competes with each.
-    :return: float64 [n]: 1 where ours is higher, 0 where it is lower, ½ for a tie. The mean is the win rate.
+    :param ours: scores, [n].
+    :param theirs: the scores that they are compared with, [n].
+    :return: float64 [n]: 1 where ``ours`` is higher, 0 where it is lower, and ½ for a tie. The mean is the win rate.
     """
     return (np.sign(ours - theirs) + 1) / 2
 
 
 def bootstrap_interval(values: np.ndarray, clusters: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """Percentile interval of a mean, from means of prompts drawn with replacement, each with all of its texts.
+    """The percentile interval of a mean, by drawing prompts with replacement, each with all of its texts.
 
-    Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 13; of clusters: Field & Welsh 2007,
+    Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 13; for clusters: Field & Welsh 2007,
     Bootstrapping clustered data, J. R. Statist. Soc. B 69.
 
     :param values: [n].
-    :param clusters: int [n].
-    :param seed: of the resampling.
-    :return: low and high.
+    :param clusters: int [n], the number of each text's prompt.
+    :param seed: the seed of the resampling.
+    :return: the low and the high end of the interval.
     """
     sums, sizes = _cluster_sums(values, clusters)
     generator = np.random.default_rng(seed)
@@ -49,14 +50,14 @@ def bootstrap_interval(values: np.ndarray, clusters: np.ndarray, seed: int = 0) 
 
 
 def wilson_interval(outcomes: np.ndarray, clusters: np.ndarray) -> tuple[float, float]:
-    """Wilson's score interval of a rate, with the effective size in place of n.
+    """Wilson's score interval for a rate, with the effective number of outcomes in place of n.
 
-    Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953. Unlike the bootstrap's, it has a width even where every
-    outcome is the same.
+    Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953. Unlike the bootstrap's interval, it has a width even if
+    all outcomes are the same.
 
-    :param outcomes: [n] in [0, 1].
-    :param clusters: int [n].
-    :return: low and high, in [0, 1].
+    :param outcomes: [n], in [0, 1].
+    :param clusters: int [n], the number of each text's prompt.
+    :return: the low and the high end of the interval, in [0, 1].
     """
     rate, size = float(outcomes.mean()), effective_size(outcomes, clusters)
     shrink = 1 + Z**2 / size
@@ -66,15 +67,16 @@ def wilson_interval(outcomes: np.ndarray, clusters: np.ndarray) -> tuple[float, 
 
 
 def effective_size(outcomes: np.ndarray, clusters: np.ndarray) -> float:
-    """How many independent outcomes would say as much: p (1 − p) over the variance of p that the clusters show.
+    """The number of independent outcomes whose mean would have the same variance: p (1 − p), for the rate p, over the
+    variance of p that is estimated from the clusters.
 
     Kish 1965, Survey Sampling; with Wilson's interval: Dean & Pagano 2015, Evaluating confidence interval methods for
-    binomial proportions in clustered surveys, J. Surv. Stat. Methodol. 3. Held between C and n: a few clusters may show
-    less variance, or more, than there is.
+    binomial proportions in clustered surveys, J. Surv. Stat. Methodol. 3. The number is clipped to [C, n], since the
+    variance between a few clusters may happen to be too small or too large.
 
-    :param outcomes: [n] in [0, 1].
-    :param clusters: int [n].
-    :return: at least 1.
+    :param outcomes: [n], in [0, 1].
+    :param clusters: int [n], the number of each text's prompt.
+    :return: the effective number, at least 1.
     """
     sums, sizes = _cluster_sums(outcomes, clusters)
     rate, count, total = float(outcomes.mean()), len(sums), len(outcomes)
@@ -87,7 +89,7 @@ def effective_size(outcomes: np.ndarray, clusters: np.ndarray) -> float:
 
 
 def _cluster_sums(values: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sum of the values and number of texts of each prompt, [C] both."""
+    """The sum of the values and the number of texts of each prompt, [C] each; of each text if there is one prompt."""
     names, which = np.unique(clusters, return_inverse=True)
     if len(names) == 1:
         which = np.arange(len(values))

@@ -1,1 +1,3 @@
-"""Hugging Face models as scorers of token contexts, the memo under them, critics and references."""
+"""Hugging Face models: their distribution of tokens, their critic, the frozen reference, and the cache of contexts
+already seen.
+"""

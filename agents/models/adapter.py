@@ -1,7 +1,8 @@
-"""The LoRA adapter inside a language model: checked, saved, and switched over to what it was when training began.
+"""The LoRA adapter inside a language model: checking it, saving it, and restoring what it was before training.
 
-The frozen model of the KL penalty needs no second copy of a base whose adapter alone is trained: it is the same model
-with the adapter off, or, where training goes on from an adapter, with a frozen copy of that adapter on.
+The frozen reference of the KL penalty needs no second copy of a base model if the adapter alone is trained. It is the
+same model with the adapter switched off or, if training goes on from an existing adapter, with a frozen copy of that
+adapter switched on.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ ADAPTER, REFERENCE = "default", "reference"
 
 
 class Adapter:
-    """PEFT's wrapper around a model that holds an adapter. The wrapper owns no weights but those inside the model.
+    """An adapter in a model, and PEFT's wrapper around that model. The wrapper owns no weights but those in the model.
 
-    :param wrapper: PEFT's model, with one adapter called :data:`ADAPTER`.
+    :param wrapper: PEFT's model, with one adapter, called :data:`ADAPTER`.
     """
 
     def __init__(self, wrapper: PeftModel) -> None:
         self.wrapper = wrapper
 
     def remember(self) -> None:
-        """Keep a frozen copy of the adapter as it is now, for :meth:`as_remembered`; it takes a few megabytes."""
+        """Keep a frozen copy of the adapter as it is now, for :meth:`as_remembered`. It takes a few megabytes."""
         wrapper = self.wrapper
         trainable = {name: p.requires_grad for name, p in wrapper.named_parameters()}
         with quiet_peft():
@@ -45,7 +46,11 @@ class Adapter:
 
     @contextlib.contextmanager
     def as_remembered(self) -> Iterator[None]:
-        """Within it, the model is what it was when training began: with the frozen copy, or else without an adapter."""
+        """A context manager in which the model is what it was before training: with the frozen copy of the adapter if
+        :meth:`remember` made one, else without an adapter.
+
+        :return: the context manager.
+        """
         model: nn.Module = self.wrapper
         layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -60,19 +65,19 @@ class Adapter:
             for layer in layers:
                 layer.set_adapter(ADAPTER)
                 layer.enable_adapters(True)
-            # PEFT decides by itself what becomes trainable on the way.
+            # Switching adapters also changes which parameters are trainable.
             for parameter in model.parameters():
                 parameter.requires_grad_(False)
             for parameter in trainable:
                 parameter.requires_grad_(True)
 
     def save_pretrained(self, directory: Path) -> None:
-        """Write a directory that plain transformers loads.
+        """Write a directory that transformers loads without this package.
 
-        The adapter is saved by itself where its base can be loaded by name, else (a GGUF file, a config, a live model)
-        merged into it, in float32, where the sum of both loses nothing.
+        If transformers can load the base model by its name, the adapter alone is written. Otherwise (a GGUF file, a
+        config, a live model) the adapter is merged into the base, in float32, in which the sum of both loses nothing.
 
-        :param directory: exists.
+        :param directory: an existing directory.
         """
         if self.wrapper.peft_config[ADAPTER].base_model_name_or_path:
             self.wrapper.save_pretrained(str(directory), selected_adapters=[ADAPTER])
@@ -82,10 +87,11 @@ class Adapter:
 
 
 def check_adapter(model: PeftModel) -> None:
-    """Whatever an adapter changes must be possible to switch off, or the reference would move with the policy.
+    """Check that an adapter can be switched off completely. Otherwise the reference, which shares the base model, would
+    change with the policy.
 
-    :param model: with the adapter that is going to be trained.
-    :raises ValueError: if training would change weights of the base as well.
+    :param model: the model, with the adapter that is going to be trained.
+    :raises ValueError: if training would change weights of the base model as well.
     """
     config: Any = model.peft_config[ADAPTER]
     if getattr(config, "modules_to_save", None) or getattr(config, "bias", "none") != "none":
@@ -98,7 +104,11 @@ def check_adapter(model: PeftModel) -> None:
 
 @contextlib.contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Within it, PEFT does not warn of GPT-2's transposed layers, which it handles, nor of its own use of old names."""
+    """A context manager in which PEFT does not warn of GPT-2's transposed layers, which it handles correctly, and of
+    its own use of deprecated names.
+
+    :return: the context manager.
+    """
     with warnings.catch_warnings():
         for message in ("fan_in_fan_out is set to False", "`is_gradient_checkpointing` is deprecated"):
             warnings.filterwarnings("ignore", message=message)
@@ -107,7 +117,7 @@ def quiet_peft() -> Iterator[None]:
 
 def unwrapped(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """
-    :param model: perhaps PEFT's wrapper.
-    :return: the model itself, with any adapter inside.
+    :param model: a model, or PEFT's wrapper around one.
+    :return: the model itself, with the adapter inside if there is one.
     """
     return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model

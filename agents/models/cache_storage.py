@@ -1,4 +1,4 @@
-"""Where the memo keeps keys and values: the torch half of it, which is told what goes where.
+"""The storage of the prefix cache: tensors of keys and values, without any decision about what is stored where.
 
 Notation: B contexts, L columns of an observation, H hidden units.
 """
@@ -17,14 +17,15 @@ from text_env.constraints import Contexts
 SPARE_COLUMNS = 64
 
 Layers = list[tuple[torch.Tensor, torch.Tensor]]
-"""Keys and values of each attention layer, [rows, heads, columns, head_dim]."""
+"""The keys and values of each attention layer, [rows, heads, columns, head_dim] each."""
 
 
 class CacheLayer(CacheLayerMixin):
-    """Keys and values of one attention layer: storage made in advance, whose first n rows and t columns are in use.
+    """The keys and values of one attention layer, in storage that is allocated in advance. Its first ``rows`` rows and
+    ``columns`` columns are in use.
 
-    :param keys: storage [rows, heads, columns, head_dim].
-    :param values: likewise.
+    :param keys: storage for keys, [rows, heads, columns, head_dim].
+    :param values: storage for values, [rows, heads, columns, head_dim]; its head_dim may differ from that of the keys.
     """
 
     keys: torch.Tensor
@@ -40,9 +41,9 @@ class CacheLayer(CacheLayerMixin):
 
     def resized(self, columns: int, drop: int) -> CacheLayer:
         """
-        :param columns: columns that there is to be room for.
-        :param drop: columns to leave out, on the left.
-        :return: the same keys and values in new storage.
+        :param columns: the number of columns of the new storage.
+        :param drop: the number of columns to leave out, on the left.
+        :return: a layer with the other columns in new storage.
         """
         rows, heads, _, head_dim = self.keys.shape
         value_dim = self.values.shape[-1]
@@ -57,7 +58,14 @@ class CacheLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Called by the model: append columns, hand out everything that is in use."""
+        """Append columns. The model calls this in its forward pass.
+
+        :param key_states: the keys of the new tokens, [rows, heads, new columns, head_dim].
+        :param value_states: the values of the new tokens, [rows, heads, new columns, head_dim].
+        :param args: not used.
+        :param kwargs: not used.
+        :return: all keys and all values in use.
+        """
         new = slice(self.columns, self.columns + key_states.shape[-2])
         self.keys[: self.rows, :, new] = key_states
         self.values[: self.rows, :, new] = value_states
@@ -65,24 +73,38 @@ class CacheLayer(CacheLayerMixin):
         return self.keys[: self.rows, :, : new.stop], self.values[: self.rows, :, : new.stop]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing to do: the storage is there."""
+        """Do nothing: the storage is allocated already.
+
+        :param key_states: not used.
+        :param value_states: not used.
+        """
 
     def get_seq_length(self) -> int:
+        """
+        :return: the number of columns in use.
+        """
         return self.columns
 
     def get_max_length(self) -> int:
+        """
+        :return: −1: there is no maximum.
+        """
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """
+        :param query_length: the number of new tokens.
+        :return: the number of columns that a mask must cover, and the index of the first of them.
+        """
         return self.columns + query_length, 0
 
 
 class Beginning(NamedTuple):
-    """Where keys and values of the first tokens of a context are.
+    """Where the keys and values of the first p tokens of a context are stored.
 
     :param layers: the storage.
-    :param row: the row in it.
-    :param columns: int64 [p], the column of each of these tokens.
+    :param row: the row of the storage.
+    :param columns: int64 [p], the column of each token.
     """
 
     layers: Layers
@@ -91,11 +113,11 @@ class Beginning(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """Contexts that were read in a forward pass of their own.
+    """The result of a forward pass over contexts, before it is copied into a :class:`Block`.
 
-    :param layers: keys and values, one row a context.
-    :param first: int64 [rows], the column of each context's first token; the others follow without gaps.
-    :param hidden: [rows, H], at each context's last token.
+    :param layers: keys and values, one row per context.
+    :param first: int64 [rows], the column of each context's first token. The others follow without gaps.
+    :param hidden: the hidden state at each context's last token, [rows, H].
     """
 
     layers: Layers
@@ -104,11 +126,11 @@ class Reading(NamedTuple):
 
 
 class Block:
-    """The cached rows of one stream of calls.
+    """The stored contexts of one stream of calls, such as a rollout: one row, also called a slot, per context.
 
-    :param n_rows: how many rows there is room for.
-    :param width: L, the longest context.
-    :param like: a reading, for shapes, dtype and device.
+    :param n_rows: the number of rows.
+    :param width: the number L of columns of an observation, which is the length of the longest context.
+    :param like: a reading, from which shapes, dtype and device are taken.
     """
 
     def __init__(self, n_rows: int, width: int, like: Reading) -> None:
@@ -117,28 +139,28 @@ class Block:
             CacheLayer(*(x.new_zeros(n_rows, x.shape[1], SPARE_COLUMNS, x.shape[3]) for x in pair))
             for pair in like.layers
         ]
-        self.hidden = like.hidden.new_zeros(n_rows, like.hidden.shape[-1])  # at each row's last token
+        self.hidden = like.hidden.new_zeros(n_rows, like.hidden.shape[-1])  # the states at each row's last token
         self.visible = torch.zeros(n_rows, SPARE_COLUMNS, dtype=torch.bool, device=self.hidden.device)
 
     @property
     def columns(self) -> int:
-        """Columns in use."""
+        """The number of columns in use."""
         return self.layers[0].columns
 
     def beginning(self, slot: int, length: int) -> Beginning:
         """
         :param slot: a live slot.
-        :param length: how many of its tokens, from the first.
-        :return: where their keys and values are.
+        :param length: a number of tokens, counted from the first.
+        :return: where the keys and values of these tokens are stored.
         """
         layers = [(layer.keys, layer.values) for layer in self.layers]
         return Beginning(layers, slot, self.known.columns[slot, :length].copy())
 
     def keep(self, slots: np.ndarray) -> np.ndarray:
-        """Forget every row but these.
+        """Forget every row but these, and move the last rows into the gaps.
 
         :param slots: int64, the rows to keep.
-        :return: for each old slot its new one.
+        :return: int64 [n_rows], the new slot of each old one.
         """
         sources, targets, moved = self.known.keep(slots)
         if len(sources):
@@ -151,18 +173,18 @@ class Block:
         return moved
 
     def reserve(self, more: int, at_least: int = 0) -> None:
-        """Make room for so many more columns, and for so many in all.
+        """Make room for more columns.
 
-        When there is none, columns on the left that no live row sees any more are dropped.
+        When the storage is full, columns on the left that no live row uses any more are dropped.
 
-        :param more: columns beyond those in use.
-        :param at_least: columns in all.
+        :param more: the number of columns that are needed beyond those in use.
+        :param at_least: the number of columns that are needed in all.
         """
         if max(self.columns + more, at_least) <= self.visible.shape[1]:
             return
         live = self.known.live
         drop = int(self.known.columns[:live, 0].min()) if live else self.columns
-        # At least as many spare columns as used ones: moving what is kept then costs O(1) columns a call.
+        # With at least as many spare columns as used ones, copying costs O(1) columns per call on average.
         needed = max(self.columns - drop + more, at_least)
         capacity = needed + max(SPARE_COLUMNS, needed)
         self.layers = [layer.resized(capacity, drop) for layer in self.layers]
@@ -172,12 +194,12 @@ class Block:
         self.known.columns -= drop
 
     def put(self, slots: np.ndarray, contexts: Contexts, reading: Reading, rows: np.ndarray) -> None:
-        """Take over contexts that were read apart. There must be as many columns in use as the longest of them has.
+        """Copy contexts from a reading. At least as many columns must be in use as the longest of them has tokens.
 
-        :param slots: int64 [B], where they go.
+        :param slots: int64 [B], the slots that they are copied to.
         :param contexts: B contexts.
-        :param reading: holds them.
-        :param rows: int64 [B], the row of the reading that each of them is.
+        :param reading: the forward pass that read them.
+        :param rows: int64 [B], the row of each of them in the reading.
         """
         length = contexts.length
         to_first = self.known.put(slots, contexts, self.columns)
@@ -194,4 +216,8 @@ class Block:
         self.hidden[target] = reading.hidden[self.to_torch(rows)]
 
     def to_torch(self, array: np.ndarray) -> torch.Tensor:
+        """
+        :param array: an array.
+        :return: a tensor of the same contents, on the device of the storage.
+        """
         return torch.from_numpy(array).to(self.hidden.device)

@@ -1,10 +1,10 @@
 """A Hugging Face causal language model as a scorer of token contexts.
 
-This is the one component that does language-model work. The policy adds a value head to it; the frozen reference of
-the KL penalty is another instance of it, so that what is sampled, what is trained and what is compared against are
-the same distribution: temperature and masks included.
+This is the only component that runs a language model for the policy. The policy adds a value head to it, and the frozen
+reference of the KL penalty is another instance of it. So what is sampled, what is trained and what is compared are the
+same distribution, temperature and masks included.
 
-Notation: B contexts, T columns, N scored positions, H hidden units, V tokens of the environment.
+Notation: B sequences, T columns, N scored positions, H hidden units, V tokens of the environment.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from agents.models.adapter import Adapter, unwrapped
 from agents.models.distribution import LogProbAndEntropy, TokenDistribution
 from text_env.constraints import Constraint, Contexts, all_of, allowed_tokens
 
-# Logits of one chunk in float32: 2^22 values are 16 MB, large enough for full-speed matrix products.
+# Logits of one chunk. In float32 2^22 values are 16 MB, enough for matrix products to run at full speed.
 CHUNK_ELEMENTS = 2**22
 
 
 class Positions(NamedTuple):
-    """Where the next token is asked for, in a batch of sequences.
+    """The positions in a batch of sequences at which the distribution of the next token is asked for.
 
-    :param row: int64 [N], index of the sequence.
-    :param column: int64 [N], index of the last token of the context.
-    :param step: int64 [N], how many tokens of the response the context holds already.
+    :param row: int64 [N], the index of the sequence.
+    :param column: int64 [N], the index of the last token of the context.
+    :param step: int64 [N], how many tokens of the context belong to the response.
     """
 
     row: torch.Tensor
@@ -47,11 +47,15 @@ class Positions(NamedTuple):
 class CausalLM(nn.Module):
     """Next-token distributions of a causal language model, restricted to the environment's tokens.
 
-    :param model: the Hugging Face model, or PEFT's wrapper around it; dropout is off, always.
-    :param distribution: the distribution that is sampled and scored; says how many of the model's logits are used, so
-        padded embeddings are fine.
-    :param compile_forward: run whole sequences through ``torch.compile``; needs a C++ compiler on CPUs.
-    :raises ValueError: if the model has fewer than V logits, or a head that is not a function of the last hidden state.
+    Dropout is always off.
+
+    :param model: the Hugging Face model, or PEFT's wrapper around it.
+    :param distribution: the distribution that is sampled and scored. The model may have more logits than its V tokens,
+        as models with padded embeddings have; the first V are used.
+    :param compile_forward: whether to run whole sequences through ``torch.compile``, which needs a C++ compiler on
+        CPUs.
+    :raises ValueError: if the model is no decoder with a head, if it has fewer than V logits, or if its logits are not
+        the head applied to the last hidden state.
     """
 
     def __init__(
@@ -82,9 +86,9 @@ class CausalLM(nn.Module):
         self._check_head()
 
     def save_pretrained(self, directory: Path) -> None:
-        """Write a directory that plain transformers loads: the model, or the adapter that was trained.
+        """Write a directory that transformers loads without this package: the model, or the adapter that was trained.
 
-        :param directory: exists.
+        :param directory: an existing directory.
         """
         if self.adapter is None:
             self.model.save_pretrained(directory)
@@ -93,51 +97,58 @@ class CausalLM(nn.Module):
 
     @property
     def backbone(self) -> nn.Module:
-        """The decoder below the language-model head: token ids in, last hidden states out."""
+        """The decoder below the language-model head, from token ids to last hidden states."""
         return self.model.base_model
 
     @property
     def device(self) -> torch.device:
+        """The device of the weights."""
         return next(self.model.parameters()).device
 
     def train(self, mode: bool = True) -> CausalLM:
-        """Dropout stays off: with it, the policy that is trained is not the one that was sampled from."""
+        """Leave dropout off: with it, the policy that is trained would not be the one that was sampled from.
+
+        :param mode: not used.
+        :return: this module.
+        """
         return super().train(False)
 
     def hidden_states(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Last hidden states of right-padded sequences, one plain forward pass.
+        """Last hidden states of right-padded sequences, by one forward pass without cache.
 
-        No attention mask is needed: causal attention never looks at what stands to the right.
+        No attention mask is needed, since causal attention never looks at what stands to the right.
 
-        :param input_ids: int64 [B, T], right-padded with anything.
+        :param input_ids: int64 [B, T], right-padded with any tokens.
         :return: [B, T, H].
         """
         return self.run(self.backbone, input_ids)
 
     def run(self, backbone: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-        """:func:`full_forward` as this model is to be run: autocast and compiled, if it was asked for.
+        """Call :func:`full_forward` under this model's autocast, and compiled if ``compile_forward`` is set.
 
-        :param backbone: this model's, or a separate critic's.
-        :param input_ids: int64 [B, T].
-        :return: [B, T, H].
+        :param backbone: the decoder to run: this model's, or that of a separate critic.
+        :param input_ids: int64 [B, T], right-padded.
+        :return: last hidden states, [B, T, H].
         """
         forward = _compiled_forward() if self.compile_forward else full_forward
         with self.precision():
             return forward(backbone, input_ids)
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
-        """The autocast that the model runs under, in rollout, update and reference alike."""
+        """
+        :return: the autocast that the model runs under, in the rollout, in the update and as a reference.
+        """
         if self.distribution.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=getattr(torch, self.distribution.autocast))
 
     def allowed(self, contexts: Contexts, action_masks: np.ndarray | torch.Tensor | None = None) -> torch.Tensor | None:
-        """The tokens that may follow.
+        """The tokens that may follow each context.
 
         :param contexts: N contexts.
-        :param action_masks: further masks, true where allowed, N × V values.
-        :return: bool [N, V]; None where :meth:`logits` needs none.
-        :raises ValueError: if no token is left after some context.
+        :param action_masks: further masks of N × V values, true where a token is allowed.
+        :return: bool [N, V], true where a token is allowed; None if :meth:`logits` needs no mask.
+        :raises ValueError: if no token is allowed after some context.
         """
         if action_masks is None and not self.distribution.needs_masks:
             return None
@@ -149,12 +160,12 @@ class CausalLM(nn.Module):
         return torch.from_numpy(allowed_tokens(constraint, contexts, n_tokens)).to(self.device)
 
     def logits(self, hidden: torch.Tensor, step: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits of the sampled distribution: temperature applied, forbidden tokens at minus infinity.
+        """The logits that tokens are sampled from, with the temperature applied and forbidden tokens at minus infinity.
 
-        :param hidden: [N, H] last hidden states.
-        :param step: int64 [N], tokens of the response so far.
+        :param hidden: last hidden states, [N, H].
+        :param step: int64 [N], how many tokens of each context belong to the response.
         :param allowed: bool [N, V], what :meth:`allowed` returned for these contexts.
-        :return: float32 (float64 for float64 models) [N, V].
+        :return: [N, V], float64 for models in float64, else float32.
         """
         with self.precision():
             logits = self._head(hidden)[:, : self.distribution.n_tokens]
@@ -167,16 +178,17 @@ class CausalLM(nn.Module):
         actions: torch.Tensor,
         allowed: Callable[[slice], torch.Tensor | None] = lambda part: None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability of each action and entropy of its distribution, in chunks of positions.
+        """The log-probability of each action and the entropy of its distribution, in chunks of positions.
 
-        The backward pass computes each chunk's logits again, so that [N, V] never exists at once; where everything fits
-        into one chunk, its logits are kept.
+        The backward pass computes the logits of each chunk again, so that they never exist for all positions at once.
+        If all positions fit into one chunk, its logits are kept.
 
-        :param hidden: [N, H].
-        :param step: int64 [N].
-        :param actions: int64 [N].
-        :param allowed: what :meth:`allowed` returns for these positions, by slices of them.
-        :return: log-probabilities [N] and entropies [N] (nats), float32.
+        :param hidden: last hidden states, [N, H].
+        :param step: int64 [N], how many tokens of each context belong to the response.
+        :param actions: int64 [N], token ids.
+        :param allowed: a function that takes a slice of the N positions and returns what :meth:`allowed` returns for
+            them.
+        :return: log-probabilities [N] and entropies [N], in nats, of the dtype of :meth:`logits`.
         """
 
         def chunk(
@@ -200,13 +212,13 @@ class CausalLM(nn.Module):
     def evaluate(
         self, input_ids: torch.Tensor, at: Positions, actions: torch.Tensor, action_masks: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...]:
-        """Score actions inside whole sequences: one forward pass per sequence.
+        """Score actions inside whole sequences, by one forward pass over the sequences.
 
         :param input_ids: int64 [B, T], right-padded.
-        :param at: the N positions whose next token is scored.
-        :param actions: int64 [N].
-        :param action_masks: further masks, true where allowed, [N, V].
-        :return: log-probabilities [N], entropies [N], hidden states [N, H].
+        :param at: the N positions after which the actions follow.
+        :param actions: int64 [N], token ids.
+        :param action_masks: further masks, [N, V], true where a token is allowed.
+        :return: log-probabilities [N] and entropies [N], in nats, and last hidden states [N, H].
         """
         hidden = self.hidden_states(input_ids)[at.row, at.column]
         if action_masks is None and not self.distribution.needs_masks:
@@ -231,7 +243,7 @@ class CausalLM(nn.Module):
 
     @torch.no_grad()
     def _check_head(self) -> None:
-        """The head is applied apart from the model, only where it is needed: prove that this is the same."""
+        """Check that the head, applied apart from the model and only where needed, gives the model's logits."""
         probe = torch.arange(4, device=self.device)[None] % self.distribution.n_tokens
         expected = self.model(input_ids=probe, use_cache=False).logits
         actual = self._head(full_forward(self.backbone, probe))
@@ -244,8 +256,8 @@ class CausalLM(nn.Module):
 
 def action_masks_given(masks: np.ndarray) -> Constraint:
     """
-    :param masks: bool [B, V].
-    :return: them as a constraint of the B contexts that they were made for.
+    :param masks: bool [B, V], true where a token is allowed.
+    :return: the masks as a constraint, which may be called with the B contexts of the masks only.
     """
 
     def action_masks(contexts: Contexts, n_tokens: int) -> np.ndarray:
@@ -255,10 +267,11 @@ def action_masks_given(masks: np.ndarray) -> Constraint:
 
 
 def full_forward(backbone: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """
-    :param backbone: a Hugging Face decoder without head.
+    """One forward pass over whole sequences, without cache.
+
+    :param backbone: a Hugging Face decoder without a head.
     :param input_ids: int64 [B, T], right-padded.
-    :return: last hidden states [B, T, H].
+    :return: last hidden states, [B, T, H].
     """
     hidden: torch.Tensor = backbone(input_ids=input_ids, use_cache=False).last_hidden_state
     return hidden
@@ -266,12 +279,15 @@ def full_forward(backbone: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _compiled_forward() -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
-    # One function for all models and lengths: it specialises on the model by itself.
+    # One compiled function serves all models and lengths, since PyTorch specialises it for each model.
     return torch.compile(full_forward, dynamic=True)
 
 
 def fuse_activations(model: nn.Module) -> None:
-    """Replace GPT-2's tanh approximation of GELU, eight operations, by PyTorch's one kernel for the same function."""
+    """Replace GPT-2's tanh approximation of GELU, which takes eight operations, by PyTorch's kernel for it.
+
+    :param model: the model, which is changed in place.
+    """
     for parent in model.modules():
         for name, child in parent.named_children():
             if isinstance(child, NewGELUActivation):

@@ -1,6 +1,7 @@
-"""Which contexts are known already, and how much of the others: the NumPy half of the memo, which knows no tensors.
+"""Which contexts the prefix cache holds, wholly or in part. This half of the cache works on token ids in NumPy; the
+keys and values are in ``cache_storage``.
 
-Notation: B contexts of a call, L columns of an observation.
+Notation: B contexts of a call, L columns of an observation, S slots.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from text_env.constraints import Contexts
 
 
 class KnownContexts:
-    """The contexts whose keys and values a block of the memo holds, one a slot. The live slots are the first ones.
+    """The contexts whose keys and values a block of the cache holds, one per slot. The slots in use, called live, are
+    the first ``live`` ones.
 
-    :param n_slots: how many slots there are.
-    :param width: L, the longest context.
+    :param n_slots: the number of slots.
+    :param width: the number L of columns of an observation, which is the length of the longest context.
     """
 
     def __init__(self, n_slots: int, width: int) -> None:
@@ -23,26 +25,26 @@ class KnownContexts:
         self.live = 0
         self.tokens = np.zeros((n_slots, width), dtype=np.int64)
         self.columns = np.zeros((n_slots, width), dtype=np.int64)
-        """In which column of the storage each token's keys and values are."""
+        """The column of the storage in which each token's keys and values are."""
         self.length = np.zeros(n_slots, dtype=np.int64)
         self.latest = np.zeros(0, dtype=np.int64)
-        """The slots of the latest call's contexts, in their order."""
+        """The slots of the contexts of the latest call, in the order of the contexts."""
 
     def match(self, contexts: Contexts) -> np.ndarray:
-        """For each context a slot whose whole content is the context, or its beginning; no slot is given twice.
+        """For each context, find a slot that holds the context or a beginning of it. No slot is given twice.
 
         :param contexts: B contexts.
-        :return: int64 [B], −1 where there is no such slot.
+        :return: int64 [B], the slots, −1 where there is none.
         """
         input_ids, length, _ = contexts
         if len(length) == len(self.latest):
-            # The ordinary case: every row has grown, or waited, and none has moved.
+            # The usual case: every context is the one of the latest call or extends it, in the same order.
             held = self.length[self.latest]
             columns = np.arange(int(held.max()))
             same = (input_ids[:, columns] == self.tokens[np.ix_(self.latest, columns)]) | (columns >= held[:, None])
             if (length >= held).all() and same.all():
                 return self.latest
-        # Rows were dropped, restarted or re-ordered. A key may stand for several slots: two episodes of one prompt.
+        # Rows were dropped, restarted or reordered. Several slots may hold the same context: episodes of one prompt.
         slots_of: dict[bytes, list[int]] = {}
         for slot in range(self.live):
             slots_of.setdefault(self.tokens[slot, : self.length[slot]].tobytes(), []).append(slot)
@@ -65,9 +67,10 @@ class KnownContexts:
 
     def shared_prefix(self, tokens: np.ndarray, slots: np.ndarray) -> np.ndarray:
         """
-        :param tokens: int64 [n], a context.
+        :param tokens: int64 [n], the token ids of a context.
         :param slots: int64 [S], live slots.
-        :return: int64 [S], with how many tokens the content of each slot and the context begin alike.
+        :return: int64 [S], the number of tokens that the context and the contents of each slot have in common at their
+            start.
         """
         n = min(len(tokens), self.width)
         same = (self.tokens[slots, :n] == tokens[:n]) & (np.arange(n) < self.length[slots, None])
@@ -75,10 +78,11 @@ class KnownContexts:
         return shared
 
     def keep(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Forget every slot but these, closing the gaps from the end.
+        """Forget every slot but these, and move the last slots into the gaps.
 
         :param slots: int64, the slots to keep.
-        :return: the slots that move, where each of them goes, and for each old slot its new one.
+        :return: the slots that move, int64; the slots that they move to, int64; and the new slot of each old one, int64
+            [n_slots].
         """
         moved = np.arange(self.n_slots)
         holes = np.setdiff1d(np.arange(self.live), slots)
@@ -92,10 +96,10 @@ class KnownContexts:
         return sources, targets, moved
 
     def append(self, slots: np.ndarray, tokens: np.ndarray, column: int) -> None:
-        """One more token for each of these slots, all in the same new column.
+        """Append one token to each of these slots, all in the same new column.
 
         :param slots: int64 [S], different live slots.
-        :param tokens: int64 [S].
+        :param tokens: int64 [S], token ids.
         :param column: the column of the storage.
         """
         position = self.length[slots]
@@ -104,7 +108,7 @@ class KnownContexts:
         self.length[slots] += 1
 
     def put(self, slots: np.ndarray, contexts: Contexts, end: int) -> np.ndarray:
-        """Whole contexts into slots, so that their last tokens stand in the newest column.
+        """Put whole contexts into slots, such that their last tokens stand in the newest column.
 
         :param slots: int64 [B], live slots, or those right behind them.
         :param contexts: B contexts.
@@ -120,9 +124,11 @@ class KnownContexts:
 
 
 def distinct(contexts: Contexts) -> tuple[np.ndarray, np.ndarray]:
-    """
+    """Find the contexts that are the same.
+
     :param contexts: B contexts.
-    :return: the index of the first of each kind, in their order, and for each of the B contexts the number of its kind.
+    :return: the index of the first context of each kind, int64, in the order of the contexts; and the number of each
+        context's kind, int64 [B].
     """
     number: dict[bytes, int] = {}
     first, kind = [], np.empty(len(contexts.length), dtype=np.int64)
@@ -138,7 +144,8 @@ def distinct(contexts: Contexts) -> tuple[np.ndarray, np.ndarray]:
 def common_prefix(contexts: Contexts) -> int:
     """
     :param contexts: B contexts.
-    :return: with how many tokens all of them begin alike, short of the last token of the shortest.
+    :return: the number of tokens that all of them have in common at their start, at most one less than the shortest
+        has.
     """
     n = int(contexts.length.min()) - 1
     alike = (contexts.input_ids[:, :n] == contexts.input_ids[0, :n]).all(axis=0)

@@ -1,7 +1,7 @@
 """Token contexts: from observations to the fewest sequences that contain them all.
 
-Under causal attention the hidden state at a position depends on the tokens up to it alone. So a context that is the
-beginning of another one needs no forward pass of its own: its answer stands inside the longer one.
+Under causal attention, the hidden state at a position depends only on the tokens up to that position. So a context that
+is the beginning of another one needs no forward pass of its own: its hidden state is among those of the longer one.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from text_env.constraints import Contexts as Contexts
 
 def contexts_of(observation: Any) -> Contexts:
     """
-    :param observation: a batch of the environment's observations, a mapping of arrays or tensors (``input_ids``,
-        ``attention_mask``, ``prompt_length``).
-    :return: the contexts in it.
+    :param observation: a batch of B observations of the environment: a mapping of arrays or tensors with the keys
+        ``input_ids``, ``attention_mask`` and ``prompt_length``.
+    :return: the B contexts.
     :raises ValueError: for a packed batch of whole episodes.
     """
     if "action_mask" in observation:
@@ -35,16 +35,17 @@ def contexts_of(observation: Any) -> Contexts:
 
 
 def share_prefixes(contexts: Contexts, device: torch.device) -> tuple[torch.Tensor, Positions]:
-    """Find the maximal sequences of a batch of contexts, and where in them each context ends.
+    """Find the maximal sequences of a batch of contexts, those that are no beginning of another one, and where each
+    context ends in them.
 
-    :param contexts: B contexts, in any order, with repetitions.
-    :param device: where the answer goes.
-    :return: ``input_ids`` [S, T] of the S ≤ B maximal sequences, and the positions of the B contexts in them.
+    :param contexts: B contexts, in any order, possibly repeated.
+    :param device: the device of the returned tensors.
+    :return: the S ≤ B maximal sequences, int64 [S, T], right-padded; and the positions in them of the B contexts.
     """
     input_ids, length, step = contexts
     used = int(length.max())
     columns = np.arange(used)
-    # Padding of -1 sorts before every token: a context then stands right before its extensions.
+    # −1 as padding sorts before every token, so a context is sorted right before the contexts that extend it.
     tokens = np.where(columns < length[:, None], input_ids[:, :used], -1)
     order = np.lexsort(tokens.T[::-1])
     ordered, ordered_length = tokens[order], length[order]
@@ -55,18 +56,18 @@ def share_prefixes(contexts: Contexts, device: torch.device) -> tuple[torch.Tens
     row = np.empty(len(length), dtype=np.int64)
     row[order] = np.searchsorted(maximal, np.arange(len(length)))
     sequences = ordered[maximal]
-    # Padding stands where causal attention never looks. Repeating the first token keeps the pad token out, which some
-    # models search for to warn of a missing mask.
+    # Causal attention never looks at padding. It repeats the first token because some models search their inputs for
+    # the pad token and warn of a missing attention mask.
     sequences = np.where(sequences < 0, sequences[:, :1], sequences)
     at = Positions(*(torch.from_numpy(x).to(device) for x in (row, length - 1, step)))
     return torch.from_numpy(sequences).to(device), at
 
 
 def packed_positions(observation: Mapping[str, torch.Tensor]) -> Positions:
-    """The positions of a packed batch of whole episodes, whose ``action_mask`` is true where an action follows.
+    """The positions of the actions in a packed batch of whole episodes.
 
-    :param observation: ``action_mask`` bool [E, T] and ``prompt_length`` [E, 1].
-    :return: positions in row-major order, as the buffer lays out actions.
+    :param observation: ``action_mask``, bool [E, T], true where an action follows, and ``prompt_length``, [E, 1].
+    :return: N positions in row-major order, which is the order of a packed batch's actions.
     """
     row, column = observation["action_mask"].nonzero(as_tuple=True)
     return Positions(row, column, column + 1 - observation["prompt_length"].long()[row, 0])

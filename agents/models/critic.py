@@ -1,4 +1,4 @@
-"""The critic: a value head on the policy's own hidden states, or on a decoder of its own."""
+"""The critic: a value head on the policy's hidden states, or on those of a separate decoder."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from text_env.rewards import reward_normalization
 
 
 class ValueHead(nn.Linear):
-    """Hidden states to values; 0 at first.
+    """A linear map from hidden states to values, which is 0 before training.
 
-    Adam moves a weight by about the learning rate at each step, whatever its gradient. At a language model's learning
-    rate a new head would need a thousand steps to reach values of order 1, so what it says is ``SCALE`` times what its
-    weights say: the same as a learning rate so many times as high for the head alone.
+    Adam changes a weight by about the learning rate at each step, whatever the size of its gradient. At the learning
+    rate of a language model, a new head would need a thousand steps to reach values of order 1. Therefore the values
+    are ``SCALE`` times what the weights say, which amounts to a learning rate that is ``SCALE`` times as high for the
+    head alone.
 
-    :param hidden_size: H.
+    :param hidden_size: H, the number of hidden units.
     """
 
     SCALE = 10.0
@@ -33,16 +34,20 @@ class ValueHead(nn.Linear):
         nn.init.zeros_(self.bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        # The value is scaled, and the gradient is not: clipping, by the norm over all weights, must not see it grow.
+        """
+        :param hidden: hidden states, [..., H].
+        :return: values, [..., 1].
+        """
+        # The value is scaled but its gradient is not, since gradients are clipped by their norm over all weights.
         weight, bias = (w + (self.SCALE - 1) * w.detach() for w in (self.weight, self.bias))
         return nn.functional.linear(hidden, weight, bias)
 
     @torch.no_grad()
     def set(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        """Make it the function ``hidden @ weight + bias``.
+        """Set the weights such that the head computes ``hidden @ weight + bias``.
 
         :param weight: [H].
-        :param bias: a single number.
+        :param bias: [1].
         """
         self.weight.copy_(weight[None] / self.SCALE)
         self.bias.copy_(bias / self.SCALE)
@@ -57,19 +62,21 @@ def make_critic(
 ) -> tuple[nn.Module | None, ValueHead]:
     """
     :param base: the policy's model.
-    :param separate: False, True (a copy of its decoder), or the name of a reward model.
-    :param dtype: of a reward model's weights.
-    :param tokenizer: the policy's.
-    :param longest: tokens of a context.
-    :return: the decoder below the value head (None: the policy's), and the head.
-    :raises ValueError: if there is no such reward model, or it has another tokenizer or too few positions.
+    :param separate: False for a value head on the policy's decoder; True for a value head on a copy of that decoder; or
+        the directory or hub name of a reward model (``"builtin"``: the built-in one), which the critic starts as.
+    :param dtype: the floating-point type of a reward model's weights.
+    :param tokenizer: the policy's tokenizer.
+    :param longest: the length of the longest context, in tokens.
+    :return: the decoder below the value head, None if it is the policy's; and the value head.
+    :raises ValueError: if there is no such reward model, or if it has another tokenizer, too few positions or no
+        ``score`` head of one label.
     """
     if not isinstance(separate, str | Path):
         embeddings = base.get_output_embeddings()
-        hidden_size = 1 if embeddings is None else embeddings.weight.shape[1]  # `CausalLM` refuses a model without
+        hidden_size = 1 if embeddings is None else embeddings.weight.shape[1]  # `CausalLM` rejects such a model
         if not separate:
             return None, ValueHead(hidden_size)
-        critic = copy.deepcopy(base.base_model).eval()  # without dropout, like the policy
+        critic = copy.deepcopy(base.base_model).eval()  # without dropout, as the policy
         fuse_activations(critic)
         return critic, ValueHead(hidden_size)
     name = str(REWARD_MODEL) if separate == "builtin" else str(separate)

@@ -1,4 +1,4 @@
-"""The distribution that tokens are sampled from: what describes it, how to sample from it, and how to score with it.
+"""The distribution that tokens are sampled from: its description, sampling from it, and scoring tokens under it.
 
 Notation: N contexts, V tokens.
 """
@@ -20,22 +20,22 @@ from text_env.episodes import EpisodesFace
 
 @dataclass(frozen=True)
 class TokenDistribution:
-    """Everything but the weights that decides how probable a token is after a context.
+    """Everything except the weights that determines the probability of a token after a context.
 
-    The policy samples from it, trains with it and is compared with a frozen reference under it. All three must mean the
-    same distribution: a reference without the policy's temperature, say, would report a KL divergence that is not zero
-    before the policy has changed at all. So policy, reference and buffer hold one of these and are checked against one
-    another, and against the environment.
+    The policy samples from this distribution, is trained under it, and is compared with a frozen reference under it.
+    All three must use the same one: a reference without the policy's temperature, for example, would give a KL
+    divergence other than zero before the policy has changed at all. Therefore the policy and the reference hold one
+    description each, and these are checked against one another and against the environment.
 
-    :param n_tokens: V, the tokens of the environment; a model's first V logits are used.
-    :param temperature: divides the logits.
-    :param eos_token_ids: the tokens that end a text; empty where nobody knows them.
-    :param min_new_tokens: the tokens that end a text have probability 0 before so many response tokens.
-    :param constraint: which tokens may follow a context, the others having probability 0; what
+    :param n_tokens: V, the number of tokens of the environment. The first V logits of a model are used.
+    :param temperature: the number that logits are divided by, greater than 0.
+    :param eos_token_ids: the tokens that end a text; empty if they are not known.
+    :param min_new_tokens: the number of response tokens before which the tokens that end a text have probability 0.
+    :param constraint: which tokens may follow a context; all others have probability 0. Anything that
         :func:`text_env.constraints.make_constraint` takes.
-    :param autocast: name of the type that matrix products run in (``"bfloat16"``), while the weights keep theirs; None
-        for the type of the weights.
-    :raises ValueError: if a value is out of range, or a minimum length has no end of text to forbid.
+    :param autocast: the name of the floating-point type of matrix products, such as ``"bfloat16"``, while the weights
+        keep their own; None: the type of the weights.
+    :raises ValueError: if a value is out of range, or if ``min_new_tokens`` is given without ``eos_token_ids``.
     """
 
     n_tokens: int
@@ -62,24 +62,24 @@ class TokenDistribution:
 
     @cached_property
     def all_constraints(self) -> Constraint | None:
-        """The constraint and the minimum length, as one constraint; None where every token may follow."""
+        """The constraint and the minimum length as one constraint; None if every token may follow."""
         minimum = [MinimumLength(self.min_new_tokens, token) for token in self.eos_token_ids if self.min_new_tokens]
         return all_of(*minimum, self.constraint)
 
     @property
     def needs_masks(self) -> bool:
-        """Whether a mask of all V tokens is needed; a minimum length alone concerns only the tokens that end a text."""
+        """Whether masks of all V tokens are needed. A minimum length alone concerns only the tokens that end a text."""
         return self.constraint is not None
 
     def logits(self, raw: torch.Tensor, step: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor:
-        """Turn a model's logits into those of this distribution. May write into ``raw``.
+        """Turn a model's logits into the logits of this distribution.
 
-        :param raw: float32 or float64 [N, V], as the model's head gives them.
-        :param step: int64 [N], response tokens in the context so far.
-        :param allowed: bool [N, V], the tokens that may follow, minimum length included; None where only the minimum
-            length has to be kept.
-        :return: [N, V], divided by the temperature, minus infinity where a token must not follow.
-        :raises ValueError: if there is a constraint and no mask.
+        :param raw: what the model's head returns, float32 or float64 [N, V]; it may be overwritten.
+        :param step: int64 [N], how many tokens of each context belong to the response.
+        :param allowed: bool [N, V], true for the tokens that may follow, with the minimum length taken into account;
+            None if there is no constraint but the minimum length.
+        :return: [N, V], divided by the temperature, and minus infinity where a token may not follow.
+        :raises ValueError: if there is a constraint and ``allowed`` is None.
         """
         if self.temperature != 1.0:
             raw = raw / self.temperature
@@ -96,11 +96,12 @@ class TokenDistribution:
         return raw
 
     def check_same(self, other: TokenDistribution, this: str, that: str) -> None:
-        """
-        :param other: the description of what should be the same distribution.
-        :param this: what this one is called in an error, for example ``"policy"``.
-        :param that: what the other one is called.
-        :raises ValueError: naming every field in which the two differ, and both values.
+        """Check that two descriptions are of the same distribution.
+
+        :param other: the other description.
+        :param this: what this description belongs to, for the error, for example ``"policy"``.
+        :param that: what the other description belongs to.
+        :raises ValueError: if they differ; it names the fields in which they do, with both values.
         """
         differing = {field.name for field in dataclasses.fields(self) if not self._agrees(other, field.name)}
         if differing:
@@ -116,13 +117,14 @@ class TokenDistribution:
     def _agrees(self, other: TokenDistribution, name: str) -> bool:
         mine, theirs = getattr(self, name), getattr(other, name)
         if name == "eos_token_ids" and not (mine and theirs):
-            return True  # where somebody doesn't know the ends of a text, no minimum length depends on them
+            return True  # where these tokens are not known, there is no minimum length that depends on them
         return same_constraint(mine, theirs) if name == "constraint" else bool(mine == theirs)
 
     def check_environment(self, env: EpisodesFace) -> None:
-        """
+        """Check that this is the distribution that an environment allows.
+
         :param env: the text environment that the policy is going to write in.
-        :raises ValueError: naming every field in which the environment differs, and both values.
+        :raises ValueError: if they differ; it names the fields in which they do, with both values.
         """
         env_distribution = dataclasses.replace(
             self,
@@ -135,18 +137,18 @@ class TokenDistribution:
 
 
 class LogProbAndEntropy(torch.autograd.Function):
-    """log π(a) and −Σ π log π of categorical distributions, keeping one [N, V] tensor for the backward pass.
+    """log π(a) and −Σ π log π of categorical distributions, with one [N, V] tensor kept for the backward pass.
 
-    With ℓ = log π and H the entropy: ∂ log π(a)/∂logit_j = [j = a] − π_j and ∂H/∂logit_j = −π_j (ℓ_j + H).
+    With ℓ = log π and the entropy H: ∂ log π(a)/∂logit_j = [j = a] − π_j and ∂H/∂logit_j = −π_j (ℓ_j + H).
     """
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        :param ctx: PyTorch's own.
+        :param ctx: PyTorch's context object.
         :param logits: [N, V], minus infinity where a token has probability 0.
-        :param actions: int64 [N].
-        :return: log-probabilities [N] and entropies [N], nats.
+        :param actions: int64 [N], token ids.
+        :return: log-probabilities [N] and entropies [N], in nats.
         """
         log_probs = torch.log_softmax(logits, dim=-1)
         entropy = -_plogp(log_probs.exp(), log_probs).sum(dim=-1)
@@ -160,10 +162,10 @@ class LogProbAndEntropy(torch.autograd.Function):
         ctx: Any, grad_log_prob: torch.Tensor | None, grad_entropy: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, None]:
         """
-        :param ctx: PyTorch's own.
-        :param grad_log_prob: [N], or None where nobody asks.
-        :param grad_entropy: [N], or None where nobody asks.
-        :return: the gradient of the logits [N, V].
+        :param ctx: PyTorch's context object.
+        :param grad_log_prob: the gradient of the log-probabilities, [N]; None if it is not needed.
+        :param grad_entropy: the gradient of the entropies, [N]; None if it is not needed.
+        :return: the gradient of the logits, [N, V], and None for the actions.
         """
         log_probs, actions, entropy = ctx.saved_tensors
         probs = log_probs.exp()
@@ -176,19 +178,20 @@ class LogProbAndEntropy(torch.autograd.Function):
 
 
 def _plogp(probs: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
-    """π log π with 0 log 0 = 0."""
+    """π log π, with 0 log 0 = 0."""
     return probs * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)
 
 
 def sample(probs: torch.Tensor) -> torch.Tensor:
-    """Sample tokens by inverting the cumulative distribution: one uniform number a row instead of V.
+    """Sample tokens by inverting the cumulative distribution, with one uniform random number per row instead of V.
 
-    A token of probability 0 is never returned: the first cumulative sum *above* u·total is never at one.
+    A token of probability 0 is never sampled: the search finds the first cumulative sum *above* u · total, and the sum
+    at such a token equals the one before it.
 
-    :param probs: [N, V], 0 where forbidden; rows need not sum to exactly 1.
-    :return: int64 [N].
+    :param probs: [N, V], 0 where a token is forbidden. Rows need not sum to exactly 1.
+    :return: int64 [N], token ids.
     """
-    # Sums in float64: over a large vocabulary, float32 would lose the rare tokens at the far end.
+    # In float32 the sums over a large vocabulary would lose the rare tokens at its end.
     cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     target = torch.rand(len(probs), 1, dtype=torch.float64, device=probs.device) * total

@@ -1,16 +1,17 @@
-"""The memo under the policy: keys and values of contexts already seen.
+"""The cache of the policy: keys and values of contexts that were read before.
 
-``last_hidden(contexts)`` is a pure function. A context that extends an earlier one by k tokens pays for those k tokens
-only, and contexts that begin alike have their beginning read once. What extends what is read off the tokens
-themselves, never off flags, so rows may restart at any time, and a rollout and an evaluation may interleave: each
-finds its own block.
+``last_hidden(contexts)`` is a pure function, whatever is cached. A context that extends an earlier one by k tokens
+costs a forward pass over those k tokens only, and a beginning that several contexts share is read once. Which context
+extends which is found by comparing token ids, not by flags such as the end of an episode. So rows may restart at any
+time, and calls of a rollout and of an evaluation may alternate: each of the two continues its own block.
 
-Layout of a block: one cache column a call, or more where a row needs them. A row's tokens end in the newest column.
-Rows that grew by one token are read in place, all in one forward pass. A row that is new, or grew by several tokens,
-is read apart, on top of a copy of what is known of its beginning, and put into the columns that end at the newest
-one; ``visible`` hides from each row what is not its own. Position ids are explicit, so it doesn't matter to the model
-in which column a token lies. Rows that a call doesn't mention are forgotten: the last row moves into their place, so
-that live rows are always the first n and finished rows cost nothing.
+A block stores the contexts of one stream of calls, one per row. Every call adds a column, or several where a row needs
+them, and the last token of each row stands in the newest column. Rows that have grown by one token are read in place,
+all in one forward pass. A row that is new, or has grown by several tokens, is read separately, on top of a copy of the
+keys and values of its known beginning, and is then copied into the columns that end at the newest one. The mask
+``visible`` hides from each row the columns that are not its own. Position ids are passed explicitly, so the column of a
+token makes no difference to the model. Rows that are missing from a call are forgotten, and the last rows are moved
+into their places. So the live rows are always the first n, and finished rows cost nothing.
 """
 
 from __future__ import annotations
@@ -31,16 +32,20 @@ from agents.models.context_matching import common_prefix, distinct
 from agents.models.contexts import Contexts, share_prefixes
 from agents.models.weights import WeightsWatch
 
-# Reading rows apart, on top of what is known of their beginnings, is worth a forward pass of its own if it saves so
+# Reading rows on top of their known beginnings takes a forward pass of its own, which is worth while if it saves this
 # many tokens.
 WORTH_A_PASS = 8
 
 
 class PrefixCache:
-    """Last hidden states of token contexts, remembering keys and values between calls.
+    """Last hidden states of token contexts, with keys and values cached between calls.
 
-    :param backbone: a Hugging Face decoder without head; its weights may change, which empties the memo.
-    :param max_blocks: how many interleaved streams of calls are remembered; the least recently used one goes first.
+    If the model can't be cached correctly, which is checked on a small example, a warning says why, and every context
+    is read as a whole.
+
+    :param backbone: a Hugging Face decoder without a head. Whenever its weights have changed, the cache is emptied.
+    :param max_blocks: the number of alternating streams of calls that are cached. The least recently used one is
+        dropped.
     """
 
     def __init__(self, backbone: nn.Module, max_blocks: int = 3) -> None:
@@ -51,15 +56,15 @@ class PrefixCache:
         self.enabled = self._is_supported()
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Empty the cache."""
         self._blocks = []
 
-    @torch.inference_mode(False)  # what is remembered may be written to by a later call that is not in that mode
+    @torch.inference_mode(False)  # a later call outside inference mode may write to the cached tensors
     @torch.no_grad()
     def last_hidden(self, contexts: Contexts) -> torch.Tensor:
         """
         :param contexts: B contexts.
-        :return: hidden state at the last token of each [B, H].
+        :return: the hidden state at the last token of each context, [B, H].
         """
         if not self.enabled:
             return self._plain(contexts)
@@ -67,15 +72,15 @@ class PrefixCache:
             self.clear()
         try:
             return self._memoised(contexts)
-        except BaseException:  # an interrupted update leaves rows half-written: better to forget them
+        except BaseException:  # an interrupted call may leave rows half-written
             self.clear()
             raise
 
     def _memoised(self, contexts: Contexts) -> torch.Tensor:
         block, slots = self._find(contexts)
         if block is None:
-            # The first step of a rollout; or a batch to learn from, most of which are the beginnings of a few texts:
-            # these are read once, and nobody will go on from each of them.
+            # Either the first step of a rollout, or a batch to learn from. Most contexts of the latter are beginnings
+            # of a few texts, and no later call extends them, so they are read without being cached.
             input_ids, at = share_prefixes(contexts, self._weights.device)
             row = at.row.cpu().numpy()
             longest = np.zeros(len(input_ids), dtype=np.int64)
@@ -85,7 +90,7 @@ class PrefixCache:
         held = np.zeros(len(slots), dtype=np.int64) if block is None else block.known.length[slots]
         apart = np.flatnonzero((slots < 0) | (contexts.length > held + 1))
         readings: list[tuple[np.ndarray, Reading, np.ndarray]] = []
-        if len(apart):  # before any row moves or is forgotten, since they may begin as one of those does
+        if len(apart):  # before any row is moved or forgotten, since these contexts may share its beginning
             readings = self._read_apart(_chosen(contexts, apart), block, slots[apart])
         if block is None:
             block = Block(len(slots), contexts.input_ids.shape[1], readings[0][1])
@@ -99,7 +104,7 @@ class PrefixCache:
             slots = slots.copy()
             new = slots < 0
             slots[new] = block.known.live + np.arange(new.sum())
-            # The newest column stays the newest, unless a new context is longer than all columns so far.
+            # The newest column stays the same, unless a new context has more tokens than there are columns.
             longest_new = int(contexts.length[apart].max())
             block.reserve(0, longest_new)
             for layer in block.layers:
@@ -112,7 +117,9 @@ class PrefixCache:
         return block.hidden[block.to_torch(slots)]
 
     def _find(self, contexts: Contexts) -> tuple[Block | None, np.ndarray]:
-        """The block that knows most of these contexts, if there is one, and where in it they are (−1: nowhere)."""
+        """The block that holds most of these contexts, None if there is none; and the slot of each context in it, −1
+        where it is new.
+        """
         n, width = contexts.input_ids.shape
         best, best_slots, best_known = None, np.full(n, -1, dtype=np.int64), 0
         for block in self._blocks:
@@ -127,14 +134,14 @@ class PrefixCache:
         return best, best_slots
 
     def _decode(self, block: Block, contexts: Contexts, slots: np.ndarray, grows: np.ndarray) -> None:
-        """One new token for each row that has grown; the others are carried along, and their answer is thrown away."""
+        """Read the new token of each row that has grown by one, and ignore the output of the other live rows."""
         known, growing = block.known, slots[grows]
         n = known.live
         block.reserve(1)
         column = block.columns
         tokens = np.zeros(n, dtype=np.int64)
         tokens[growing] = contexts.input_ids[grows, contexts.length[grows] - 1]
-        positions = known.length[:n] - 1  # rows that wait get their last token's: the model may have none beyond
+        positions = known.length[:n] - 1  # rows that don't grow keep their last one, which is sure to exist
         positions[growing] += 1
         known.append(growing, tokens[growing], column)
         index = slice(0, n) if len(growing) == n else block.to_torch(growing)
@@ -142,7 +149,7 @@ class PrefixCache:
         for layer in block.layers:
             layer.rows = n
         inputs = block.to_torch(np.stack([tokens, positions]))
-        # Without a mask, where every row sees every column, attention is faster.
+        # Attention is faster without a mask, which is not needed if every row sees every column.
         all_visible = bool((known.length[:n] == column + 1).all())
         hidden = self._backbone(
             input_ids=inputs[0, :, None],
@@ -156,12 +163,13 @@ class PrefixCache:
     def _read_apart(
         self, contexts: Contexts, block: Block | None, slots: np.ndarray
     ) -> list[tuple[np.ndarray, Reading, np.ndarray]]:
-        """Read contexts that are new, or that grew by several tokens: each kind once, on top of what is known of it.
+        """Read contexts that are new or have grown by several tokens, each different one once.
 
         :param contexts: B contexts.
-        :param block: holds the beginnings of those that grew.
-        :param slots: int64 [B], where in the block these are; −1 for a new context.
-        :return: for each forward pass the indices of its contexts, what was read, and each one's row in that.
+        :param block: the block that holds the beginnings of those that have grown; None if all are new.
+        :param slots: int64 [B], the slot of each context in the block; −1 for a new context.
+        :return: for each forward pass the indices of its contexts, the reading, and the row of each context in the
+            reading.
         """
         first, kind = distinct(contexts)
         kinds = _chosen(contexts, first)
@@ -192,7 +200,7 @@ class PrefixCache:
         return readings
 
     def _beginning(self, contexts: Contexts, i: int, block: Block | None, slot: int) -> Beginning | None:
-        """What is known of a context: all of the row that it extends, or what it shares with any row of any block."""
+        """The known part of a context: the row that it extends or, for a new context, the longest match in any row."""
         if block is not None and slot >= 0:
             return block.beginning(slot, int(block.known.length[slot]))
         n = int(contexts.length[i])
@@ -201,14 +209,14 @@ class PrefixCache:
             shared = other.known.shared_prefix(contexts.input_ids[i, :n], np.arange(other.known.live))
             if len(shared) and (length := min(int(shared.max()), n - 1)) > longest:
                 best, longest = (other, int(shared.argmax())), length
-        # Less than half is not worth copying.
+        # Copying less than half of a context is not worth while.
         return best[0].beginning(best[1], longest) if best is not None and 2 * longest >= n else None
 
     def _read_whole(self, contexts: Contexts) -> Reading:
-        """One forward pass over whole contexts, right-padded: causal attention never looks at the padding."""
+        """One forward pass over whole contexts, right-padded, since causal attention never looks at padding there."""
         input_ids, length = contexts.input_ids, contexts.length
         columns = np.arange(int(length.max()))
-        # Padding repeats the first token: some models look for the pad token in their inputs, and warn.
+        # Padding repeats the first token, since some models search their inputs for the pad token, and warn.
         padded = np.where(columns < length[:, None], input_ids[:, columns], input_ids[:, :1])
         fresh = DynamicCache()
         hidden = self._backbone(
@@ -242,7 +250,7 @@ class PrefixCache:
                 layer.values.transpose(1, 2)[to_row, to_column] = values.transpose(1, 2)[from_row, from_column]
         for layer in layers:
             layer.rows, layer.columns = len(length), most
-        # Right-padded, as in a whole reading; on the left stands nothing where a beginning is shorter than the longest.
+        # The new tokens are right-padded. Beginnings that are shorter than the longest one are padded on the left.
         position = np.minimum(held[:, None] + np.arange(int(rest.max())), length[:, None] - 1)
         tokens = np.take_along_axis(contexts.input_ids, position, axis=1)
         mask = np.arange(most + int(rest.max())) >= (most - held)[:, None]
@@ -268,7 +276,7 @@ class PrefixCache:
         return hidden[at.row, at.column]
 
     def _is_supported(self) -> bool:
-        """Plain attention in every layer, positions that can be told, and the proof on a small example."""
+        """Whether all layers are plain attention with cache and mask, and a small example gives the right result."""
         config = cast(PreTrainedModel, self._backbone).config.get_text_config()
         parameters = inspect.signature(self._backbone.forward).parameters
         reason = ""
@@ -279,7 +287,7 @@ class PrefixCache:
         else:
             try:
                 error = self._probe()
-            except Exception as problem:  # whatever an unknown architecture does: it has a correct path without memo
+            except Exception as problem:  # whatever an unknown architecture raises, it can be run without the cache
                 reason = f"the memo's probe failed ({type(problem).__name__}: {problem})"
             else:
                 tolerance = 1e-3 if self._weights.dtype in (torch.float32, torch.float64) else 0.1
@@ -296,8 +304,8 @@ class PrefixCache:
 
     @torch.no_grad()
     def _probe(self) -> float:
-        """Largest relative difference between memoised and plain hidden states, over calls in which rows grow by a token
-        or by several, wait, restart, and begin as another row does.
+        """The largest relative difference between cached and plain hidden states over a few calls, among them a
+        restart, a row that grows by several tokens, and rows that share the beginning of another one.
         """
         self.enabled = True
         vocabulary: int = self._backbone.config.get_text_config().vocab_size  # type: ignore[operator,union-attr]

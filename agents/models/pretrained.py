@@ -1,4 +1,4 @@
-"""Language models by the names that they go by: hub names, directories, GGUF files, PEFT adapters, configs."""
+"""Loading language models by name: hub names, directories, GGUF files, PEFT adapters and configs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from text_env.tokenization import base_of_adapter, pretrained_name, pretrained_t
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     """
-    :param dtype: a ``torch.dtype``, its name (``"float32"``, ``"bfloat16"``, …), or ``"auto"`` (as saved on disk).
-    :return: what ``from_pretrained(dtype=...)`` takes.
+    :param dtype: a ``torch.dtype``, its name (``"float32"``, ``"bfloat16"``, …), or ``"auto"``, the type in which the
+        weights were saved.
+    :return: the value for ``from_pretrained(dtype=...)``.
     :raises ValueError: for a name that is not a floating-point dtype.
     """
     if isinstance(dtype, torch.dtype) or dtype == "auto":
@@ -31,14 +32,15 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
 def load_causal_lm(
     model: str | Path | PretrainedConfig | PreTrainedModel | PeftModel, dtype: str | torch.dtype = "float32"
 ) -> PreTrainedModel | PeftModel:
-    """Load a causal language model by any of the names it goes by.
+    """Load a causal language model.
 
-    :param model: ``"builtin"``, a directory, a hub name, a GGUF file, the directory of a PEFT adapter, a
-        ``PretrainedConfig`` (random weights) or a live model.
-    :param dtype: floating-point type of the weights (adapters are float32 whatever their base is, so that small steps
-        aren't lost in rounding); a live model keeps its own.
+    :param model: ``"builtin"``, a directory, a hub name, a GGUF file, the directory or hub name of a PEFT adapter, a
+        ``PretrainedConfig`` (random weights), or a live model.
+    :param dtype: the floating-point type of the weights. A live model keeps its own, and adapters are float32 whatever
+        the type of their base, so that small steps are not lost in rounding.
     :return: the model; for an adapter, PEFT's wrapper around its base, with the adapter's weights trainable.
-    :raises ValueError: if there is no such model, it is no causal language model, or the adapter is for another base.
+    :raises ValueError: if there is no such model, if it is no causal language model, or if an adapter does not fit its
+        base.
     """
     if isinstance(model, PeftModel):
         return _checked_live(model)
@@ -61,7 +63,8 @@ def load_causal_lm(
     try:
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=resolved, **options)
     except Exception as error:
-        # What a GGUF reader says of a type that it doesn't know may be anything; of the others, these are answers.
+        # A GGUF reader may raise anything for a type that it doesn't know. Otherwise only an OSError says that there is
+        # no such model.
         if not (options or isinstance(error, OSError)):
             raise
         raise ValueError(
@@ -87,7 +90,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _unpacked(gguf_file: str) -> dict[str, Any]:
-    """Weights as ordinary tensors: newer releases otherwise leave them in GGUF blocks, which can't be trained."""
+    """Options that make weights ordinary tensors. Newer releases otherwise keep GGUF blocks, which can't be trained."""
     import transformers
 
     config = getattr(transformers, "GgufConfig", None)
@@ -130,9 +133,9 @@ def _load_adapter(directory: str, base: str, dtype: str | torch.dtype) -> PeftMo
 
 
 def _plain_name(model: Any) -> str | None:
-    """Under which plain transformers finds this model, from whatever directory; None where it does not."""
+    """The name by which transformers finds this model from any directory; None if there is no such name."""
     if not isinstance(model, str | Path):
-        return None  # a live model, or a config: what is in memory is nowhere else
+        return None  # a live model or a config exists in memory only
     name, options = pretrained_name(model)
     if options:
         return None
@@ -141,25 +144,25 @@ def _plain_name(model: Any) -> str | None:
 
 def tokenizer_beside(model: Any) -> PreTrainedTokenizerBase | None:
     """
-    :param model: as for :func:`load_causal_lm`.
-    :return: the tokenizer beside the model, or None for a config or a live model, which have none.
+    :param model: a model, as for :func:`load_causal_lm`.
+    :return: the tokenizer that is saved with the model. None for a config, a live model or a directory without one.
     """
     if not isinstance(model, str | Path):
         return None
     try:
         return pretrained_tokenizer(model)
     except ValueError:
-        return None  # a directory with weights only: saved again without a tokenizer
+        return None  # a directory without a tokenizer
 
 
 def add_lora(model: PreTrainedModel | PeftModel, lora: dict[str, Any], name: Any = None) -> PeftModel:
-    """Add trainable low-rank adapters in place and freeze everything else.
+    """Add a trainable low-rank adapter to a model, in place, and freeze all other weights.
 
     :param model: the base model.
-    :param lora: arguments of ``peft.LoraConfig``, for example ``{"r": 16, "target_modules": "all-linear"}``.
-    :param name: what :func:`load_causal_lm` loaded the base by; a saved adapter refers to it.
-    :return: the PEFT model around it (``get_base_model()`` is the same object, with adapters inside).
-    :raises ValueError: if the model has an adapter already, or this one trains weights of the base as well.
+    :param lora: the arguments of ``peft.LoraConfig``, for example ``{"r": 16, "target_modules": "all-linear"}``.
+    :param name: the name that :func:`load_causal_lm` loaded the base by, which a saved adapter refers to; None: none.
+    :return: PEFT's wrapper around the model. Its ``get_base_model()`` is ``model`` itself, with the adapter inside.
+    :raises ValueError: if the model has an adapter already, or if the adapter would train weights of the base as well.
     """
     if isinstance(model, PeftModel):
         raise ValueError(
@@ -169,16 +172,17 @@ def add_lora(model: PreTrainedModel | PeftModel, lora: dict[str, Any], name: Any
     with quiet_peft():
         adapted = get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **lora}), adapter_name=ADAPTER)
     if adapted.peft_config[ADAPTER].task_type == "CAUSAL_LM":
-        check_adapter(adapted)  # a classifier's new head is trained too, and has no reference
+        check_adapter(adapted)  # not for classifiers: their new head must be trained, and they need no reference
     adapted.peft_config[ADAPTER].base_model_name_or_path = _plain_name(name)
     return adapted
 
 
 def check_positions(model: PreTrainedModel, longest: int) -> None:
-    """Learned position embeddings end somewhere; rotary ones only get worse beyond what they were trained on.
+    """Check that a model can read contexts of some length. Learned position embeddings are limited in number; rotary
+    ones get worse beyond the positions of the training, so configs state a limit for both.
 
-    :param model: any.
-    :param longest: tokens of a context.
+    :param model: any model.
+    :param longest: the length of the longest context, in tokens.
     :raises ValueError: if the model has fewer positions.
     """
     available = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -190,7 +194,13 @@ def check_positions(model: PreTrainedModel, longest: int) -> None:
 
 
 def check_tokenizers(given: PreTrainedTokenizerBase | None, own: PreTrainedTokenizerBase | None, model: object) -> None:
-    """The environment's token ids must mean to the model what they mean to the environment."""
+    """Check that the environment's token ids mean the same tokens to the model.
+
+    :param given: the environment's tokenizer, or None, in which case there is nothing to check.
+    :param own: the model's tokenizer, or None, in which case there is nothing to check.
+    :param model: what the model is called in the error.
+    :raises ValueError: if a token of the environment's tokenizer has another id in the model's, or none.
+    """
     if given is None or own is None or given is own:
         return
     ids = own.get_vocab()

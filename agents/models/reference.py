@@ -1,6 +1,6 @@
-"""The frozen model that the KL penalty is measured against.
+"""The frozen model that the KL penalty refers to.
 
-It lives outside every ``nn.Module`` that is trained: nothing to pickle, nothing for an optimiser to find.
+It is kept outside of every ``nn.Module`` that is trained, so that neither SB3's saving nor an optimiser sees it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from agents.models.pretrained import load_causal_lm, tokenizer_beside
 
 
 class Reference:
-    """Log-probabilities under the frozen model, of the same distribution as the policy's (temperature, masks).
+    """Log-probabilities under a frozen model, of the same distribution as the policy's, temperature and masks included.
 
     :param lm: the frozen model.
-    :param shares_base: whether ``lm`` is the policy's own model, and the reference is that model as it was before its
+    :param shares_base: whether ``lm`` is the policy's own model. The reference is then that model as it was before its
         adapter was trained.
-    :param tokenizer: the frozen model's own, where it is known.
+    :param tokenizer: the frozen model's tokenizer; None if it is not known.
     """
 
     def __init__(
@@ -38,17 +38,20 @@ class Reference:
 
     @classmethod
     def of(cls, policy: Any) -> Reference:
-        """The policy as it is now: a frozen copy, or with LoRA the base model that both share (no second copy).
+        """The policy as it is now, frozen.
+
+        Without an adapter this is a copy. With one it is the policy's own model, which both share, with the adapter
+        switched off or, if training goes on from an existing adapter, with a frozen copy of that adapter.
 
         :param policy: a ``CausalLMPolicy``.
         :return: the reference.
         """
         if policy.lm.adapter is not None:
-            if policy.constructor_arguments["lora"] is None:  # it goes on from an adapter, which is no longer zero
+            if policy.constructor_arguments["lora"] is None:  # training goes on from an adapter, which is not zero
                 policy.lm.adapter.remember()
                 policy.clear_cache()
             return cls(policy.lm, shares_base=True, tokenizer=policy.tokenizer)
-        # The description is the same for both, and so is a constraint in it, which may hold a model of its own.
+        # The description is shared and not copied, since its constraint may hold a model.
         shared = {id(policy.lm.distribution): policy.lm.distribution}
         return cls(copy.deepcopy(policy.lm, shared).requires_grad_(False), tokenizer=policy.tokenizer)
 
@@ -64,14 +67,15 @@ class Reference:
     ) -> Reference:
         """Load a frozen model.
 
-        :param model: as for ``CausalLMPolicy``.
-        :param n_tokens: V.
-        :param device: where it runs.
-        :param dtype: type of the weights.
-        :param eos_token_id: the token that ends a text; by default that of the tokenizer beside the model.
+        :param model: the model, as for :func:`agents.models.pretrained.load_causal_lm`.
+        :param n_tokens: V, the number of tokens of the environment.
+        :param device: the device that the model runs on.
+        :param dtype: the floating-point type of the weights.
+        :param eos_token_id: the token that ends a text; None: that of the tokenizer that is saved with the model.
         :param distribution: ``temperature``, ``min_new_tokens``, ``constraint`` and ``autocast`` of
-            :class:`agents.models.distribution.TokenDistribution`; they must be the policy's.
+            :class:`agents.models.distribution.TokenDistribution`, which must be those of the policy.
         :return: the reference.
+        :raises ValueError: if there is no such model, or if it has fewer than V logits.
         """
         tokenizer = tokenizer_beside(model)
         if eos_token_id is None and tokenizer is not None:
@@ -82,15 +86,15 @@ class Reference:
 
     @property
     def distribution(self) -> TokenDistribution:
-        """What the log-probabilities are of."""
+        """The distribution of the log-probabilities."""
         return self.lm.distribution
 
     @torch.no_grad()
     def log_probs(self, observations: Mapping[str, torch.Tensor], actions: torch.Tensor) -> torch.Tensor:
         """
-        :param observations: a packed batch (see ``EpisodeSamples``).
-        :param actions: int64 [N].
-        :return: log π_ref of each action [N], float32.
+        :param observations: the observations of a packed batch (see ``EpisodeSamples``).
+        :param actions: int64 [N], token ids.
+        :return: log π_ref of each action, float32 [N].
         """
         device = self.lm.device
         packed = {name: x.to(device) for name, x in observations.items()}
@@ -98,7 +102,7 @@ class Reference:
             return self.lm.evaluate(packed["input_ids"], packed_positions(packed), actions.to(device))[0]
 
     def _frozen(self) -> contextlib.AbstractContextManager[None]:
-        """Within it, a model that is shared with the policy is what it was when training began."""
+        """A context manager in which a model that is shared with the policy is what it was before training."""
         if not self.shares_base:
             return contextlib.nullcontext()
         assert self.lm.adapter is not None

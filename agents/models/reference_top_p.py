@@ -1,4 +1,4 @@
-"""Constraints that ask a language model: the nucleus of the frozen reference."""
+"""A constraint that a language model decides: the nucleus of a frozen reference."""
 
 from __future__ import annotations
 
@@ -21,24 +21,26 @@ from text_env.constraints import Constraint, Contexts, all_of, allowed_tokens
 
 
 class ReferenceTopP:
-    """The most probable tokens of a frozen model that together have probability p (its nucleus, Holtzman et al. 2020,
-    https://arxiv.org/abs/1904.09751); the most probable token always.
+    """Allows the nucleus of a frozen model: its most probable tokens that together have probability p (Holtzman et al.
+    2020, https://arxiv.org/abs/1904.09751). The most probable token is always allowed.
 
-    That is the mask of NLPO (Ramamurthy et al. 2023, https://arxiv.org/abs/2210.01241), but for one thing: the model is
-    never brought up to date with the policy, so what is allowed doesn't depend on the weights that are trained, and
-    the KL to a reference under the same constraint stays finite.
+    This is the mask of NLPO (Ramamurthy et al. 2023, https://arxiv.org/abs/2210.01241), with one difference: the model
+    is never updated to the policy. So the mask does not depend on the weights that are trained, and the KL divergence
+    from a reference under the same constraint stays finite.
 
-    Every nucleus is remembered: the update asks for contexts that the rollout has asked for already, and must get the
-    same answer, though two ways to compute the same logits differ in the last bits, and a token at the edge may
-    fall on either side. Copies, also deep ones, share model and memory.
+    Every nucleus is stored. The update asks for the contexts that the rollout has asked for, and must get the same
+    masks; but computed in two ways, the same logits may differ in their last bits, and a token at the edge of the
+    nucleus may be in one mask and not in the other. Copies of this object, deep ones included, share the model and the
+    stored nuclei.
 
-    :param model: ``"builtin"``, a directory, a hub name, a ``PretrainedConfig`` or a live model, which is copied.
-    :param p: between 0 and 1, both excluded.
-    :param dtype: of the weights.
-    :param device: where the model runs.
-    :param memory_bytes: of remembered nuclei, V / 8 + 100 bytes each; the oldest go first. It must hold a rollout, and
-        a checkpoint doesn't hold it: a token at the edge may fall on the other side in a resumed run.
-    :raises ValueError: if p is out of range, or there is no such model.
+    :param model: ``"builtin"``, a directory, a hub name, a ``PretrainedConfig``, or a live model, which is copied.
+    :param p: the probability of the nucleus, between 0 and 1, both excluded.
+    :param dtype: the floating-point type of the weights.
+    :param device: the device that the model runs on.
+    :param memory_bytes: the memory for stored nuclei, of which each takes V / 8 + 100 bytes; the oldest are dropped
+        first. It must be enough for a rollout. Nuclei are not part of a checkpoint, so in a resumed run a token at the
+        edge may change sides.
+    :raises ValueError: if p is out of range, or if there is no such model.
     """
 
     def __init__(
@@ -60,13 +62,13 @@ class ReferenceTopP:
         self._lm.to(get_device(device))
         self._memo = PrefixCache(self._lm.backbone)
         self._within: Constraint | None = None
-        self._nuclei: dict[bytes, np.ndarray] = {}  # packed bits, by what they depend on; the oldest first
+        self._nuclei: dict[bytes, np.ndarray] = {}  # packed bits, by hashes of context and `fixed`; oldest first
 
     def __repr__(self) -> str:
         return f"ReferenceTopP({self._name!r}, p={self.p})"
 
     def __eq__(self, other: object) -> bool:
-        # Copies made by `within` are the same function where they have the same model and the same context.
+        # Copies made by `within` are the same function if they have the same model, p and restriction.
         if not isinstance(other, ReferenceTopP):
             return NotImplemented
         return (self._lm, self.p, self._within) == (other._lm, other.p, other._within)
@@ -80,7 +82,7 @@ class ReferenceTopP:
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ReferenceTopP:
-        return self  # a function: nothing of it ever changes
+        return self  # its masks never change
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_memo": None, "_nuclei": {}}
@@ -90,10 +92,11 @@ class ReferenceTopP:
         self._memo = PrefixCache(self._lm.backbone)
 
     def within(self, constraint: Constraint) -> ReferenceTopP:
-        """
-        :param constraint: what else has to hold.
-        :return: the same of the reference restricted to that (and to what held before): its most probable token is
-            then among the allowed ones.
+        """Restrict the nucleus to the tokens that another constraint allows.
+
+        :param constraint: the other constraint.
+        :return: the nucleus of the model's probabilities of those tokens that ``constraint`` allows, in addition to
+            earlier restrictions. It always holds the most probable one of them.
         """
         other = copy.copy(self)
         other._within = all_of(self._within, constraint)
@@ -129,11 +132,11 @@ class ReferenceTopP:
 
     def _nucleus(self, hidden: torch.Tensor, fixed: torch.Tensor) -> np.ndarray:
         """
-        :param hidden: [N, H].
-        :param fixed: bool [N, V].
-        :return: bool [N, V].
+        :param hidden: last hidden states, [N, H].
+        :param fixed: bool [N, V], true for the tokens that the other constraints allow.
+        :return: bool [N, V], true for the tokens of the nucleus.
         """
-        step = torch.zeros(len(hidden))  # of no interest: this model has no minimum length
+        step = torch.zeros(len(hidden))  # not used, since this model has no minimum length
         logits = self._lm.logits(hidden, step)[:, : fixed.shape[1]].masked_fill(~fixed, -torch.inf)
         probs, order = torch.softmax(logits, dim=-1).sort(dim=-1, descending=True, stable=True)
         before = probs.cumsum(dim=-1, dtype=torch.float64) - probs

@@ -1,4 +1,4 @@
-"""What a memo of a model's answers belongs to: the weights, and whatever else decides what the model computes."""
+"""Detecting that a model has changed, so that what was cached of its output is no longer valid."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def _count_step(*_: Any) -> None:
     _optimizer_steps += 1
 
 
-# Fused optimisers change weights and not their versions. The hook is on all of them, whoever made them: one on the
-# policy's own would be lost whenever that is copied.
+# Fused optimisers change weights without changing their versions, so optimiser steps are counted. The hook is on all
+# optimisers, since a hook on the policy's would be lost whenever the policy is copied.
 register_optimizer_step_post_hook(_count_step)
 
 
 class _Identity(NamedTuple):
-    """One state of a model. Two are the same if everything in them is.
+    """The state of a model. Two states are the same if all of these entries are.
 
-    :param children: the modules inside each module, compared by identity: layers may be exchanged.
-    :param tensors: parameters and buffers, compared by identity: they may be exchanged too.
-    :param contents: address and version of each tensor's contents, and the number of optimiser steps.
-    :param adapters: which adapters are on, and how much they count.
-    :param precision: the types in which matrix products run.
+    :param children: the modules inside each module, compared by identity, since layers may be exchanged.
+    :param tensors: parameters and buffers, compared by identity, since they may be exchanged too.
+    :param contents: the address and the version of each tensor's contents, and the number of optimiser steps.
+    :param adapters: which adapters are switched on, and their scales.
+    :param precision: the floating-point types of matrix products.
     """
 
     children: list[Any]
@@ -42,14 +42,14 @@ class _Identity(NamedTuple):
 
 
 class WeightsWatch:
-    """Notices every change of what a model computes.
+    """Detects changes of what a model computes.
 
-    It sees optimiser steps, in-place changes, tensors that are exchanged (``load_state_dict(assign=True)``, resized
-    embeddings, ``fully_shard``), contents that are exchanged (``parameter.data = ...``), adapters that are switched,
-    scaled, merged or added, and the autocast around the call. It does not see writes behind PyTorch's back: in-place
+    Detected are optimiser steps, in-place changes, exchanged tensors (``load_state_dict(assign=True)``, resized
+    embeddings, ``fully_shard``), exchanged contents (``parameter.data = ...``), adapters that are switched, scaled,
+    merged or added, and the autocast around the call. Writes that PyTorch does not register are not detected: in-place
     changes of ``parameter.data``, and fused optimisers that run without their hooks.
 
-    :param model: the model, in any state.
+    :param model: the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -61,17 +61,17 @@ class WeightsWatch:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self._model.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the weights."""
+        """The floating-point type of the weights."""
         return next(self._model.parameters()).dtype
 
     def changed(self) -> bool:
         """
-        :return: whether anything has changed since the last call; true at the first.
+        :return: whether the model has changed since the last call; True at the first call.
         """
         if self._seen is not None and _same(self._seen, self._identity()):
             return False
@@ -83,16 +83,16 @@ class WeightsWatch:
         )
         self._layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
         self._seen = self._identity()
-        # Holding on to the contents keeps their addresses taken, so no new contents can come to lie at an old address.
+        # As long as the contents are referenced here, no new contents can be allocated at their addresses.
         self._contents = [tensor.data for tensor in self._seen.tensors]
         return True
 
     def _identity(self) -> _Identity:
-        # The modules known are enough: a new one is among the children of a known one.
+        # It is enough to look at the known modules, since a new one is among the children of a known one.
         children, parameters, buffers = (_values(dicts) for dicts in self._dicts)
         tensors = [tensor for tensor in (*parameters, *buffers) if tensor is not None]
         plain = all(type(tensor) in (nn.Parameter, torch.Tensor) for tensor in tensors)
-        # No optimiser moves a weight without gradient: a frozen model is the same while others are trained.
+        # No optimiser changes weights without gradient, so its steps don't concern a frozen model.
         trainable = any(parameter.requires_grad for parameter in parameters if parameter is not None)
         device = tensors[0].device.type if tensors else "cpu"
         return _Identity(
@@ -141,6 +141,6 @@ def _identical(one: list[Any], other: list[Any]) -> bool:
 
 
 def _address(tensor: torch.Tensor) -> int:
-    # The sharded tensors of `fully_shard` have contents of their own; nothing lies at the address of the whole.
+    # The tensors of `fully_shard` have no address as a whole; their contents are in the local shard.
     local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return local.data_ptr()

@@ -1,1 +1,1 @@
-"""The mathematics of the algorithms, as pure functions: advantages, losses, estimators of the KL divergence."""
+"""The mathematics of the algorithms, as pure functions: advantages, losses, and the KL divergence."""

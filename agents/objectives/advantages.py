@@ -1,6 +1,7 @@
-"""Advantage estimators: pure functions of arrays, one episode a row.
+"""Advantage estimators, as pure functions of arrays with one episode per row.
 
-Notation: E episodes, T steps (the longest episode's), ``mask`` [E, T] true on real steps; padding is at the end.
+Notation: E episodes; T steps, as many as the longest episode has; ``mask``, bool [E, T], true where a row has a step.
+Shorter rows are padded at their end.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ def gae(
 ) -> tuple[Array, Array]:
     """Generalized advantage estimation (Schulman et al. 2016, https://arxiv.org/abs/1506.02438, eq. 16).
 
-    δ_t = r_t + γ V_{t+1} − V_t and A_t = δ_t + γλ A_{t+1}; the target of the value function is A_t + V_t.
+    With δ_t = r_t + γ V_{t+1} − V_t, the advantage is A_t = δ_t + γλ A_{t+1}, and the target of the value function is
+    A_t + V_t.
 
-    :param rewards: [E, T].
-    :param values: [E, T], V of the context before each step.
-    :param last_values: [E], V after the last real step: 0 where the episode terminated.
-    :param mask: bool [E, T].
-    :param gamma: discount.
-    :param gae_lambda: λ; 1 gives Monte-Carlo returns, 0 one-step advantages.
-    :return: advantages [E, T] and returns [E, T]; 0 on padding.
+    :param rewards: the rewards r, float [E, T].
+    :param values: the value V of the context before each step, float [E, T].
+    :param last_values: the value of the context after the last step of each episode, float [E]; 0 where the episode has
+        terminated.
+    :param mask: bool [E, T], true where a row has a step.
+    :param gamma: the discount γ.
+    :param gae_lambda: λ. 1 gives Monte-Carlo returns minus values, 0 gives one-step advantages.
+    :return: the advantages and the targets of the value function, float64 [E, T] each, 0 on padding.
     """
     assert rewards.shape == values.shape == mask.shape, (rewards.shape, values.shape, mask.shape)
     advantages = np.zeros_like(rewards, dtype=np.float64)
@@ -41,22 +44,28 @@ def gae(
 
 
 def discounted_returns(rewards: Array, last_values: Array, mask: Array, gamma: float) -> Array:
-    """G_t = r_t + γ G_{t+1} (Sutton & Barto 2018, eq. 3.9).
+    """Discounted returns, G_t = r_t + γ G_{t+1} (Sutton & Barto 2018, Reinforcement Learning, eq. 3.9).
 
-    :return: [E, T]; 0 on padding.
+    :param rewards: the rewards r, float [E, T].
+    :param last_values: the return that follows the last step of each episode, float [E]; 0 where the episode has
+        terminated.
+    :param mask: bool [E, T], true where a row has a step.
+    :param gamma: the discount γ.
+    :return: the returns G, float64 [E, T], 0 on padding.
     """
     zeros = np.zeros_like(rewards, dtype=np.float64)
     return gae(rewards, zeros, last_values, mask, gamma, gae_lambda=1.0)[0]
 
 
 def leave_one_out(returns: Array, group_size: int) -> Array:
-    """Each return minus the mean of the *others* of its group (Kool et al. 2019, https://openreview.net/forum?id=r1lgTGL5DE).
+    """The return of each episode minus the mean return of the *other* episodes of its group (Kool et al. 2019,
+    https://openreview.net/forum?id=r1lgTGL5DE).
 
-    The baseline doesn't depend on the episode itself, so the gradient stays unbiased.
+    The mean of the others does not depend on the episode itself, so the policy gradient stays unbiased.
 
-    :param returns: [E], groups one after the other.
-    :param group_size: k >= 2.
-    :return: [E].
+    :param returns: float [E], one group after the other.
+    :param group_size: the number k of episodes in each group, at least 2.
+    :return: the advantages, float [E].
     """
     groups = returns.reshape(-1, group_size)
     others = (groups.sum(axis=1, keepdims=True) - groups) / (group_size - 1)
@@ -64,12 +73,14 @@ def leave_one_out(returns: Array, group_size: int) -> Array:
 
 
 def group_relative(returns: Array, group_size: int, scale: bool) -> Array:
-    """Each return minus the mean of its group, itself included (Shao et al. 2024, https://arxiv.org/abs/2402.03300).
+    """The return of each episode minus the mean return of its group, itself included (Shao et al. 2024,
+    https://arxiv.org/abs/2402.03300).
 
-    :param returns: [E], groups one after the other.
-    :param group_size: k >= 2.
-    :param scale: divide by the group's standard deviation (of a sample: ÷ (k − 1)); equal returns give zeros.
-    :return: [E].
+    :param returns: float [E], one group after the other.
+    :param group_size: the number k of episodes in each group, at least 2.
+    :param scale: whether to divide by the sample standard deviation of the group's returns, plus 1e-4. Equal returns
+        give zeros.
+    :return: the advantages, float [E].
     """
     groups = returns.reshape(-1, group_size)
     centred = groups - groups.mean(axis=1, keepdims=True)
@@ -79,20 +90,22 @@ def group_relative(returns: Array, group_size: int, scale: bool) -> Array:
 
 
 def variance(values: Array, mean: Callable[[Array], float] = np.mean) -> float:
-    """
+    """The variance of an array: the mean squared distance from its mean.
+
     :param values: float [N].
-    :param mean: takes the mean of an array; one that knows the arrays of other processes gives the variance over all.
-    :return: the mean squared distance from the mean, a number of the array's own precision.
+    :param mean: a function that returns the mean of an array. A function that returns the mean over the arrays of
+        several processes gives the variance over all of them.
+    :return: the variance, a number of the array's dtype.
     """
     return values.dtype.type(mean((values - mean(values)) ** 2))
 
 
 def whiten(advantages: Array, mean: Callable[[Array], float] = np.mean) -> Array:
-    """Zero mean and unit variance over all real tokens of a rollout.
+    """Shift and scale the advantages of a rollout to mean 0 and variance 1.
 
-    :param advantages: [N], real tokens only.
-    :param mean: as for :func:`variance`.
-    :return: [N]; a single token or equal advantages give zeros.
+    :param advantages: float [N], without padding.
+    :param mean: a function that returns the mean of an array, as for :func:`variance`.
+    :return: float [N]; zeros if there is only one advantage, or if all are equal.
     """
     centred = advantages - mean(advantages)
     return centred / (np.sqrt(variance(centred, mean)) + 1e-8)

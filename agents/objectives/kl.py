@@ -1,6 +1,7 @@
-"""The KL divergence between policy and reference: estimators of it, and controllers of its price β.
+"""The KL divergence of the policy from the reference: its estimators, and controllers of the coefficient β of the KL
+penalty.
 
-Notation: N tokens of one batch.
+Notation: N tokens of one batch; p, the policy's distribution; q, the reference's.
 """
 
 from __future__ import annotations
@@ -16,28 +17,32 @@ KLEstimator = Literal["k1", "k2", "k3"]
 def kl_k1(log_ratio: Tensor) -> Tensor:
     """Unbiased estimator of KL(p‖q) from samples of p: log p − log q (http://joschu.net/blog/kl-approx.html).
 
-    Its mean is the KL, but a single value may have either sign, and most of them cancel: high variance near p = q.
+    A single value may have either sign. Near p = q most values cancel, so the variance is high compared with the mean.
 
-    :param log_ratio: [N], log p − log q of the sampled tokens.
-    :return: [N], nats.
+    :param log_ratio: log p − log q of tokens that were sampled from p, float [N].
+    :return: the estimate for each token, float [N], nats.
     """
     return log_ratio
 
 
 def kl_k2(log_ratio: Tensor) -> Tensor:
-    """Biased estimator of low variance, never negative: ½ (log p − log q)². The bias vanishes as p approaches q.
+    """Biased estimator of KL(p‖q) from samples of p: ½ (log p − log q)² (same source as :func:`kl_k1`).
 
-    :param log_ratio: [N], as for :func:`kl_k1`.
-    :return: [N], nats.
+    It is never negative and has a low variance. The bias vanishes as p approaches q.
+
+    :param log_ratio: log p − log q of tokens that were sampled from p, float [N].
+    :return: the estimate for each token, float [N], nats.
     """
     return 0.5 * log_ratio**2
 
 
 def kl_k3(log_ratio: Tensor) -> Tensor:
-    """Unbiased and never negative: q/p − 1 − log(q/p). Of low variance near p = q, of high where p ≪ q.
+    """Unbiased estimator of KL(p‖q) from samples of p: q/p − 1 − log(q/p) (same source as :func:`kl_k1`).
 
-    :param log_ratio: [N], as for :func:`kl_k1`.
-    :return: [N], nats.
+    It is never negative. Its variance is low near p = q and high where p ≪ q.
+
+    :param log_ratio: log p − log q of tokens that were sampled from p, float [N].
+    :return: the estimate for each token, float [N], nats.
     """
     return torch.expm1(-log_ratio) + log_ratio
 
@@ -46,18 +51,19 @@ KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 
 
 class KLController(Protocol):
-    """Decides β after every rollout."""
+    """Decides the coefficient β of the KL penalty after every rollout. ``coef`` is the current β."""
 
     coef: float
 
     def update(self, kl: float) -> None:
-        """
-        :param kl: mean KL to the reference per episode (nats).
+        """Adapt β to the latest rollout.
+
+        :param kl: the KL divergence from the reference, in nats per episode, mean over the episodes of the rollout.
         """
 
 
 class FixedKL:
-    """β stays what it is.
+    """A constant β.
 
     :param coef: β.
     """
@@ -66,19 +72,23 @@ class FixedKL:
         self.coef = coef
 
     def update(self, kl: float) -> None:
-        """Nothing to do."""
+        """Leave β as it is.
+
+        :param kl: not used.
+        """
 
 
 class AdaptiveKL:
-    """β follows a target KL by proportional control of its logarithm.
+    """Adapts β by proportional control of its logarithm, so that the KL divergence stays near a target.
 
-    e = clip(KL / target − 1, −0.2, 0.2) and β ← β (1 + K e): Ziegler et al. 2019, https://arxiv.org/abs/1909.08593,
-    section 2.2, with K = 0.1 there.
+    After every rollout β is multiplied by 1 + K e with e = clip(KL / target − 1, −0.2, 0.2), as in section 2.2 of
+    Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, where K = 0.1.
 
-    :param coef: β at the start.
-    :param target: KL per episode to hold (nats).
-    :param gain: K. The paper's trainings have hundreds of rollouts, ours have tens, so it is higher here: β moves by at
-        most 10 % a rollout.
+    :param coef: β at the start, greater than 0.
+    :param target: the KL divergence to hold, in nats per episode, greater than 0.
+    :param gain: K. It is higher than in the paper, whose trainings have hundreds of rollouts where ours have tens. With
+        the default K, β changes by at most 10 % per rollout.
+    :raises ValueError: if ``coef`` or ``target`` is not greater than 0.
     """
 
     def __init__(self, coef: float, target: float, gain: float = 0.5) -> None:
@@ -91,5 +101,9 @@ class AdaptiveKL:
         self._gain = gain
 
     def update(self, kl: float) -> None:
+        """Adapt β to the latest rollout.
+
+        :param kl: the KL divergence from the reference, in nats per episode, mean over the episodes of the rollout.
+        """
         error = min(max(kl / self._target - 1.0, -0.2), 0.2)
         self.coef *= 1.0 + self._gain * error

@@ -1,4 +1,4 @@
-"""Losses and estimators: pure functions of tensors, one value a token; the loop takes the means.
+"""Losses, as pure functions of tensors with one value per token. The training loop takes the means.
 
 Notation: N tokens of one batch.
 """
@@ -11,15 +11,15 @@ Tensor = torch.Tensor
 
 
 def clipped_surrogate(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
-    """PPO's clipped surrogate, negated (Schulman et al. 2017, https://arxiv.org/abs/1707.06347, eq. 7).
+    """The clipped surrogate objective of PPO, negated (Schulman et al. 2017, https://arxiv.org/abs/1707.06347, eq. 7).
 
-    −min(ρ A, clip(ρ, 1 − ε, 1 + ε) A) with ρ = exp(log π − log π_old).
+    −min(ρ A, clip(ρ, 1 − ε, 1 + ε) A), with ρ = exp(log π − log π_old).
 
-    :param log_prob: [N], of the policy being trained.
-    :param old_log_prob: [N], of the one that sampled.
-    :param advantages: [N].
+    :param log_prob: log π, the log-probability of each action under the policy that is trained, float [N].
+    :param old_log_prob: log π_old, its log-probability under the policy that sampled it, float [N]; a constant.
+    :param advantages: the advantages A, float [N]; constants.
     :param clip_range: ε.
-    :return: [N].
+    :return: the loss of each token, float [N].
     """
     ratio = torch.exp(log_prob - old_log_prob)
     return -torch.min(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
@@ -28,24 +28,24 @@ def clipped_surrogate(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor
 def policy_gradient(log_prob: Tensor, advantages: Tensor) -> Tensor:
     """The score-function loss −log π · A (Williams 1992, https://doi.org/10.1007/BF00992696).
 
-    :param log_prob: [N].
-    :param advantages: [N], constants.
-    :return: [N].
+    :param log_prob: log π, the log-probability of each action under the policy that is trained, float [N].
+    :param advantages: the advantages A, float [N]; constants.
+    :return: the loss of each token, float [N].
     """
     return -log_prob * advantages
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float | None) -> Tensor:
-    """Half the squared error, optionally of the worse of the new and the clipped value.
+    """Half the squared error of the values, optionally with clipping.
 
-    Clipping as in OpenAI's baselines and in Stiennon et al. 2020 (https://arxiv.org/abs/2009.01325):
-    ½ max((V − G)², (V_old + clip(V − V_old, −ε, ε) − G)²).
+    Clipping is that of OpenAI's baselines and of Stiennon et al. 2020 (https://arxiv.org/abs/2009.01325): ½ max((V −
+    G)², (V_old + clip(V − V_old, −ε, ε) − G)²).
 
-    :param values: [N].
-    :param old_values: [N], while sampling.
-    :param returns: [N].
-    :param clip_range: ε, or None.
-    :return: [N].
+    :param values: V, the values under the critic that is trained, float [N].
+    :param old_values: V_old, the values at the time of sampling, float [N]; constants.
+    :param returns: G, the targets of the values, float [N]; constants.
+    :param clip_range: ε; None: no clipping.
+    :return: the loss of each token, float [N].
     """
     error = (values - returns) ** 2
     if clip_range is not None:

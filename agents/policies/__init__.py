@@ -1,1 +1,1 @@
-"""Language models as Stable-Baselines3 policies, and token contexts as features."""
+"""Language models as Stable-Baselines3 policies, and token contexts as features for SB3's own policies."""

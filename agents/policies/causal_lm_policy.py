@@ -1,8 +1,9 @@
 """A Hugging Face causal language model as a Stable-Baselines3 actor-critic policy.
 
-The policy is a pure function of token contexts. It keeps the whole contract of SB3's ``ActorCriticPolicy``, so that
-unmodified SB3 algorithms, callbacks and ``evaluate_policy`` work with it, and adds one thing: ``evaluate_actions`` also
-takes packed batches of whole episodes (an ``action_mask`` among the observations), which cost one forward pass each.
+The policy is a pure function of token contexts. It has the whole interface of SB3's ``ActorCriticPolicy``, so SB3's
+algorithms, callbacks and ``evaluate_policy`` work with it without changes. In addition, ``evaluate_actions`` takes
+packed batches of whole episodes, which are recognised by an ``action_mask`` among the observations, and in which an
+episode costs one forward pass over its tokens.
 """
 
 from __future__ import annotations
@@ -34,38 +35,45 @@ from agents.models.pretrained import add_lora, check_positions, check_tokenizers
 from text_env.vector_env import TextVectorEnv
 
 VALUE_HEAD_FILE = "value_head.safetensors"
-FORBIDDEN_LOGIT = -1e8  # sb3-contrib's own: its exponential is exactly 0, its gradient finite
+FORBIDDEN_LOGIT = -1e8  # as in sb3-contrib: its exponential is exactly 0, and its gradient is finite
 
 
 class CausalLMActorCritic(BasePolicy):
-    """Actor: a causal language model. Critic: a linear head on the last hidden state, zero at first.
+    """The actor is a causal language model. The critic is a linear head on the last hidden state, zero before training.
 
-    :param observation_space: the environment's Dict of ``input_ids``, ``attention_mask``, ``prompt_length``.
-    :param action_space: ``Discrete(V)``, one action a token.
-    :param lr_schedule: learning rate as a function of the remaining progress (1 → 0).
-    :param model: ``"builtin"``, a directory, a hub name, a GGUF file, the directory of a PEFT adapter (which is then
-        trained on), a ``PretrainedConfig`` (random weights) or a live model (which is then trained in place).
-    :param dtype: type of the weights: ``"float32"``, ``"bfloat16"``, … or ``"auto"``. The value head is float32 always.
-    :param temperature: of the policy's distribution, in rollout, update and reference alike.
-    :param min_new_tokens: EOS has probability 0 before so many response tokens. Our algorithms take it from the
-        environment when it isn't given.
-    :param eos_token_id: the token that ends an episode; by default the tokenizer's, else the model config's.
-    :param lora: arguments of ``peft.LoraConfig``; only the adapter and the critic are then trained.
-    :param separate_critic: True: the value gets a decoder of its own, a copy, instead of sharing the actor's. A
-        directory or hub name of a reward model with the same tokenizer (``"builtin"``: the built-in one): the critic
-        starts as that, as in Stiennon et al. 2020 (https://arxiv.org/abs/2009.01325).
-    :param prefix_cache: remember keys and values of contexts already seen. The results are the same without.
-    :param autocast: ``"bfloat16"``: matrix products in that type, weights in theirs.
-    :param compile_forward: training through ``torch.compile`` (minutes to compile; for long trainings).
+    :param observation_space: the environment's Dict of ``input_ids``, ``attention_mask`` and ``prompt_length``.
+    :param action_space: the environment's ``Discrete(V)``, one action per token.
+    :param lr_schedule: the learning rate as a function of the remaining progress, which goes from 1 to 0.
+    :param model: ``"builtin"``, a directory, a hub name, a GGUF file, the directory of a PEFT adapter (whose training
+        then goes on), a ``PretrainedConfig`` (random weights), or a live model (which is then trained in place).
+    :param dtype: the floating-point type of the weights: ``"float32"``, ``"bfloat16"``, …, or ``"auto"``, the type in
+        which they were saved. The value head is never below float32.
+    :param temperature: the temperature of the policy's distribution, in the rollout, in the update and in the
+        reference.
+    :param min_new_tokens: the number of response tokens before which EOS has probability 0. The algorithms of this
+        package take it from the environment by default.
+    :param eos_token_id: the token that ends an episode; None: the tokenizer's or, without a tokenizer, the model
+        config's.
+    :param lora: the arguments of ``peft.LoraConfig``. Only the adapter and the critic are then trained. None: no new
+        adapter.
+    :param separate_critic: True: the value head is on a copy of the actor's decoder instead of sharing it. A directory
+        or hub name of a reward model with the same tokenizer (``"builtin"``: the built-in one): the critic starts as
+        that model, as in Stiennon et al. 2020 (https://arxiv.org/abs/2009.01325).
+    :param prefix_cache: whether to cache keys and values of contexts between calls. The results are the same without.
+    :param autocast: the name of the floating-point type of matrix products, such as ``"bfloat16"``, while the weights
+        keep theirs; None: the type of the weights.
+    :param compile_forward: whether to run whole sequences through ``torch.compile``. Compiling takes minutes, so this
+        pays in long trainings.
     :param constraint: which tokens may follow a context: a callable ``(contexts, n_tokens) -> bool [B, n_tokens]``, its
-        name as ``"module:function"``, or a list of these (see :mod:`text_env.constraints`). The others have probability
-        0, in rollout, update and reference alike. Our algorithms take it from the environment when it isn't given.
-    :param tokenizer: saved beside the model; by default the one found there.
+        name as ``"module:function"``, or a list of these (see :mod:`text_env.constraints`). All other tokens have
+        probability 0, in the rollout, in the update and in the reference. The algorithms of this package take it from
+        the environment by default.
+    :param tokenizer: the tokenizer that is saved with the model, normally the environment's; None: the model's own.
     :param use_sde: must be False; part of SB3's signature.
-    :param optimizer_class: the optimiser.
-    :param optimizer_kwargs: its arguments (Adam: eps 1e-5 unless said otherwise).
-    :raises ValueError: if the spaces are not the text environment's, the model has fewer logits than V or fewer
-        positions than the longest context, or its tokenizer isn't the environment's.
+    :param optimizer_class: the class of the optimiser.
+    :param optimizer_kwargs: the arguments of the optimiser besides the learning rate. Adam's eps is 1e-5 by default.
+    :raises ValueError: if the spaces are not those of a text environment, if the model has fewer logits than V or fewer
+        positions than the longest context has tokens, or if its tokenizer is not the environment's.
     """
 
     def __init__(
@@ -94,10 +102,10 @@ class CausalLMActorCritic(BasePolicy):
             raise ValueError("use_sde=True is for continuous actions; tokens are discrete. Use use_sde=False.")
         if optimizer_class is torch.optim.Adam:
             # PyTorch's default of 1e-8 is too aggressive in the first updates (SB3 and OpenAI's baselines use 1e-5).
-            # Fused: one pass over the weights instead of a dozen. It excludes foreach, if that is what was asked for.
+            # The fused optimiser makes one pass over the weights instead of a dozen. It can't be combined with foreach.
             given = optimizer_kwargs or {}
             optimizer_kwargs = {"eps": 1e-5, "fused": not given.get("foreach"), **given}
-        # SB3's actor-critic constructors would build an MLP, and orthogonally re-initialise linear layers.
+        # SB3's actor-critic constructors would build an MLP and re-initialise linear layers orthogonally.
         BasePolicy.__init__(
             self,
             observation_space,
@@ -156,7 +164,7 @@ class CausalLMActorCritic(BasePolicy):
         trainable = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = self.optimizer_class(trainable, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
 
-    # ---- SB3's contract -------------------------------------------------------------------------------------------
+    # ---- SB3's interface ------------------------------------------------------------------------------------------
 
     def forward(
         self, obs: PyTorchObs, deterministic: bool = False, action_masks: np.ndarray | torch.Tensor | None = None
@@ -164,9 +172,9 @@ class CausalLMActorCritic(BasePolicy):
         """Choose the next token of each context.
 
         :param obs: a batch of B observations.
-        :param deterministic: the most probable token instead of a sampled one.
-        :param action_masks: what the environment's ``action_masks()`` says, [B, V], true where a token is allowed.
-        :return: actions int64 [B], values [B, 1], log-probabilities [B].
+        :param deterministic: whether to choose the most probable token instead of sampling one.
+        :param action_masks: what the environment's ``action_masks()`` returns, [B, V], true where a token is allowed.
+        :return: actions int64 [B], values [B, 1] and log-probabilities [B], in nats.
         """
         contexts = contexts_of(obs)
         hidden = self._last_hidden(contexts)
@@ -180,11 +188,13 @@ class CausalLMActorCritic(BasePolicy):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Score given actions.
 
-        :param obs: B observations, or a packed batch of E whole episodes (with ``action_mask``, see ``EpisodeBuffer``).
-        :param actions: [N] token ids, N = B, or the number of true entries of ``action_mask`` (in row-major order).
-        :param action_masks: [N, V], true (or 1) where a token was allowed.
-        :return: values [N, 1], log-probabilities [N], entropies [N].
-        :raises ValueError: if the packed batch was compared with a reference of another distribution.
+        :param obs: a batch of B observations, or a packed batch of E whole episodes (with ``action_mask``, see
+            ``EpisodeBuffer``).
+        :param actions: token ids, [N]. N is B, or the number of true entries of ``action_mask``, in row-major order.
+        :param action_masks: [N, V], true or 1 where a token was allowed.
+        :return: values [N, 1], log-probabilities [N] and entropies [N], in nats.
+        :raises ValueError: if the log-probabilities of a packed batch under the reference are of another distribution
+            than the policy's.
         """
         assert isinstance(obs, Mapping)
         if "action_mask" in obs:
@@ -201,7 +211,7 @@ class CausalLMActorCritic(BasePolicy):
     def predict_values(self, obs: PyTorchObs) -> torch.Tensor:
         """
         :param obs: a batch of B observations.
-        :return: values [B, 1], float32.
+        :return: values, [B, 1].
         """
         contexts = contexts_of(obs)
         return self._last_values(contexts, None)
@@ -215,7 +225,12 @@ class CausalLMActorCritic(BasePolicy):
         return self.forward(observation, deterministic, action_masks)[0]
 
     def train(self, mode: bool = True) -> Self:
-        if mode:  # opens SB3's `train`: the weights are about to change
+        """Set training mode. SB3 calls this before it changes weights, so the cache is emptied. Dropout stays off.
+
+        :param mode: whether training mode is set.
+        :return: the policy.
+        """
+        if mode:  # SB3's `train` begins with this: the weights are about to change
             self.clear_cache()
         super().train(mode)
         if self.critic is not None:
@@ -224,22 +239,31 @@ class CausalLMActorCritic(BasePolicy):
 
     @property
     def distribution(self) -> TokenDistribution:
-        """Everything but the weights that decides how probable a token is."""
+        """Everything except the weights that determines the probability of a token."""
         return self.lm.distribution
 
     def reset_noise(self, n_envs: int = 1) -> None:
+        """Not supported, since it belongs to state-dependent exploration.
+
+        :param n_envs: not used.
+        :raises ValueError: always.
+        """
         raise ValueError("reset_noise is for state-dependent exploration, which needs continuous actions.")
 
     @property
     def lstm_actor(self) -> Any:
-        raise TypeError(  # of an AttributeError, nn.Module would hide the text
+        """The LSTM that sb3-contrib's ``RecurrentPPO`` asks for. There is none.
+
+        :raises TypeError: always; it says what to use instead.
+        """
+        raise TypeError(  # nn.Module would replace the text of an AttributeError
             f"{type(self).__name__} has no LSTM, which RecurrentPPO asks for: a language model's memory is its "
             "context. Train it with PPO, or use RecurrentPPO('MultiInputLstmPolicy', env, "
             "policy_kwargs={'features_extractor_class': TokenFeatures})."
         )
 
     def clear_cache(self) -> None:
-        """Forget every remembered context. Needed only after weights were changed behind PyTorch's back."""
+        """Empty the cache of contexts. This is needed only after a change of weights that PyTorch does not register."""
         for memo in (self._actor_memo, self._critic_memo):
             if memo is not None:
                 memo.clear()
@@ -247,9 +271,10 @@ class CausalLMActorCritic(BasePolicy):
     # ---- saving ---------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write a plain Hugging Face directory (model or adapter, tokenizer), and the critic beside it.
+        """Write a plain Hugging Face directory of the model or its adapter and the tokenizer, and a file of the critic.
 
-        :param directory: is made if missing; ``AutoModelForCausalLM.from_pretrained(directory)`` loads it.
+        :param directory: the directory, which is created if it does not exist.
+            ``AutoModelForCausalLM.from_pretrained(directory)`` loads it.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -259,7 +284,12 @@ class CausalLMActorCritic(BasePolicy):
         save_file(self._critic_state(), directory / VALUE_HEAD_FILE)
 
     def load_value_head(self, directory: str | Path) -> None:
-        """Load the critic that :meth:`save_pretrained` left in a directory."""
+        """Load the critic that :meth:`save_pretrained` wrote.
+
+        :param directory: the directory.
+        :raises ValueError: if the critic there has other weights than this policy's, as one with another
+            ``separate_critic`` has.
+        """
         state = load_file(Path(directory) / VALUE_HEAD_FILE)
         if strange := sorted(set(state) ^ set(self._critic_state())):
             raise ValueError(
@@ -277,7 +307,7 @@ class CausalLMActorCritic(BasePolicy):
         return {
             "observation_space": self.observation_space,
             "action_space": self.action_space,
-            "lr_schedule": self._dummy_schedule,  # SB3's own placeholder: schedules are often lambdas
+            "lr_schedule": self._dummy_schedule,  # SB3's placeholder, since schedules are often lambdas
             "optimizer_class": self.optimizer_class,
             "optimizer_kwargs": self.optimizer_kwargs,
             **self.constructor_arguments,
@@ -289,7 +319,7 @@ class CausalLMActorCritic(BasePolicy):
         return self._memoised(self.lm.backbone, self._actor_memo, contexts)
 
     def _memoised(self, backbone: nn.Module, memo: PrefixCache | None, contexts: Contexts) -> torch.Tensor:
-        """Hidden state at the end of each context [B, H]; remembered only where no gradient is asked for."""
+        """The hidden state at the end of each context, [B, H]; cached only where no gradient is needed."""
         if memo is not None and not torch.is_grad_enabled():
             with self.lm.precision():
                 return memo.last_hidden(contexts)
@@ -313,10 +343,10 @@ class CausalLMActorCritic(BasePolicy):
         return self.lm.logits(hidden, self._steps(contexts), self.lm.allowed(contexts, action_masks))
 
     def _finite_logits(self, obs: PyTorchObs, action_masks: np.ndarray | torch.Tensor | None = None) -> torch.Tensor:
-        """For PyTorch's distributions, whose KL divergence has no gradient at minus infinity."""
+        """Logits for PyTorch's distributions, whose KL divergence has no gradient at minus infinity."""
         contexts = contexts_of(obs)
-        # The fused attention kernels can be differentiated once only; whoever asks for the gradient of a distribution,
-        # as TRPO does, may well want the second. The memo, without gradient, keeps the fast ones.
+        # The fused attention kernels can be differentiated only once, and an algorithm that differentiates a
+        # distribution, as TRPO does, may do so twice. Without gradient the fast kernels are kept.
         twice = sdpa_kernel(SDPBackend.MATH) if torch.is_grad_enabled() else contextlib.nullcontext()
         with twice:
             hidden = self._last_hidden(contexts)
@@ -333,7 +363,7 @@ class CausalLMPolicy(CausalLMActorCritic, ActorCriticPolicy):
     def get_distribution(self, obs: PyTorchObs) -> CategoricalDistribution:
         """
         :param obs: a batch of B observations.
-        :return: SB3's categorical distribution over the V tokens; it can be differentiated twice.
+        :return: SB3's categorical distribution over the V tokens. It can be differentiated twice.
         """
         logits = self._finite_logits(obs)
         if logits.requires_grad:
@@ -341,8 +371,8 @@ class CausalLMPolicy(CausalLMActorCritic, ActorCriticPolicy):
         return CategoricalDistribution(self.distribution.n_tokens).proba_distribution(logits)
 
     def _check_names(self, _: torch.Tensor) -> None:
-        """Called when the distribution is differentiated. Whoever wants the second derivative, as TRPO does, goes by
-        the names of the parameters, and must not be misled by them.
+        """Called when the distribution is differentiated. An algorithm that differentiates it twice, as TRPO does,
+        selects the actor's parameters by their names, which must not look like a critic's.
         """
         misleading = [name for name, p in self.named_parameters() if is_actor(name, p) and "value" in name]
         if torch.is_grad_enabled() and misleading:
@@ -354,9 +384,9 @@ class CausalLMPolicy(CausalLMActorCritic, ActorCriticPolicy):
 
 def is_actor(name: str, parameter: nn.Parameter) -> bool:
     """
-    :param name: a parameter's name in the policy.
+    :param name: the name of a parameter of the policy.
     :param parameter: the parameter.
-    :return: whether the actor trains it: neither frozen nor the critic's.
+    :return: whether it is trained as a part of the actor: neither frozen nor the critic's.
     """
     return parameter.requires_grad and not name.startswith(("value_head.", "critic."))
 
@@ -382,14 +412,15 @@ def load_policy(
     dtype: str = "float32",
     temperature: float = 1.0,
 ) -> CausalLMPolicy:
-    """A policy for evaluation and sampling.
+    """Load a policy for evaluation and sampling.
 
-    :param model: as for ``CausalLMPolicy``; a directory of ``save_pretrained`` is one.
-    :param env: gives the spaces, EOS, the minimum length and the constraint.
-    :param device: where it runs.
-    :param dtype: of the weights.
-    :param temperature: 1 evaluates the model itself.
+    :param model: the model, as for ``CausalLMPolicy``, for example a directory that ``save_pretrained`` wrote.
+    :param env: the environment, from which spaces, tokenizer, EOS, minimum length and constraint are taken.
+    :param device: the device that the policy runs on.
+    :param dtype: the floating-point type of the weights.
+    :param temperature: the temperature of the policy's distribution; 1 gives that of the model itself.
     :return: the policy.
+    :raises ValueError: for the reasons of ``CausalLMPolicy``.
     """
     policy = CausalLMPolicy(
         env.single_observation_space,

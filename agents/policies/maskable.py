@@ -1,4 +1,4 @@
-"""The same policy for sb3-contrib's ``MaskablePPO``, which asks the environment for its masks and hands them on."""
+"""The policy for sb3-contrib's ``MaskablePPO``, which asks the environment for masks and passes them to the policy."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from agents.policies.causal_lm_policy import CausalLMActorCritic
 
 
 class MaskableCausalLMPolicy(CausalLMActorCritic, MaskableActorCriticPolicy):
-    """``CausalLMPolicy`` in the shape that ``MaskablePPO`` wants; the parameters are the same.
+    """``CausalLMPolicy`` with the interface that ``MaskablePPO`` expects. The parameters are the same.
 
-    What the environment's ``action_masks()`` forbid has probability 0, and so has what the policy's own ``constraint``
-    forbids. With ``TextRLHF-v0`` the environment's is enough: ``MaskablePPO(MaskableCausalLMPolicy,
-    make_vec_env("TextRLHF-v0", n_envs=16, env_kwargs={"constraint": …}))``. Its rollout buffer keeps a mask of V
-    float32 for every token, 4 V bytes.
+    Tokens that the environment's ``action_masks()`` or the policy's own ``constraint`` forbid have probability 0. With
+    ``TextRLHF-v0`` the environment's constraint is enough: ``MaskablePPO(MaskableCausalLMPolicy,
+    make_vec_env("TextRLHF-v0", n_envs=16, env_kwargs={"constraint": …}))``. The rollout buffer of ``MaskablePPO``
+    stores a mask of V float32 numbers for every token, which is 4 V bytes.
 
-    :raises ValueError: if it is given to an algorithm without masks.
+    :param args: the positional arguments of ``CausalLMPolicy``.
+    :param kwargs: the keyword arguments of ``CausalLMPolicy``.
+    :raises ValueError: if it is passed to an algorithm without masks.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if "use_sde" in kwargs:  # what SB3's on-policy algorithms say to every policy, and MaskablePPO doesn't
+        if "use_sde" in kwargs:  # SB3's on-policy algorithms pass it to every policy, and MaskablePPO does not
             raise ValueError(
                 "MaskableCausalLMPolicy is for sb3_contrib.MaskablePPO. This algorithm asks the environment for no "
                 "masks: expected CausalLMPolicy, which applies policy_kwargs={'constraint': ...} itself."

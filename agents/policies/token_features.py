@@ -1,8 +1,9 @@
-"""Token contexts as numbers, for algorithms that know nothing of language: SB3's ``MultiInputPolicy``.
+"""Token contexts as features, for algorithms that take no language model as their policy: SB3's ``MultiInputPolicy``.
 
     DQN("MultiInputPolicy", env, policy_kwargs={"features_extractor_class": TokenFeatures})
 
-Either everything is learned from scratch, or a frozen language model reads the context and the rest is learned on top.
+Either everything is learned from scratch, or a frozen language model reads the context and a linear layer is learned on
+top of it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from agents.models.pretrained import check_positions, load_causal_lm
 # The observations' entries, in the order in which Gymnasium flattens them.
 NAMES = ("attention_mask", "input_ids", "prompt_length")
 
-# Answers of one frozen model that are remembered: 350,000 contexts of the built-in one.
+# The memory for hidden states of one frozen model, enough for 350,000 contexts of the built-in one.
 MEMORY_BYTES = 2**28
 
 
@@ -37,20 +38,20 @@ class TokenFeatures(BaseFeaturesExtractor):
 
     The encoding is one of two:
 
-    - ``model=None``: embeddings learned from scratch, of the last token, averaged over the prompt and averaged over the
-      response. Fast, and knows words but not their order.
-    - ``model="builtin"``, …: the last hidden state of a frozen language model at the end of the context, normalised. It
-      is no part of this module: not trained, not saved, and one for all extractors (an off-policy algorithm has four).
-      Each context is read once: what was answered is remembered, so that replaying it costs a look-up.
+    - ``model=None``: embeddings that are learned from scratch: that of the last token, their mean over the prompt, and
+      their mean over the response. It is fast, and independent of the order of all tokens but the last.
+    - ``model="builtin"``, …: the last hidden state of a frozen language model at the end of the context, normalised.
+      The model is no part of this module: it is neither trained nor saved, and all extractors share it (an off-policy
+      algorithm has four). Each context is read once, and its hidden state is stored, so replaying it costs a look-up.
 
-    Both have the share of the response budget that is spent beside them, since the end of an episode depends on it.
+    In both cases the share of the response budget that is spent is appended, since the end of an episode depends on it.
 
-    :param observation_space: the environment's Dict of ``input_ids``, ``attention_mask``, ``prompt_length``; or that in
-        ``gymnasium.wrappers.FlattenObservation``, for algorithms that take no Dict.
-    :param features_dim: how many features; of the learned embeddings as well.
-    :param model: None, ``"builtin"``, a directory, a hub name or a live model, of which a copy is made.
-    :raises ValueError: if the space is not the text environment's, there is no such model, or it has fewer tokens or
-        positions than the environment.
+    :param observation_space: the environment's Dict of ``input_ids``, ``attention_mask`` and ``prompt_length``; or its
+        form in ``gymnasium.wrappers.FlattenObservation``, for algorithms that take no Dict.
+    :param features_dim: the number of features, and the dimension of the learned embeddings.
+    :param model: None, ``"builtin"``, a directory, a hub name, or a live model, which is copied.
+    :raises ValueError: if the space is not that of a text environment, if there is no such model, or if it has fewer
+        tokens or positions than the environment.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class TokenFeatures(BaseFeaturesExtractor):
 
     def forward(self, observations: dict[str, torch.Tensor] | torch.Tensor) -> torch.Tensor:
         """
-        :param observations: a batch of B observations, as SB3 preprocesses them (float32 is exact for token ids).
+        :param observations: a batch of B observations, as SB3 preprocesses them. Their float32 is exact for token ids.
         :return: float32 [B, ``features_dim``].
         """
         if isinstance(observations, torch.Tensor):
@@ -85,7 +86,7 @@ class TokenFeatures(BaseFeaturesExtractor):
 
 
 def _sizes(observation_space: spaces.Space[Any]) -> tuple[int, int, int]:
-    """L, V and the longest prompt of the text environment's observations, as they are or flattened."""
+    """L, V and the length of the longest prompt, from the text environment's observation space, flattened or not."""
     space: Any = observation_space
     if isinstance(space, spaces.Dict) and set(NAMES) <= set(space.spaces):
         entries: Any = space.spaces
@@ -104,7 +105,7 @@ def _sizes(observation_space: spaces.Space[Any]) -> tuple[int, int, int]:
 class _LearnedEncoder(nn.Module):
     """
     :param n_tokens: V.
-    :param width: of the embeddings.
+    :param width: the dimension of the embeddings.
     """
 
     def __init__(self, n_tokens: int, width: int) -> None:
@@ -118,19 +119,21 @@ class _LearnedEncoder(nn.Module):
         column = torch.arange(mask.shape[1], device=mask.device)
         prompt = mask & (column < observations["prompt_length"])
         response = mask & ~prompt
-        # An empty context (RecurrentPPO pads with them, and throws their features away) has the last column's.
+        # For an empty context this is the last column. RecurrentPPO pads with such contexts and ignores their features.
         last = embedded[torch.arange(len(mask), device=mask.device), mask.sum(dim=1) - 1]
         return torch.cat([last, _mean(embedded, prompt), _mean(embedded, response)], dim=1)
 
 
 def _mean(embedded: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over the columns where the mask is true [B, width], 0 where there is none."""
+    """The mean over the columns where the mask is true, [B, width]; 0 where it is true nowhere."""
     weights = mask / mask.sum(dim=1, keepdim=True).clamp(min=1)
     return torch.bmm(weights[:, None], embedded)[:, 0]
 
 
 class _FrozenEncoder(nn.Module):
-    """:param lm: held where neither ``parameters()`` nor ``state_dict()`` finds it."""
+    """
+    :param lm: the language model. It is no module, so neither ``parameters()`` nor ``state_dict()`` includes it.
+    """
 
     def __init__(self, lm: _FrozenLM) -> None:
         super().__init__()
@@ -139,23 +142,23 @@ class _FrozenEncoder(nn.Module):
 
     def forward(self, observations: dict[str, torch.Tensor]) -> torch.Tensor:
         contexts = contexts_of(observations)
-        # RecurrentPPO pads sequences with empty contexts, and throws their features away.
+        # RecurrentPPO pads sequences with empty contexts and ignores their features.
         contexts = contexts._replace(length=np.maximum(contexts.length, 1))
         return self.lm(contexts, observations["input_ids"].device)
 
 
 class _FrozenLM:
-    """A language model that nobody trains, and what it has answered so far.
+    """A language model that is not trained, and the hidden states that it has computed so far.
 
     :param model: a name, or a live model, which is copied.
     :param n_tokens: V.
-    :param n_positions: L.
+    :param n_positions: L, the length of the longest context.
     """
 
     def __init__(self, model: str | Path | PreTrainedModel, n_tokens: int, n_positions: int) -> None:
-        self._asked_for = model  # kept alive: a live model is known by its address
+        self._asked_for = model  # referenced, so that the address by which a live model is found stays its own
         loaded = copy.deepcopy(model) if isinstance(model, PreTrainedModel) else unwrapped(load_causal_lm(model))
-        self._model = loaded.eval().requires_grad_(False)  # dropout off: features are a function of the context
+        self._model = loaded.eval().requires_grad_(False)  # no dropout: features are a function of the context
         config = loaded.config.get_text_config()
         check_positions(loaded, n_positions)
         if config.vocab_size < n_tokens:
@@ -167,17 +170,17 @@ class _FrozenLM:
         self._memo = PrefixCache(self._backbone)
         self.dimensions: int = config.hidden_size
         self._row_of: dict[bytes, int] = {}
-        # Made in full, but a page of it exists only once it is written to.
+        # The operating system allocates a page of it only when the page is written to.
         self._answers = torch.empty(max(1, MEMORY_BYTES // (4 * self.dimensions)), self.dimensions)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _FrozenLM:
-        return self  # algorithms copy their networks into target networks: this is no part of what they train
+        return self  # algorithms copy what they train into target networks, and this is not trained
 
     def __call__(self, contexts: Contexts, device: torch.device) -> torch.Tensor:
         """
         :param contexts: B contexts.
-        :param device: where the answer is wanted.
-        :return: hidden states at the end of each, normalised to mean 0 and variance 1, float32 [B, H].
+        :param device: the device of the returned tensor.
+        :return: the hidden states at the end of the contexts, each normalised to mean 0 and variance 1, float32 [B, H].
         """
         if device != self._answers.device:
             self._model.to(device)
@@ -185,11 +188,10 @@ class _FrozenLM:
             self._answers = self._answers.to(device)
         keys = [ids[:n].tobytes() for ids, n in zip(contexts.input_ids, contexts.length, strict=True)]
         rows = np.array([self._row_of.get(key, -1) for key in keys])
-        answers = self._answers[torch.from_numpy(rows).to(device)]  # a copy, to be overwritten where they are new
+        answers = self._answers[torch.from_numpy(rows).to(device)]  # a copy, which is overwritten for new contexts
         if len(new := np.flatnonzero(rows < 0)):
-            # Someone who acts asks for contexts that nobody has asked for before, and that extend those of the call
-            # before. In a learner's batch most are known (a target network has no gradient either), and the others
-            # come from anywhere.
+            # In a rollout most contexts are new, and they extend those of the call before. In a learner's batch most
+            # are known (also for a target network, which has no gradient either), and the others are unrelated.
             acting = not torch.is_grad_enabled() and 2 * len(new) > len(keys)
             answers[torch.from_numpy(new).to(device)] = fresh = self._read(
                 Contexts(*(array[new] for array in contexts)), acting
@@ -215,7 +217,7 @@ _frozen_lms: WeakValueDictionary[tuple[Any, ...], _FrozenLM] = WeakValueDictiona
 
 
 def _frozen(model: str | Path | PreTrainedModel, n_tokens: int, n_positions: int) -> _FrozenLM:
-    """The one frozen model for all who ask for the same, as long as there is one of them."""
+    """The frozen model, which all extractors with the same arguments share as long as one of them exists."""
     key = (str(model) if isinstance(model, str | Path) else id(model), n_tokens, n_positions)
     if (found := _frozen_lms.get(key)) is None:
         found = _frozen_lms[key] = _FrozenLM(model, n_tokens, n_positions)

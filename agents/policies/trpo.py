@@ -1,4 +1,4 @@
-"""The policy for sb3-contrib's ``TRPO``, which tells actor from critic by the names of their parameters."""
+"""The policy for sb3-contrib's ``TRPO``, which tells the actor from the critic by the names of their parameters."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from agents.policies.causal_lm_policy import CausalLMPolicy, is_actor
 
 
 class ParameterName(str):
-    """A parameter's name, with another answer to the one question that TRPO asks of it: is ``"value"`` in it?
+    """The name of a parameter, whose answer to ``"value" in name`` is whether the actor does *not* train the parameter.
 
-    TRPO leaves out of its step what has "value" in its name, and differentiates by everything else. Language models
-    have such names in their actor (``attention.query_key_value``), which would never be trained; and parameters that
-    are frozen, as all but an adapter's are, can't be differentiated by. So here "value" is in the name of whatever is
-    not the actor's to train, and in no other.
+    TRPO leaves parameters with "value" in their name out of its step, and differentiates by all others. But language
+    models have such names in the actor (``attention.query_key_value``), so these parameters would never be trained; and
+    TRPO can't differentiate by frozen parameters, which with an adapter are all but the adapter's.
 
     :param name: the name.
-    :param actor: whether the parameter is the actor's to train.
+    :param actor: whether the actor trains the parameter.
     """
 
     actor: bool
@@ -37,15 +36,21 @@ class ParameterName(str):
 
 
 class TRPOCausalLMPolicy(CausalLMPolicy):
-    """``CausalLMPolicy`` for ``sb3_contrib.TRPO``; the parameters are the same.
+    """``CausalLMPolicy`` for ``sb3_contrib.TRPO``. The parameters are the same.
 
-    It is needed where a model has "value" in the name of an actor's parameter (GPT-NeoX, Bloom, Falcon), and where
-    parameters are frozen (LoRA).
+    It is needed for models with "value" in the name of an actor's parameter (GPT-NeoX, Bloom, Falcon), and for frozen
+    parameters (LoRA).
     """
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
+        """
+        :param prefix: what is put before all names.
+        :param recurse: whether parameters of submodules are included.
+        :param remove_duplicate: whether shared parameters are named only once.
+        :return: an iterator over the parameters and their names, which are instances of :class:`ParameterName`.
+        """
         for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
             own = name.removeprefix(prefix).removeprefix(".")
             yield ParameterName(name, is_actor(own, parameter)), parameter

@@ -1,1 +1,1 @@
-"""From preferences to a reward model, and a report on how good it is."""
+"""Training a reward model on preferences, and a report on how good it is."""

@@ -1,6 +1,6 @@
-"""What the margins of a reward model say of it: accuracy, log-loss, calibration; two plots and a table.
+"""A report on a reward model, from its margins: accuracy, log-loss, calibration, two plots and a table.
 
-The margin of a pair is the score of the chosen text less that of the rejected one; N pairs.
+The margin of a pair of texts is the score of the chosen text minus that of the rejected one. Notation: N pairs.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from rich.table import Table
 def describe_margins(margins: NDArray[np.float64]) -> dict[str, Any]:
     """
     :param margins: float64 [N].
-    :return: ``pairs`` N; ``accuracy``, a tie counting half, and ``accuracy_se``, its standard error if pairs are
-        independent; ``log_loss``, the mean of −log σ(margin), nats; ``calibration`` (:func:`calibration_bins`) and
-        ``calibration_error``; ``margin_mean`` and ``margin_std``.
+    :return: ``pairs``, the number N; ``accuracy``, in which a tie counts half, and ``accuracy_se``, its standard error
+        if pairs are independent; ``log_loss``, the mean of −log σ(margin), in nats; ``calibration`` (see
+        :func:`calibration_bins`) and ``calibration_error``; ``margin_mean`` and ``margin_std``.
     """
     right = (margins > 0) + 0.5 * (margins == 0)  # float64 [N]
     bins = calibration_bins(margins)
@@ -36,12 +36,14 @@ def describe_margins(margins: NDArray[np.float64]) -> dict[str, Any]:
 
 
 def calibration_bins(margins: NDArray[np.float64], n_bins: int = 10) -> list[dict[str, float]]:
-    """How often the model is right, by how sure it is. Of a pair in random order it says σ(|margin|), at least ½, of
-    the text that it prefers.
+    """How often the model prefers the chosen text, by its confidence.
+
+    The confidence is σ(|margin|), the probability that the model gives to its own preference, which is at least ½.
 
     :param margins: float64 [N].
-    :param n_bins: of equal width from ½ to 1.
-    :return: for each bin that holds pairs ``pairs``, ``confidence`` and ``accuracy``, means over them.
+    :param n_bins: the number of bins of equal width from ½ to 1.
+    :return: for each bin that holds pairs, ``pairs``, their number, and the means ``confidence`` and ``accuracy`` over
+        them.
     """
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
     right = (margins > 0) + 0.5 * (margins == 0)
@@ -57,20 +59,20 @@ def calibration_bins(margins: NDArray[np.float64], n_bins: int = 10) -> list[dic
 
 
 def expected_calibration_error(bins: Sequence[dict[str, float]]) -> float:
-    """Mean distance between confidence and accuracy (Guo et al. 2017, https://arxiv.org/abs/1706.04599).
+    """The mean distance between confidence and accuracy (Guo et al. 2017, https://arxiv.org/abs/1706.04599).
 
-    :param bins: of :func:`calibration_bins`.
-    :return: in [0, 1].
+    :param bins: what :func:`calibration_bins` returned.
+    :return: the mean over pairs, in [0, 1].
     """
     total = sum(b["pairs"] for b in bins)
     return sum(b["pairs"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / total
 
 
 def plot_calibration(bins: Sequence[dict[str, float]], path: Path) -> None:
-    """Draw a reliability diagram, with a standard error for each bin.
+    """Plot a reliability diagram, with a standard error for each bin.
 
-    :param bins: of :func:`calibration_bins`.
-    :param path: a PNG file.
+    :param bins: what :func:`calibration_bins` returned.
+    :param path: the PNG file that is written.
     """
     import matplotlib.figure
 
@@ -88,17 +90,17 @@ def plot_calibration(bins: Sequence[dict[str, float]], path: Path) -> None:
 
 
 def plot_margins(margins: NDArray[np.float64], path: Path) -> None:
-    """Draw a histogram of margins, those on the wrong side of 0 in another colour.
+    """Plot a histogram of margins, in which the pairs that the model gets wrong have another colour.
 
     :param margins: float64 [N].
-    :param path: a PNG file.
+    :param path: the PNG file that is written.
     """
     import matplotlib.figure
 
     figure = matplotlib.figure.Figure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
     width = max(float(np.abs(margins).max()), 1e-6) / 20
-    edges = [width * number for number in range(-20, 21)]  # 0 is one of them
+    edges = [width * number for number in range(-20, 21)]  # 0 is among them, so no bar mixes right and wrong pairs
     axes.hist(margins[margins > 0], edges, color="tab:blue", label="right")
     axes.hist(margins[margins <= 0], edges, color="tab:orange", label="wrong")
     axes.set_xlabel("margin: score of the chosen text − score of the rejected one")
@@ -110,8 +112,8 @@ def plot_margins(margins: NDArray[np.float64], path: Path) -> None:
 
 def report_table(report: dict[str, Any]) -> Table:
     """
-    :param report: of :func:`train_reward_model`.
-    :return: what matters of it, to print.
+    :param report: what :func:`agents.reward_models.train.train_reward_model` returned.
+    :return: a table of the most important entries.
     """
     held_out, pairs, normalisation = report["held_out"], report["pairs"], report["normalisation"]
     table = Table("", "", title=f"Reward model on {report['settings']['preferences']}", show_header=False)

@@ -1,10 +1,11 @@
-"""Preferences to a reward model: `textrlhf reward-model` trains a sequence classifier with TRL's ``RewardTrainer``.
+"""Training a reward model on preferences: ``textrlhf reward-model`` trains a sequence classifier with TRL's
+``RewardTrainer``.
 
-The loss is Bradley and Terry's, −log σ(margin), where a pair's margin is the score of the chosen text less that of the
-rejected one (Ouyang et al. 2022, https://arxiv.org/abs/2203.02155). What comes out is a plain Hugging Face directory
-that the environment takes as its reward, with ``reward_model.json``, ``calibration.png`` and ``margins.png`` beside the
-weights. Everything measured is measured as the environment scores: by :class:`SequenceClassifierReward` on that
-directory.
+The loss is that of Bradley and Terry, −log σ(margin), where the margin of a pair is the score of the chosen text minus
+that of the rejected one (Ouyang et al. 2022, https://arxiv.org/abs/2203.02155). The result is a plain Hugging Face
+directory that the environment takes as its reward, with ``reward_model.json``, ``calibration.png`` and ``margins.png``
+in addition to the weights. All measurements are made as the environment scores, by a :class:`SequenceClassifierReward`
+of that directory.
 """
 
 from __future__ import annotations
@@ -57,50 +58,59 @@ class RewardModelConfig:
     """Train a reward model on preferences."""
 
     preferences: str = "builtin"
-    """'builtin', a file (.jsonl, .json, .csv, .parquet) with chosen, rejected and perhaps prompt, a directory of
-    datasets' save_to_disk, or a data set's hub name."""
+    """'builtin', a file (.jsonl, .json, .csv, .parquet) with the columns chosen, rejected and optionally prompt,
+    a directory of datasets' save_to_disk, or the hub name of a data set."""
     base: str = "builtin"
-    """What it starts from: 'builtin', a directory or a hub name of a language model, an encoder or a classifier."""
+    """The model that training starts from: 'builtin', or a directory or hub name
+    of a language model, an encoder or a classifier."""
     out: Path = Path("runs/reward_model")
-    """The directory that is written; must not hold anything yet."""
+    """The directory that is written. It must be empty or not exist."""
     epochs: float = 1.0
-    """Passes over the training pairs."""
+    """The number of passes over the training pairs."""
     learning_rate: float | None = None
-    """At its highest: 3 % of the steps warm up, then it falls as a cosine. By default 1e-4, as in TRL, but 5e-4 for the
-    base 'builtin', which is so small that it learns next to nothing at that."""
+    """The highest learning rate, between a warm-up of 3 % of the steps and a cosine decay. By default 1e-4, as in TRL,
+    and 5e-4 for the base 'builtin', which is so small that it learns next to nothing with 1e-4."""
     batch_size: int = 32
-    """Pairs of an update."""
+    """The number of pairs of an update."""
     micro_batch_size: int | None = None
-    """Pairs of a forward pass, a divisor of that; by default all of them."""
+    """The number of pairs of a forward pass, a divisor of batch_size; by default batch_size."""
     weight_decay: float = 0.1
+    """The weight decay of AdamW."""
     lora_r: int | None = None
-    """Rank of a LoRA adapter on all linear layers, merged at the end; by default every weight is trained."""
+    """The rank of a LoRA adapter on all linear layers, which is merged at the end.
+    By default there is none, and all weights are trained."""
     max_length: int = 1024
-    """Pairs with a text of more tokens are left out, as are those that the base has too few positions for."""
+    """The length of the longest text, in tokens. Pairs with a longer text are left out,
+    and so are pairs with more tokens than the base has positions."""
     dtype: str = "float32"
-    """Of the weights in training."""
+    """The floating-point type of the weights in training."""
     save_dtype: str | None = None
-    """Of the weights on disk, if another; the model still says that it is to be loaded in `dtype`."""
+    """The floating-point type of the weights on disk; by default that of training.
+    The saved config names `dtype` in any case, and the model is loaded in it."""
     bf16: bool = False
-    """Matrix products in bfloat16, weights in theirs."""
+    """Compute matrix products in bfloat16. The weights keep their type."""
     gradient_checkpointing: bool = False
-    """Less memory, more time."""
+    """Use less memory and more time."""
     device: str = "auto"
+    """'auto', 'cpu', 'cuda', …"""
     seed: int = 0
+    """The seed of all random generators."""
     max_pairs: int | None = None
-    """Train on so many pairs, drawn at random: the first so many of the same order for the same seed."""
+    """Train on at most this many pairs, drawn at random; by default on all.
+    With the same seed, fewer pairs are a subset of more."""
     held_out: float = 0.05
-    """The share of pairs to measure with, if the preferences have no split of their own."""
+    """The share of pairs that are held out for measuring, if the preferences have no split of their own."""
     max_malformed: float = 0.01
-    """The share of malformed rows to put up with; they are left out."""
+    """The largest share of malformed rows that is accepted. They are left out."""
     n_normalisation_texts: int = 1024
-    """Texts of the policy whose scores get mean 0 and standard deviation 1; 0 leaves the scores as they are."""
+    """The number of texts of the policy whose scores are normalised to mean 0 and standard deviation 1.
+    0 leaves the scores as they are."""
     policy: str | None = None
-    """Whose texts these are; by default the base's, which is then a language model."""
+    """The language model that writes these texts; by default the base, which must then be a language model."""
     prompts: str | None = None
-    """For these texts, as in training; by default the prompts of the training pairs."""
+    """The prompts of these texts, as in training; by default the prompts of the training pairs."""
     max_new_tokens: int = 48
-    """Response budget of these texts, in tokens."""
+    """The response budget of these texts, in tokens."""
     progress: bool = True
     """Show progress bars."""
 
@@ -108,13 +118,14 @@ class RewardModelConfig:
 def train_reward_model(config: RewardModelConfig, preferences: Any = None) -> dict[str, Any]:
     """Train, measure and save a reward model.
 
-    :param config: everything.
-    :param preferences: live ones, as :func:`text_env.preferences.load_preferences` takes them, in place of the name.
+    :param config: the configuration.
+    :param preferences: live preferences, as :func:`text_env.preferences.load_preferences` takes them, in place of those
+        that ``config`` names.
     :return: what ``reward_model.json`` holds: ``settings``, ``versions``, ``pairs``, ``held_out`` and ``train`` (see
         :func:`agents.reward_models.report.describe_margins`), ``annotator_ceiling``, ``normalisation``, ``parameters``,
         ``seconds``.
-    :raises FileExistsError: if the directory holds something.
-    :raises ValueError: for preferences, a base or a policy that can't be used; all of it before training.
+    :raises FileExistsError: if the directory is not empty.
+    :raises ValueError: if preferences, base or policy can't be used. This is found out before training.
     :raises ImportError: without the ``reward`` extra.
     :raises FloatingPointError: if training has diverged.
     """
@@ -140,7 +151,7 @@ def train_reward_model(config: RewardModelConfig, preferences: Any = None) -> di
             f"Expected pairs of at most {longest} tokens (max_length, or what the base holds) to train with and to "
             f"hold out, got {len(train)} and {len(held_out)}: raise max_length, or choose another base."
         )
-    # Of the pairs that are left. Before training: what is wrong here should not cost hours.
+    # For the pairs that are left, and before training, since an error here should not cost hours.
     texts = sample_policy_texts(config, dataclasses.replace(pairs, train=train))
     settings = {key: str(v) if isinstance(v, Path) else v for key, v in dataclasses.asdict(config).items()}
     report: dict[str, Any] = {
@@ -164,13 +175,13 @@ def train_reward_model(config: RewardModelConfig, preferences: Any = None) -> di
         model = run_trainer(config, model, tokenizer, columns, Path(scratch) / "trainer")
         seconds = {"training": time.perf_counter() - began}
         save_classifier(model, tokenizer, directory, config.save_dtype)
-        del model  # measured is what was saved, not what is in memory
+        del model  # the model is measured as it was saved, not as it is in memory
         report |= measure_reward_model(config, directory, train[: len(held_out)], held_out, texts)
         report["seconds"] = {**seconds, "all": time.perf_counter() - start}
         (directory / "reward_model.json").write_text(json.dumps(report, indent=2) + "\n")
         if config.out.exists():
             config.out.rmdir()
-        directory.rename(config.out)  # so whatever bears that name is complete
+        directory.rename(config.out)  # so a directory of this name is always complete
     return report
 
 
@@ -181,14 +192,15 @@ def measure_reward_model(
     held_out: Sequence[Preference],
     texts: tuple[list[RawPrompt], list[str]] | None,
 ) -> dict[str, Any]:
-    """Measure what was saved, normalise it and draw the plots beside it.
+    """Measure the saved model, normalise its scores, and write plots to its directory.
 
-    :param config: of the training.
-    :param directory: of the classifier.
-    :param train: some pairs that it was trained on.
-    :param held_out: pairs that it wasn't.
-    :param texts: prompts and completions of the policy; None: no normalisation.
-    :return: ``held_out``, ``train`` and ``normalisation`` of the report.
+    :param config: the configuration of the training.
+    :param directory: the directory of the classifier.
+    :param train: some of the pairs that it was trained on.
+    :param held_out: the pairs that were held out.
+    :param texts: prompts and completions of the policy, by which scores are normalised; None: they are not normalised.
+    :return: the entries ``held_out``, ``train`` and ``normalisation`` of the report.
+    :raises FloatingPointError: if a score is not finite, or if all texts of the policy have the same score.
     """
     reward = SequenceClassifierReward(directory, batch_size=2 * _micro_batch(config), device=config.device)
     margins = pair_margins(reward, held_out, config.progress)
@@ -209,7 +221,7 @@ def measure_reward_model(
 
 
 def _check(config: RewardModelConfig) -> None:
-    """What can be said before anything is loaded."""
+    """Check what can be checked before anything is loaded."""
     if config.out.exists() and not (config.out.is_dir() and not any(config.out.iterdir())):
         raise FileExistsError(f"{config.out} holds something already; choose another --out, or remove it.")
     _micro_batch(config)
@@ -231,15 +243,16 @@ def _annotator_ceiling() -> float:
 
 
 def pair_tokens(tokenizer: Any, pairs: Sequence[Preference]) -> dict[str, list[list[int]]]:
-    """The tokens that the environment scores, for TRL's trainer.
+    """Tokenise pairs in the same way as the environment does for scoring, for TRL's trainer.
 
-    Given plain texts, the trainer would append EOS. The environment scores prompt + completion as it stands, whether it
-    ended by itself or by the budget. A conversation is written in the chat template, which puts all special tokens.
+    The trainer would append EOS to plain texts, but the environment scores prompt and completion as they are, whether
+    the text ended by itself or was cut off. Conversations are written in the chat template, which adds all special
+    tokens.
 
-    :param tokenizer: the reward model's.
-    :param pairs: N pairs, all plain or all conversational.
+    :param tokenizer: the reward model's tokenizer.
+    :param pairs: N pairs, either all of plain texts or all of conversations.
     :return: the columns ``chosen_ids`` and ``rejected_ids``, N lists of token ids each.
-    :raises ValueError: if the chat template refuses a conversation.
+    :raises ValueError: if the chat template rejects a conversation.
     """
     templated = bool(pairs) and not isinstance(pairs[0].prompt, str)
     columns = {}
@@ -255,18 +268,19 @@ def _text(tokenizer: Any, prompt: RawPrompt, completion: str) -> str:
     try:
         messages = [*prompt, {"role": "assistant", "content": completion}]
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:  # a template is a program and may raise what it likes
+    except Exception as error:  # a template is a program and may raise anything
         raise ValueError(f"The chat template of the base refuses {messages!r}: {error}") from error
 
 
 def fitting(
     pairs: Sequence[Preference], tokenizer: Any, longest: int
 ) -> tuple[list[Preference], dict[str, list[list[int]]]]:
-    """
-    :param pairs: N pairs.
-    :param tokenizer: the reward model's.
-    :param longest: tokens of a text.
-    :return: those of which neither text is longer, and their :func:`pair_tokens`.
+    """Leave out pairs that are too long.
+
+    :param pairs: pairs.
+    :param tokenizer: the reward model's tokenizer.
+    :param longest: the length of the longest text, in tokens.
+    :return: the pairs of which neither text is longer, and their columns, as :func:`pair_tokens` returns them.
     """
     columns = pair_tokens(tokenizer, pairs)
     fits = [max(map(len, sides)) <= longest for sides in zip(*columns.values(), strict=True)]
@@ -280,12 +294,14 @@ def fitting(
 
 
 def load_base(base: str, dtype: str, conversational: bool) -> tuple[PreTrainedModel, Any]:
-    """
+    """Load the model that training starts from.
+
     :param base: ``"builtin"``, a directory or a hub name.
-    :param dtype: of the weights.
-    :param conversational: whether its tokenizer must have a chat template.
-    :return: a classifier of one label, its head new if the base has no such one, and a tokenizer that can pad.
-    :raises ValueError: if there is no such model, or its tokenizer can't be used.
+    :param dtype: the floating-point type of the weights.
+    :param conversational: whether the tokenizer must have a chat template.
+    :return: a classifier with one label, whose head is new unless the base has one of this form; and its tokenizer,
+        which has a pad token.
+    :raises ValueError: if there is no such model, or if its tokenizer can't be used.
     """
     name = str(LANGUAGE_MODEL) if base == "builtin" else base
     if base_of_adapter(name) is not None:
@@ -312,7 +328,7 @@ def load_base(base: str, dtype: str, conversational: bool) -> tuple[PreTrainedMo
         if tokenizer.eos_token is None:
             raise ValueError(f"Expected the tokenizer of base {base!r} to have a pad or an eos token; it has none.")
         tokenizer.pad_token = tokenizer.eos_token
-    for name in ("reward_mean", "reward_std"):  # of a reward model whose training goes on
+    for name in ("reward_mean", "reward_std"):  # a reward model whose training goes on has them
         if hasattr(model.config, name):
             delattr(model.config, name)
     return model, tokenizer
@@ -321,13 +337,14 @@ def load_base(base: str, dtype: str, conversational: bool) -> tuple[PreTrainedMo
 def run_trainer(
     config: RewardModelConfig, model: PreTrainedModel, tokenizer: Any, columns: dict[str, Any], scratch: Path
 ) -> PreTrainedModel:
-    """
-    :param config: sizes and rates.
-    :param model: is trained.
-    :param tokenizer: its own.
-    :param columns: what :func:`pair_tokens` gives.
-    :param scratch: a directory for TRL.
-    :return: the trained model, an adapter merged into it.
+    """Train a classifier with TRL.
+
+    :param config: the configuration.
+    :param model: the classifier, which is trained in place.
+    :param tokenizer: its tokenizer.
+    :param columns: what :func:`pair_tokens` returned.
+    :param scratch: a directory for TRL's files.
+    :return: the trained classifier, with the adapter merged if there was one.
     """
     from datasets import Dataset
     from transformers.trainer_callback import PrinterCallback
@@ -336,12 +353,12 @@ def run_trainer(
     trained: Any = model
     if config.lora_r is not None:
         lora = {"r": config.lora_r, "lora_alpha": 2 * config.lora_r, "target_modules": "all-linear"}
-        trained = add_lora(model, {**lora, "task_type": "SEQ_CLS"})  # which trains the head as well
+        trained = add_lora(model, {**lora, "task_type": "SEQ_CLS"})  # so that the head is trained as well
     micro, rate = _micro_batch(config), config.learning_rate
     assert rate is not None
     n_steps = int(np.ceil(len(columns["chosen_ids"]) / config.batch_size) * config.epochs)
     on_cpu = get_device(config.device).type == "cpu"
-    # transformers calls it so since 5.2x, and warns of the old name.
+    # Since 5.2x transformers uses the first name, and warns of the second.
     names = ("activation_checkpointing", "gradient_checkpointing")
     name = next(name for name in names if name in RewardConfig.__dataclass_fields__)
     checkpointing: dict[str, Any] = {name: config.gradient_checkpointing}  # TRL's own default is True
@@ -358,7 +375,7 @@ def run_trainer(
             lr_scheduler_type="cosine",
             warmup_steps=round(0.03 * n_steps),
             weight_decay=config.weight_decay,
-            max_length=None,  # overlong pairs are out already
+            max_length=None,  # overlong pairs have been left out
             seed=config.seed,
             use_cpu=on_cpu,
             bf16=config.bf16,
@@ -379,10 +396,11 @@ def run_trainer(
 def save_classifier(model: PreTrainedModel, tokenizer: Any, directory: Path, dtype: str | None) -> None:
     """Write a plain Hugging Face directory.
 
-    :param model: trained; its weights are rounded in place if they are saved in another type.
-    :param tokenizer: its own.
-    :param directory: is made.
-    :param dtype: of the weights on disk; the config still names the model's own, which it is loaded in.
+    :param model: the classifier. If it is saved in another floating-point type, its weights are rounded in place.
+    :param tokenizer: its tokenizer.
+    :param directory: the directory, which is created.
+    :param dtype: the floating-point type of the weights on disk; None: that of the model. The config names the model's
+        type in any case, and the model is loaded in it.
     """
     own = str(model.dtype).removeprefix("torch.")
     if dtype is not None:
@@ -423,12 +441,12 @@ def _quiet() -> Iterator[None]:
 
 
 def sample_policy_texts(config: RewardModelConfig, pairs: Preferences) -> tuple[list[RawPrompt], list[str]] | None:
-    """Let the policy that is going to be trained write, so that scores can be measured in its own spread.
+    """Let the policy that the reward is for write texts, by whose scores the reward is normalised.
 
-    :param config: names policy, prompts and sizes.
-    :param pairs: whose prompts are used if none are named.
-    :return: prompts and completions; None if none are asked for.
-    :raises ValueError: if there is no language model, or no prompt, to sample from.
+    :param config: the configuration, which names the policy, the prompts and their number.
+    :param pairs: the preferences, whose prompts are used if ``config`` names none.
+    :return: prompts and completions; None if no texts are configured.
+    :raises ValueError: if there is no language model, or no prompt that fits, to sample from.
     """
     n = config.n_normalisation_texts
     if n < 1:
@@ -464,7 +482,7 @@ def sample_policy_texts(config: RewardModelConfig, pairs: Preferences) -> tuple[
             f"Expected prompts of at most {longest} tokens to sample from, since the policy's positions must hold "
             f"max_new_tokens={config.max_new_tokens} more; all {len(rows)} are longer: make that smaller, {hint}."
         )
-    set_random_seed(config.seed)  # the same texts whatever the base, whose new head may have taken random numbers
+    set_random_seed(config.seed)  # loading the base may have used random numbers, for a new head
     drawn = np.random.default_rng(config.seed).choice(list(lengths), size=n)
     env = TextVectorEnv(
         min(64, n),
@@ -493,11 +511,11 @@ def _unscored(completions: Sequence[Any], **_: Any) -> list[float]:
 
 def pair_margins(reward: Any, pairs: Sequence[Preference], progress: bool = False) -> NDArray[np.float64]:
     """
-    :param reward: what scores.
+    :param reward: the reward that scores the texts.
     :param pairs: N pairs.
-    :param progress: show a bar.
-    :return: score of the chosen text less that of the rejected one, float64 [N].
-    :raises FloatingPointError: if one is not finite.
+    :param progress: whether to show a progress bar.
+    :return: the score of each chosen text minus that of the rejected one, float64 [N].
+    :raises FloatingPointError: if a score is not finite.
     """
     prompts = [pair.prompt for pair in pairs]
     chosen = _scores(reward, prompts, [pair.chosen for pair in pairs], "chosen texts", progress)

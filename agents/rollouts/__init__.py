@@ -1,1 +1,1 @@
-"""Whole episodes: how they are collected and stored, and the environment as Stable-Baselines3 sees it."""
+"""Whole episodes: how they are collected and stored, and the environment with Stable-Baselines3's interface."""

@@ -1,4 +1,4 @@
-"""Whole episodes from the vector environment: the one loop that our learners and the evaluation share."""
+"""Collecting whole episodes from the vector environment, for the training loop and for evaluation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from text_env.vector_env import TextVectorEnv
 
 
 class Interrupted(Exception):
-    """A callback asked to stop in the middle of a rollout."""
+    """A callback stopped the training in the middle of a rollout."""
 
 
 @torch.no_grad()
@@ -29,28 +29,31 @@ def collect_episodes(
     prompts: Sequence[Any] | None = None,
     on_step: Callable[[int, dict[str, Any]], bool] | None = None,
 ) -> list[dict[str, Any]]:
-    """Start exactly ``n_episodes`` episodes and finish them all.
+    """Start exactly ``n_episodes`` episodes and finish all of them.
 
-    Rows that end are refilled only from episodes not yet started: whoever stopped at the first n to *finish* would
-    collect too many short ones. Finished rows leave the policy's batch, so they cost nothing.
+    A row whose episode ends starts another one only as long as fewer than ``n_episodes`` have been started. Collecting
+    until the first n episodes are *finished* would favour short ones. Rows without an episode are left out of the
+    policy's batch, so they cost nothing.
 
-    :param policy: chooses the tokens.
-    :param env: is switched to ``AutoresetMode.DISABLED``.
-    :param n_episodes: how many.
-    :param buffer: is emptied, then filled; episode i of it is the i-th that was started.
-    :param deterministic: greedy actions.
-    :param prompts: one an episode, as a reset takes them; by default the environment draws them.
-    :param on_step: called after each step with the number of live rows and the step's infos; False stops.
-    :return: one dict an episode, in the order of their start: ``score``, ``completion``, … (the environment's final
-        info), ``length`` in tokens.
-    :raises Interrupted: if ``on_step`` said so.
+    :param policy: the policy that chooses the tokens.
+    :param env: the environment, which is switched to ``AutoresetMode.DISABLED``.
+    :param n_episodes: the number of episodes.
+    :param buffer: the buffer that is filled, after it has been emptied. Its i-th episode is the i-th that was started.
+    :param deterministic: whether the policy chooses the most probable token instead of sampling one.
+    :param prompts: the prompts of the episodes, one per episode, each in a form that a reset takes (see
+        :meth:`text_env.episodes.Episodes.openings`); None: the environment draws them.
+    :param on_step: a function that is called after each step with the number of live rows and the infos of the step; it
+        returns False to stop.
+    :return: one dict per episode, in the order in which they were started: the environment's final info (``score``,
+        ``completion``, …), and ``length``, the number of the tokens chosen.
+    :raises Interrupted: if ``on_step`` returned False.
     """
     if env.autoreset_mode != AutoresetMode.DISABLED:
         env.autoreset_mode = AutoresetMode.DISABLED
     buffer.reset()
     live = np.arange(min(env.num_envs, n_episodes))
     started = len(live)
-    env.episodes.begin_group()  # an interrupted rollout may have left part of one
+    env.episodes.begin_group()  # an interrupted rollout may have left an incomplete group
     given = None if prompts is None else [*prompts[:started], *[None] * (env.num_envs - started)]
     observation, _ = env.reset(options={"prompt": given})
     starts = np.ones(len(live), dtype=bool)
@@ -60,7 +63,7 @@ def collect_episodes(
         batch = {name: array[live] for name, array in observation.items()}
         tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
         chosen, value, log_prob = policy(tensors, deterministic)
-        # One device-to-host copy a token; float64 holds token ids and float32 numbers exactly.
+        # One device-to-host copy per step. float64 is exact for token ids and for float32 numbers.
         host = torch.stack([chosen.double(), value.flatten().double(), log_prob.double()]).cpu().numpy()
         actions = np.full(env.num_envs, NO_ACTION, dtype=np.int64)
         actions[live] = host[0].astype(np.int64)

@@ -1,14 +1,15 @@
-"""Rollout storage: every token once.
+"""A rollout buffer that stores every token once.
 
-An episode is one stream of tokens, some of which the policy chose. The others are context without loss: the prompt, a
-response that was begun before the rollout, the beginning of an episode that an n-step rollout cut, and whatever an
-environment writes between two actions. Tokens are appended as they come, from whichever rows are live, each with the
-number of its *segment*: an episode, or the rest of one that was cut. Once the rollout is over, one stable sort lays the
-segments out one after the other; a minibatch is a packed batch of whole segments.
+An episode is one stream of tokens, some of which the policy chose. The others are context and have no loss: the prompt,
+the beginning of a response that a reset was given, the beginning of an episode that an n-step rollout has cut, and
+whatever an environment writes between two actions. Tokens are appended as they come, from all live rows, each with the
+number of its *segment*, which is an episode or the rest of an episode that was cut. Once the rollout is over, a stable
+sort puts the segments one after the other. A minibatch is a packed batch of whole segments.
 
-The buffer is a drop-in ``rollout_buffer_class`` for SB3's on-policy algorithms, and pays the KL penalty to both worlds:
-r_t = −β k(log π_old − log π_ref), plus the score on the last token. The estimator k is k1, the log-ratio itself, unless
-another is asked for.
+The buffer can be used as ``rollout_buffer_class`` of SB3's on-policy algorithms. It subtracts the KL penalty from the
+reward both for these and for the algorithms of this package: r_t = −β k_t, plus the environment's reward, where k_t
+estimates the KL divergence of the policy from the reference at token t. By default k_t is the estimator k1, log π_old −
+log π_ref.
 
 Notation: E segments, M tokens of all streams, N actions among them.
 """
@@ -29,21 +30,25 @@ from agents.models.reference import Reference
 from agents.objectives.advantages import gae
 from agents.objectives.kl import KL_ESTIMATORS, FixedKL, KLController, KLEstimator
 
-# Tokens of one micro-batch through the reference, in inference only.
+# Tokens of one forward pass of the reference, which needs no gradient.
 REFERENCE_TOKENS = 2048
 
 
 class EpisodeSamples(NamedTuple):
-    """A packed batch of E whole episodes with N action tokens (SB3's ``RolloutBufferSamples`` and more).
+    """A packed batch of E whole episodes with N actions: SB3's ``RolloutBufferSamples``, and log π_ref.
 
-    :param observations: ``input_ids`` int64 [E, T] (right-padded; the last action, which nothing follows, left out),
-        ``action_mask`` bool [E, T] (true where an action follows), ``prompt_length`` int64 [E, 1].
-    :param actions: int64 [N], row by row. All that follows is float32 [N] in the same order.
-    :param old_values: V while sampling.
-    :param old_log_prob: log π while sampling.
-    :param advantages: as the algorithm estimates them.
-    :param returns: targets of the value function.
-    :param ref_log_prob: log π_ref; log π while sampling where there is no reference.
+    All tensors but ``observations`` have one entry per action, row by row. They are float32 [N], except for
+    ``actions``.
+
+    :param observations: ``input_ids``, int64 [E, T], right-padded, without the last action of each episode, which no
+        action follows; ``action_mask``, bool [E, T], true where an action follows; ``prompt_length``, int64 [E, 1].
+    :param actions: token ids, int64 [N].
+    :param old_values: the values at the time of sampling.
+    :param old_log_prob: log π_old, the log-probabilities at the time of sampling.
+    :param advantages: the advantages, as the algorithm estimates them.
+    :param returns: the targets of the value function.
+    :param ref_log_prob: log π_ref, the log-probabilities under the reference; equal to ``old_log_prob`` if there is no
+        reference.
     """
 
     observations: dict[str, torch.Tensor]
@@ -56,10 +61,11 @@ class EpisodeSamples(NamedTuple):
 
 
 class PackedObservations(dict[str, torch.Tensor]):
-    """The observations of a packed batch, which know what distribution its log-probabilities are of.
+    """The observations of a packed batch, together with the distribution of its log-probabilities under the reference.
 
-    :param tensors: as in :class:`EpisodeSamples`.
-    :param distribution: the reference's, or None where there is no reference. A policy checks its own against it.
+    :param tensors: the observations, as in :class:`EpisodeSamples`.
+    :param distribution: the reference's distribution, which a policy compares with its own; None if there is no
+        reference.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], distribution: TokenDistribution | None) -> None:
@@ -68,7 +74,7 @@ class PackedObservations(dict[str, torch.Tensor]):
 
 
 class _Column:
-    """An array that grows by doubling."""
+    """An array that grows by doubling its storage."""
 
     def __init__(self, dtype: type[np.generic]) -> None:
         self._data = np.empty(1024, dtype=dtype)
@@ -87,23 +93,25 @@ class _Column:
 
 
 class EpisodeBuffer(RolloutBuffer):
-    """Episodes of token contexts, O(tokens) of memory.
+    """A rollout buffer of episodes, whose memory is proportional to the number of tokens.
 
-    :param buffer_size: steps of each environment row in an n-step rollout (SB3's ``n_steps``); our algorithms, which
-        collect whole episodes, leave it at 0: no limit.
-    :param observation_space: the text environment's.
-    :param action_space: the text environment's.
-    :param device: where samples go.
-    :param gae_lambda: λ.
-    :param gamma: discount.
-    :param n_envs: rows.
-    :param reference: the frozen model of the KL penalty, or None. A model's name stands for ``Reference.load(name)``;
-        for a policy with a temperature, a minimum length or a constraint, give ``Reference.load(name, ...,
-        temperature=...)``. A policy that learns from the buffer refuses a reference of another distribution.
-    :param kl_coef: β, or the controller that decides it after every rollout. 0 measures the KL and pays nothing.
-    :param kl_estimator: k, the estimator of each token's KL that the reward pays for: ``"k1"``, ``"k2"`` or ``"k3"``
-        (see ``agents.objectives.kl``); None where the reward pays for none. Only k1 makes the policy gradient that of
-        the KL (``docs/ppo.md``).
+    :param buffer_size: the number of steps of each environment row in an n-step rollout, SB3's ``n_steps``. 0: no
+        limit, for the algorithms of this package, which collect whole episodes.
+    :param observation_space: the observation space of the text environment.
+    :param action_space: the action space of the text environment.
+    :param device: the device of the samples.
+    :param gae_lambda: λ of generalized advantage estimation.
+    :param gamma: the discount γ.
+    :param n_envs: the number of environment rows.
+    :param reference: the frozen model that the KL penalty refers to; None: no penalty. The name of a model stands for
+        ``Reference.load(name)``. For a policy with a temperature, a minimum length or a constraint, pass
+        ``Reference.load(name, ..., temperature=...)``, since a policy refuses batches of a reference with another
+        distribution.
+    :param kl_coef: β, the coefficient of the KL penalty, or the controller that adapts it after every rollout. With 0
+        the KL divergence is measured without a penalty.
+    :param kl_estimator: the estimator k of the penalty: ``"k1"``, ``"k2"`` or ``"k3"`` (see
+        :mod:`agents.objectives.kl`); None: no penalty. Only the policy gradient of k1 is that of the KL divergence
+        (``docs/ppo.md``).
     :raises ValueError: for another estimator.
     """
 
@@ -132,7 +140,7 @@ class EpisodeBuffer(RolloutBuffer):
 
     @property
     def kl_coef(self) -> float:
-        """β, as the controller has it now."""
+        """β, the current coefficient of the KL penalty. Setting it sets the controller's."""
         return self.kl.coef
 
     @kl_coef.setter
@@ -142,11 +150,12 @@ class EpisodeBuffer(RolloutBuffer):
     # ---- filling --------------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
+        """Empty the buffer."""
         self.pos = 0
         self.full = False
         self._n_segments = 0
-        self._open = np.full(self.n_envs, -1, dtype=np.int64)  # segment of each row, -1: none
-        self._written = np.zeros(self.n_envs, dtype=np.int64)  # tokens of each row's stream so far
+        self._open = np.full(self.n_envs, -1, dtype=np.int64)  # the segment of each row; −1: none
+        self._written = np.zeros(self.n_envs, dtype=np.int64)  # the number of tokens in each row's stream so far
         self._prompt_lengths: list[int] = []
         self._stream = {
             "segment": _Column(np.int32),
@@ -168,13 +177,14 @@ class EpisodeBuffer(RolloutBuffer):
     ) -> None:
         """Append one transition of each of B rows.
 
-        :param obs: observations before the action.
-        :param action: [B] or [B, 1].
-        :param reward: [B].
-        :param episode_start: bool [B], the first step of an episode.
-        :param value: [B] or [B, 1].
-        :param log_prob: [B].
-        :param rows: int [B], which environment rows these are; by default all of them.
+        :param obs: the observations before the action.
+        :param action: token ids, [B] or [B, 1].
+        :param reward: the environment's rewards, [B].
+        :param episode_start: bool [B], true where this is the first step of an episode.
+        :param value: the values of the observations, [B] or [B, 1].
+        :param log_prob: the log-probabilities of the actions, [B].
+        :param rows: int [B], the numbers of the environment rows; None: all of them.
+        :raises ValueError: if a context does not extend the previous one of its row, though no episode starts there.
         """
         rows = np.arange(self.n_envs) if rows is None else rows
         for row in rows[np.asarray(episode_start, dtype=bool) | (self._open[rows] < 0)]:
@@ -191,7 +201,7 @@ class EpisodeBuffer(RolloutBuffer):
         self.full = self.pos == self.buffer_size
 
     def _add_context(self, obs: Mapping[str, np.ndarray], rows: np.ndarray) -> None:
-        """Append what observations hold beyond their rows' streams: everything at first, as a rule nothing later."""
+        """Append the tokens of the observations that are not yet in the streams: first all of them, later few."""
         written = self._written[rows]
         mask = obs["attention_mask"]
         index = np.arange(len(rows))
@@ -217,10 +227,12 @@ class EpisodeBuffer(RolloutBuffer):
         self._stream["is_action"].extend(np.full(len(tokens), is_action))
 
     def extend(self, other: EpisodeBuffer) -> None:
-        """Append the episodes of another buffer, as several collectors that share a rollout fill one each.
+        """Append the episodes of another buffer, for rollouts that several collectors share.
 
-        :param other: holds whole episodes, and is left as it is. Its first one becomes number ``n_episodes`` here.
-        :raises ValueError: if one of the two has been laid out already, or the other holds an episode that isn't over.
+        :param other: a buffer of whole episodes, which is not changed. Its first episode becomes number ``n_episodes``
+            of this buffer.
+        :raises ValueError: if :meth:`finalize` has been called for one of the buffers, or if the other one holds an
+            unfinished episode.
         """
         if self._finalized or other._finalized:
             raise ValueError("Expected two buffers that are still being filled: extend before finalize().")
@@ -238,9 +250,10 @@ class EpisodeBuffer(RolloutBuffer):
         self._n_segments += other._n_segments
 
     def close(self, row: int) -> int:
-        """Say that a row's episode is over.
+        """Mark a row's episode as finished.
 
-        :return: the number of its segment, in the order in which segments were opened.
+        :param row: the number of the row.
+        :return: the number of the episode's segment, in the order in which segments were started.
         """
         segment = int(self._open[row])
         self._open[row] = -1
@@ -249,19 +262,22 @@ class EpisodeBuffer(RolloutBuffer):
     # ---- laying out -----------------------------------------------------------------------------------------------
 
     def finalize(self) -> None:
-        """Sort by segment, ask the reference, pay the KL penalty."""
+        """Sort the tokens by segment, compute log-probabilities under the reference, and apply the KL penalty.
+
+        :raises ValueError: if the reference gives a sampled token probability 0.
+        """
         if self._finalized:
             return
         segment, tokens, is_action = (column.array for column in self._stream.values())
         order = np.argsort(segment, kind="stable")
         self.tokens, self.is_action = tokens[order], is_action[order]  # [M]
         self._stream_starts = np.concatenate([[0], np.cumsum(np.bincount(segment, minlength=self._n_segments))])
-        segment = segment[is_action]  # of the N actions
+        segment = segment[is_action]  # the segment of each of the N actions
         order = np.argsort(segment, kind="stable")
         self.actions = self.tokens[self.is_action]
         self.values = self._logged["values"].array[order]
         self.log_probs = self._logged["log_probs"].array[order]
-        self.rewards = self._logged["rewards"].array[order]  # the environment's; shaped below
+        self.rewards = self._logged["rewards"].array[order]  # the KL penalty is subtracted below
         self.lengths = np.bincount(segment, minlength=self._n_segments)
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
         del self._stream, self._logged
@@ -286,24 +302,24 @@ class EpisodeBuffer(RolloutBuffer):
     def token_kl(self, estimator: KLEstimator) -> np.ndarray:
         """
         :param estimator: ``"k1"``, ``"k2"`` or ``"k3"``.
-        :return: float32 [N], that estimate of each token's KL(π_old ‖ π_ref), nats; 0 where there is no reference.
+        :return: the estimate of KL(π_old ‖ π_ref) at each action, float32 [N], nats; 0 if there is no reference.
         """
-        log_ratio = torch.from_numpy(self.log_ratio).double()  # rounding then cannot make k3 negative
+        log_ratio = torch.from_numpy(self.log_ratio).double()  # so that rounding can't make k3 negative
         return KL_ESTIMATORS[estimator](log_ratio).float().numpy()
 
     @property
     def n_episodes(self) -> int:
-        """Segments in the buffer."""
+        """The number E of segments in the buffer."""
         return self._n_segments
 
     @property
     def n_tokens(self) -> int:
-        """Action tokens in the buffer."""
+        """The number N of actions in the buffer."""
         return len(self.actions)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the stored rollout takes."""
+        """The memory of the stored rollout, in bytes."""
         streams = (self.tokens, self.is_action, self._stream_starts)
         logged = (self.actions, self.values, self.log_probs, self.rewards, self.lengths, self.starts)
         derived = (self.advantages, self.returns, self.log_ratio)
@@ -311,26 +327,32 @@ class EpisodeBuffer(RolloutBuffer):
 
     @property
     def mask(self) -> np.ndarray:
-        """bool [E, T], true on real action tokens."""
+        """bool [E, T], true where an episode has an action; T is the largest number of actions of an episode."""
         mask: np.ndarray = np.arange(self.lengths.max()) < self.lengths[:, None]
         return mask
 
     def padded(self, flat: np.ndarray) -> np.ndarray:
-        """[N] → [E, T], zeros on padding."""
+        """
+        :param flat: one number per action, [N].
+        :return: the numbers with one episode per row, [E, T], 0 on padding.
+        """
         mask = self.mask
         out = np.zeros(mask.shape, dtype=flat.dtype)
         out[mask] = flat
         return out
 
     def episode_sums(self, flat: np.ndarray) -> np.ndarray:
-        """[N] → [E], the sum over each episode."""
+        """
+        :param flat: one number per action, [N].
+        :return: the sum over each episode, [E].
+        """
         return np.add.reduceat(flat, self.starts[:-1])
 
     def compute_returns_and_advantage(self, last_values: torch.Tensor, dones: np.ndarray) -> None:
-        """GAE over every segment, after the reward has been shaped.
+        """Finalize the buffer and estimate advantages and returns by generalized advantage estimation.
 
-        :param last_values: [n_envs], values after the last step.
-        :param dones: [n_envs], whether the last step ended an episode.
+        :param last_values: the values of the observations after the last step, [n_envs].
+        :param dones: bool [n_envs], true where the last step ended an episode.
         """
         bootstrap = np.zeros(self._n_segments, dtype=np.float32)
         cut = (self._open >= 0) & ~np.asarray(dones, dtype=bool)
@@ -339,11 +361,12 @@ class EpisodeBuffer(RolloutBuffer):
         self.estimate_gae(self.gamma, self.gae_lambda, bootstrap)
 
     def estimate_gae(self, gamma: float, gae_lambda: float, last_values: np.ndarray | None = None) -> None:
-        """Set advantages and returns by generalized advantage estimation.
+        """Set ``advantages`` and ``returns`` by generalized advantage estimation.
 
-        :param gamma: discount.
+        :param gamma: the discount γ.
         :param gae_lambda: λ.
-        :param last_values: [E], the value after the last step of each segment; by default 0: all have terminated.
+        :param last_values: the value of the context after the last step of each segment, [E]; None: 0, since all
+            episodes have terminated.
         """
         mask = self.mask
         last_values = np.zeros(self.n_episodes) if last_values is None else last_values
@@ -356,15 +379,15 @@ class EpisodeBuffer(RolloutBuffer):
 
     def pack(self, episodes: np.ndarray) -> EpisodeSamples:
         """
-        :param episodes: int [E], which ones, in this order.
-        :return: their packed batch, on the buffer's device.
+        :param episodes: int [E], the numbers of the episodes, in the order of the batch.
+        :return: the packed batch of these episodes, on the buffer's device.
         """
-        size = self._stream_lengths[episodes] - 1  # the last action is followed by nothing
+        size = self._stream_lengths[episodes] - 1  # no action follows the last one
         columns = np.arange(size.max())
         real = columns < size[:, None]  # [E, T]
         first = self._stream_starts[episodes]
         stream = np.concatenate([np.arange(start, start + n) for start, n in zip(first, size, strict=True)])
-        # Padding repeats the first token, where causal attention never looks.
+        # Padding repeats the first token; causal attention never looks at it.
         input_ids = np.repeat(self.tokens[first][:, None], len(columns), axis=1).astype(np.int64)
         input_ids[real] = self.tokens[stream]
         action_mask = np.zeros(real.shape, dtype=bool)
@@ -386,11 +409,11 @@ class EpisodeBuffer(RolloutBuffer):
         )
 
     def batches(self, episodes: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
-        """Split episodes into batches of similar length under a budget of tokens, padding counted.
+        """Split episodes into batches of similar length within a budget of tokens, padding included.
 
-        :param episodes: int [E].
-        :param max_tokens: budget; an episode that is longer goes alone.
-        :return: the parts; together they hold every episode once.
+        :param episodes: int [E], the numbers of the episodes.
+        :param max_tokens: the budget. An episode that exceeds it is a batch of its own.
+        :return: an iterator over batches of episode numbers, which together hold every episode once.
         """
         size = self._stream_lengths[episodes]
         order = np.argsort(-size, kind="stable")
@@ -401,9 +424,11 @@ class EpisodeBuffer(RolloutBuffer):
             start += count
 
     def get(self, batch_size: int | None = None) -> Generator[EpisodeSamples, None, None]:  # type: ignore[override]
-        """Shuffled packed minibatches, for SB3's own ``train()``.
+        """Shuffled packed minibatches, for SB3's ``train()``.
 
-        :param batch_size: action tokens, as SB3 counts; whole segments are added until it is reached. None: everything.
+        :param batch_size: the number of actions of a minibatch. Whole segments are added until it is reached. None: one
+            batch of everything.
+        :return: an iterator over packed batches.
         """
         order = np.random.permutation(self.n_episodes)
         if batch_size is None:
@@ -417,12 +442,12 @@ class EpisodeBuffer(RolloutBuffer):
 
     @property
     def _stream_lengths(self) -> np.ndarray:
-        """int64 [E], tokens of each stream."""
+        """int64 [E], the number of tokens of each stream."""
         lengths: np.ndarray = np.diff(self._stream_starts)
         return lengths
 
     def _token_index(self, episodes: np.ndarray) -> np.ndarray:
-        """Where the actions of these segments are in the flat arrays."""
+        """The indices of the actions of these segments in the flat arrays."""
         return np.concatenate([np.arange(self.starts[e], self.starts[e + 1]) for e in episodes])
 
 

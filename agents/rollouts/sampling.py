@@ -1,4 +1,4 @@
-"""Texts of a policy, for whoever wants to read or to measure them."""
+"""Texts of a policy, to be read or measured."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from text_env.vector_env import TextVectorEnv
 def sample_texts(
     policy: CausalLMPolicy, env: TextVectorEnv, prompts: Sequence[Any], deterministic: bool = False
 ) -> list[dict[str, Any]]:
-    """One completion for each prompt.
+    """Let a policy write one completion for each prompt.
 
-    :param policy: writes.
-    :param env: scores.
-    :param prompts: as a reset takes them.
-    :param deterministic: greedy.
-    :return: each episode's final info (``prompt``, ``completion``, ``score``, …).
+    :param policy: the policy that writes.
+    :param env: the environment, which scores the texts.
+    :param prompts: the prompts, each in a form that a reset takes (see :meth:`text_env.episodes.Episodes.openings`).
+    :param deterministic: whether the policy chooses the most probable token instead of sampling one.
+    :return: the final info of each episode (``prompt``, ``completion``, ``score``, …), in the order of the prompts.
     """
     return collect_texts(policy, env, len(prompts), deterministic=deterministic, prompts=prompts)[1]
 
@@ -29,14 +29,14 @@ def sample_texts(
 def collect_texts(
     policy: CausalLMPolicy, env: TextVectorEnv, n_episodes: int, reference: Reference | None = None, **options: Any
 ) -> tuple[EpisodeBuffer, list[dict[str, Any]]]:
-    """Whole episodes, as training collects them.
+    """Let a policy write whole episodes, as in training.
 
-    :param policy: writes.
-    :param env: scores.
-    :param n_episodes: how many.
-    :param reference: for the buffer, which measures the KL to it.
+    :param policy: the policy that writes.
+    :param env: the environment, which scores the texts.
+    :param n_episodes: the number of episodes.
+    :param reference: the frozen model that the KL divergence is measured from; None: it is not measured.
     :param options: further arguments of :func:`agents.rollouts.collector.collect_episodes`.
-    :return: the buffer that holds the episodes, and each episode's final info.
+    :return: the buffer that holds the episodes, and the final info of each episode.
     """
     spaces = env.single_observation_space, env.single_action_space
     buffer = EpisodeBuffer(0, *spaces, policy.device, n_envs=env.num_envs, reference=reference)

@@ -1,4 +1,4 @@
-"""The native vector environment as a Stable-Baselines3 ``VecEnv``, for SB3's own algorithms and tools."""
+"""The vector environment with the interface of a Stable-Baselines3 ``VecEnv``, for SB3's algorithms and tools."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from stable_baselines3.common.vec_env import VecEnv
 import text_env  # noqa: F401  registers TextRLHF-v0
 from text_env.vector_env import TextVectorEnv
 
-# Methods of the vector environment whose answer has one entry a row.
+# Methods of the vector environment that return one entry per row.
 PER_ROW_METHODS = frozenset({"action_masks", "render"})
 
 
 class TextVecEnv(VecEnv):
-    """A thin adapter. Finished episodes carry ``terminal_observation`` and Monitor's ``episode`` statistics.
+    """The vector environment as an SB3 ``VecEnv``. The infos of finished episodes have ``terminal_observation``, and
+    ``episode`` with the statistics of SB3's ``Monitor``.
 
-    :param vector_env: the environment, or an action wrapper around it (``TextRLHFContinuous-v0``); is switched to
-        ``AutoresetMode.SAME_STEP``, the only mode SB3 knows.
+    :param vector_env: the environment, or an action wrapper around it (``TextRLHFContinuous-v0``). It is switched to
+        ``AutoresetMode.SAME_STEP``, the only mode that SB3 supports.
     :raises ValueError: if it is no text environment.
     """
 
@@ -30,7 +31,7 @@ class TextVecEnv(VecEnv):
         if not isinstance(vector_env.unwrapped, TextVectorEnv):
             raise ValueError(f"Expected a text environment, for example gym.make_vec('TextRLHF-v0'), got {vector_env}.")
         self.vector_env = vector_env.unwrapped
-        self.outermost = vector_env  # takes the actions
+        self.outermost = vector_env  # with the action wrapper, if there is one
         self.render_mode = vector_env.render_mode
         super().__init__(vector_env.num_envs, vector_env.single_observation_space, vector_env.single_action_space)
         self.vector_env.autoreset_mode = AutoresetMode.SAME_STEP
@@ -40,7 +41,7 @@ class TextVecEnv(VecEnv):
         self._start = time.time()
 
     def reset(self) -> dict[str, np.ndarray]:
-        # SB3 keeps one seed and one options dict a row; ours reads one seed a row and options by key.
+        # SB3 keeps one dict of options per row. The vector environment takes one list of rows per option.
         seeds = [seed for seed in self._seeds if seed is not None]
         options = {
             key: [row.get(key) for row in self._options]
@@ -62,7 +63,7 @@ class TextVecEnv(VecEnv):
         self._actions = np.asarray(actions).reshape(self.num_envs, *(self.action_space.shape or ()))
 
     def step_wait(self) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, list[dict[str, Any]]]:
-        # A learner of ours may have driven the same environment in between.
+        # An algorithm of this package may have used the environment in between, and changed its mode.
         self.vector_env.autoreset_mode = AutoresetMode.SAME_STEP
         observation, rewards, terminations, truncations, infos = self.outermost.step(self._actions)
         dones = terminations | truncations
@@ -101,7 +102,7 @@ class TextVecEnv(VecEnv):
         return [result[row] if method_name in PER_ROW_METHODS else result for row in self._get_indices(indices)]
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: Any = None) -> list[bool]:
-        # SB3 asks this to learn whether episode statistics are there; they are, in Monitor's form.
+        # SB3 asks this to find out whether infos have Monitor's episode statistics, which they have.
         from stable_baselines3.common.monitor import Monitor
 
         return [wrapper_class is Monitor for _ in self._get_indices(indices)]
@@ -116,13 +117,14 @@ def make_vec_env(
     seed: int | None = None,
     env_kwargs: dict[str, Any] | None = None,
 ) -> TextVecEnv:
-    """Like SB3's function of the same name, over the native vector environment (one reward call a batch).
+    """SB3's function of the same name, for the text environment. All rows share one vector environment.
 
-    :param env_id: registered name.
-    :param n_envs: rows.
-    :param seed: of row 0; row i gets seed + i.
-    :param env_kwargs: the environment's keyword arguments.
-    :return: an SB3 ``VecEnv``.
+    :param env_id: the registered name of the environment.
+    :param n_envs: the number of rows.
+    :param seed: the seed of row 0; row i gets ``seed`` + i. None: random seeds.
+    :param env_kwargs: the keyword arguments of the environment.
+    :return: the environment, with one reward call for all texts that a step finishes.
+    :raises ValueError: if the name is not that of a text environment.
     """
     env = TextVecEnv(gym.make_vec(env_id, num_envs=n_envs, **(env_kwargs or {})))
     env.seed(seed)

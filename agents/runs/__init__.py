@@ -1,1 +1,1 @@
-"""A training run, from its configuration to the directory that it leaves behind."""
+"""A training run: its configuration, and the directory of its results."""

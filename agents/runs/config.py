@@ -1,4 +1,4 @@
-"""What a training run is made of, as data: the command line's options and ``config.yaml``."""
+"""The configuration of a training run as data, for the command line and for ``config.yaml``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from text_env.shaping import PotentialShaping
 from text_env.vector_env import TextVectorEnv, plain, wrapped_error
 from text_env.wrappers import CONTINUOUS_ID
 
-# Arguments of the algorithms that `TrainConfig` has fields for, or that are made from them.
+# Arguments of the algorithms that `TrainConfig` has fields for, or that are made from its fields.
 OWN_OPTIONS = {
     *("policy", "env", "learning_rate", "n_episodes", "batch_size", "n_epochs", "kl_coef", "kl_target"),
     *("kl_estimator", "missing_eos_penalty", "policy_kwargs", "seed", "device", "reference"),
@@ -43,47 +43,52 @@ ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {
 }
 
 
-# A field of the environment's settings is declared again here only where the command line takes less than Python does
-# (names, no live objects), or where None leaves the choice to the model or the algorithm. All others are inherited
+# A field of the environment's settings is declared again here only if the command line accepts less than Python does
+# (names and no live objects), or if None leaves the choice to the model or the algorithm. All others are inherited,
 # together with their help texts.
 @dataclass(frozen=True)
 class EnvConfig(EpisodeSettings):
     """The environment of a run, as data."""
 
     tokenizer: str | None = None  # type: ignore[assignment]
-    """Name or directory; by default the model's."""
+    """A directory or a hub name; by default the model's tokenizer."""
     prompts: str = "builtin"
     """'builtin', 'builtin:eval', a file (.jsonl, .json, .csv, .txt) or 'module:function'."""
     reward: str = "builtin"
-    """'builtin', 'sentiment', a classifier's name, 'module:function', a sum ('builtin+0.5*sentiment')."""
+    """'builtin', 'sentiment', the directory or hub name of a classifier, 'module:function',
+    or a weighted sum of these ('builtin+0.5*sentiment')."""
     constraint: str | None = None
-    """'module:function' that says which tokens may follow a context."""
+    """'module:function', a function that decides which tokens may follow a context."""
     stop: str | None = None
     """A string that ends the text."""
     group_size: int | None = None  # type: ignore[assignment]
-    """So many episodes in a row share a prompt; by default what the algorithm needs: 4 for RLOO and GRPO, else 1."""
+    """The number of consecutive episodes that share a prompt.
+    By default it is what the algorithm needs, 4 for RLOO and GRPO and 1 for the others."""
     metrics: tyro.conf.Suppress[Mapping[str, Any] | None] = None
-    """Further scores besides `gold`; only from Python and YAML."""
+    """Further scores besides `gold`. They can be set only in Python and YAML."""
     shaping: str | None = None
-    """A potential, named as a reward is: pays every token of training for what it promises, and leaves the optimum."""
+    """A potential, named in the same way as a reward. Each token of training is paid for the change of the potential.
+    This does not change which policy is best."""
     reward_kwargs: dict[str, str] = field(default_factory=dict)
-    """For the classifiers among the rewards, for example `--reward-kwargs batch_size 64 dtype bfloat16`."""
+    """Arguments of the classifiers among the rewards, for example `--reward-kwargs batch_size 64 dtype bfloat16`."""
     env: str = "TextRLHF-v0"
-    """Registered name."""
+    """The registered name of the environment."""
     gold: str | None = "sentiment"
-    """A second score, measured and logged as gold_score, never trained on."""
+    """A second score, named in the same way as a reward, which is logged as gold_score and never trained on."""
     shaping_every: int = 1
-    """Ask the potential after so many tokens."""
+    """The number of tokens after which the potential is computed again."""
 
     def make(self, num_envs: int, model: str, gamma: float | None = None, **overrides: Any) -> TextVectorEnv:
-        """
-        :param num_envs: rows.
-        :param model: the model whose tokenizer is used, if none is named.
-        :param gamma: the discount of the algorithm that learns in the environment, which shaping must share; None:
-            nothing learns, so nothing is shaped.
-        :param overrides: keyword arguments of the environment that differ.
+        """Make the environment of a run.
+
+        :param num_envs: the number of rows.
+        :param model: the model whose tokenizer is used if no tokenizer is configured.
+        :param gamma: the discount of the algorithm that learns in the environment, which shaping must use too; None:
+            nothing learns in it, so rewards are not shaped.
+        :param overrides: keyword arguments of the environment that differ from the configuration.
         :return: the vector environment.
-        :raises ValueError: if ``env`` names an environment in wrappers, which the learners would not see.
+        :raises ValueError: if an option is out of range, or if ``env`` names an environment with wrappers, which the
+            algorithms would ignore.
         """
         options = {option.name: getattr(self, option.name) for option in dataclasses.fields(EpisodeSettings)}
         gold = {"gold_score": self.gold} if self.gold else {}
@@ -97,10 +102,10 @@ class EnvConfig(EpisodeSettings):
             reward_kwargs=parsed(self.reward_kwargs),
         )
         options.update(overrides)
-        if options["group_size"] is None:  # nobody has asked for groups
+        if options["group_size"] is None:  # neither the configuration nor an algorithm asks for groups
             options["group_size"] = 1
         if self.env.rpartition(":")[2] == CONTINUOUS_ID:
-            # Before the wrapper compares its embeddings' tokenizer with the model's, which would be beside the point.
+            # Checked here, since the wrapper would first complain that its embeddings have another tokenizer.
             raise ValueError(f"env={self.env!r}: {wrapped_error('VectorEmbeddingAction')}")
         env = gym.make_vec(self.env, num_envs=num_envs, **options)
         try:
@@ -113,74 +118,79 @@ class EnvConfig(EpisodeSettings):
 class TrainConfig:
     """Train a language model by reinforcement learning.
 
-    ``--config FILE.yaml`` sets the defaults of all that follows; options override it.
+    ``--config FILE.yaml`` sets the defaults of all other options, which override it.
     """
 
     algo: str = "ppo"
-    """'ppo', 'a2c', 'reinforce', 'rloo', 'grpo', or 'module:Class' for an algorithm of your own."""
+    """'ppo', 'a2c', 'reinforce', 'rloo', 'grpo', or 'module:Class' for another algorithm."""
     model: str = "builtin"
-    """'builtin', a directory, a hub name, a GGUF file, or a PEFT adapter's directory (which is trained on)."""
+    """'builtin', a directory, a hub name, a GGUF file, or the directory of a PEFT adapter, which is trained on."""
     env: Annotated[EnvConfig, tyro.conf.arg(name="")] = field(default_factory=EnvConfig)
     total_timesteps: int = 60_000
-    """Tokens to generate."""
+    """The number of tokens to generate."""
     run_dir: Path | None = None
-    """Where everything goes, by default runs/<algorithm>; must not hold a run yet."""
+    """The directory of all results, by default runs/<algorithm>. It must not hold a run yet."""
     seed: int = 0
+    """The seed of all random generators."""
     learning_rate: float | None = None
-    """The highest one; by default, like the sizes below, what the algorithm's class says."""
+    """The highest learning rate; by default that of the algorithm."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """How it goes on: constant, or down to 0 at the end, in a straight line or as half a cosine wave."""
+    """What follows the warm-up: a constant learning rate, or one that falls to 0 at the end of the run,
+    in a straight line or as half a cosine wave."""
     lr_warmup: float = 0.0
-    """The part of the run (0.1: a tenth) in which it first rises from 0."""
+    """The share of the run (0.1: a tenth) in which the learning rate rises from 0."""
     n_episodes: int | None = None
-    """Episodes of a rollout."""
+    """The number of episodes of a rollout; by default that of the algorithm."""
     batch_size: int | None = None
-    """Episodes of a minibatch."""
+    """The number of episodes of a minibatch; by default that of the algorithm."""
     n_epochs: int | None = None
-    """Passes over a rollout."""
+    """The number of passes over a rollout; by default that of the algorithm."""
     kl_coef: float = 0.04
-    """β of the KL penalty; 0 measures the KL without penalising it."""
+    """β, the coefficient of the KL penalty. With 0 the KL divergence is measured without a penalty."""
     kl_target: float | None = None
-    """Nats per episode: β adapts to hold the KL there."""
+    """A KL divergence in nats per episode. β is adapted to hold it; by default β is constant."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Of each token's KL, for the penalty: k1 is the log-ratio; k2 and k3 have another gradient (docs/ppo.md)."""
+    """The estimator of the KL divergence at each token for the penalty.
+    k1 is the log-ratio; k2 and k3 have another gradient (docs/ppo.md)."""
     missing_eos_penalty: float | None = None
-    """Taken off the reward of texts that the budget cut."""
+    """A number that is subtracted from the reward of texts that the response budget has cut off."""
     algo_kwargs: dict[str, str] = field(default_factory=dict)
     """Further arguments of the algorithm, for example `--algo-kwargs clip_range 0.1 gae_lambda 0.9`."""
     temperature: float = 1.0
+    """The temperature of the policy's distribution, in rollouts, updates and the reference."""
     critic: str | None = None
-    """A reward model that the critic starts as ('builtin', a directory, a hub name); by default the critic is a head on
-    the policy."""
+    """A reward model that the critic starts as: 'builtin', a directory or a hub name.
+    By default the critic is a linear head on the policy's decoder."""
     lora_r: int | None = None
-    """Rank of a LoRA adapter; by default every weight is trained."""
+    """The rank of a LoRA adapter; by default there is none, and all weights are trained."""
     lora_alpha: int = 16
-    """Its scale: the adapter's output counts lora_alpha / lora_r."""
+    """The scale of the adapter, whose output is multiplied by lora_alpha / lora_r."""
     lora_target_modules: str = "all-linear"
-    """The layers that get one: 'all-linear', or names with commas ('q_proj,v_proj' costs less)."""
+    """The layers with an adapter: 'all-linear', or names separated by commas ('q_proj,v_proj', which costs less)."""
     device: str = "auto"
+    """'auto', 'cpu', 'cuda', …"""
     dtype: str = "float32"
-    """Of the weights."""
+    """The floating-point type of the weights."""
     autocast: str | None = None
-    """'bfloat16': matrix products in that type, weights in theirs."""
+    """The floating-point type of matrix products, such as 'bfloat16'; by default that of the weights."""
     compile_forward: bool = False
-    """Train through torch.compile."""
+    """Run whole sequences through torch.compile."""
     checkpoint_every: int = 0
-    """Iterations between two checkpoints, each in the place of the one before it: run_dir/checkpoint, from which
-    `PPO.load(path, env=...)` goes on exactly. 0: none."""
+    """The number of iterations between two checkpoints, or 0 for none. Each replaces the one before it.
+    `PPO.load("<run_dir>/checkpoint", env=...)` resumes the run exactly."""
     sample_every: int = 5
-    """Iterations between two entries of samples.jsonl."""
+    """The number of iterations between two entries of samples.jsonl."""
     n_samples: int = 6
-    """Held-out prompts in samples.jsonl."""
+    """The number of held-out prompts in samples.jsonl."""
     progress: bool = True
     """Show a progress bar."""
 
 
 def algorithm_named(name: str) -> type[OnPolicyAlgorithm]:
     """
-    :param name: a known one, or ``"module:Class"``.
-    :return: the class.
-    :raises ValueError: naming the known ones.
+    :param name: the name of an algorithm of this package, or ``"module:Class"``.
+    :return: its class.
+    :raises ValueError: if there is no such algorithm, or if it is no subclass of ``OnPolicyAlgorithm``.
     """
     if name in ALGORITHMS:
         return ALGORITHMS[name]
@@ -201,9 +211,12 @@ def algorithm_named(name: str) -> type[OnPolicyAlgorithm]:
 
 
 def resolved(config: TrainConfig) -> TrainConfig:
-    """
-    :param config: may leave to the algorithm what None stands for.
-    :return: the same with the algorithm's own numbers.
+    """Replace each None that stands for a default of the algorithm by this default.
+
+    :param config: a configuration.
+    :return: the configuration with the algorithm's learning rate, sizes and group size, and a run directory.
+    :raises ValueError: if there is no such algorithm, or if its constructor takes no ``**kwargs`` for
+        ``OnPolicyAlgorithm``.
     """
     algorithm = algorithm_named(config.algo)
     defaults = argument_defaults(algorithm)
@@ -222,7 +235,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 as a string; where a string is a number, the number is meant."""
+    """YAML 1.1 reads 1e-4 as a string. Where a string is a number, the number is meant."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             return float(value)
@@ -231,7 +244,8 @@ def _number(value: Any) -> Any:
 
 def lora_kwargs(config: TrainConfig) -> dict[str, Any] | None:
     """
-    :return: arguments of ``peft.LoraConfig``; None where every weight is trained.
+    :param config: a configuration.
+    :return: the arguments of ``peft.LoraConfig``; None if there is no adapter.
     """
     if config.lora_r is None:
         return None
@@ -244,14 +258,17 @@ def lora_kwargs(config: TrainConfig) -> dict[str, Any] | None:
 
 
 def parsed(given: dict[str, str]) -> dict[str, Any]:
-    """Arguments from the command line, where each value is YAML."""
+    """
+    :param given: arguments from the command line, each value written as YAML.
+    :return: the arguments with the values that the YAML stands for.
+    """
     return {name: _number(yaml.safe_load(value)) for name, value in given.items()}
 
 
 def dump_config(config: Any) -> str:
     """
     :param config: a dataclass of this module.
-    :return: all of it as YAML.
+    :return: all of its fields as YAML.
     """
 
     def plain(value: Any) -> Any:
@@ -264,8 +281,9 @@ def dump_config(config: Any) -> str:
 
 def load_config(path: Path) -> TrainConfig:
     """
-    :param path: YAML, as ``config.yaml`` or a part of it; what is missing keeps its default.
-    :raises ValueError: for a key that doesn't exist, naming those that do.
+    :param path: a YAML file with all or some of the fields that ``config.yaml`` has. Missing ones keep their defaults.
+    :return: the configuration.
+    :raises ValueError: if the file is not YAML, or has a key that is no field; it names the fields.
     """
     try:
         values = yaml.safe_load(path.read_text()) or {}
@@ -280,6 +298,6 @@ def load_config(path: Path) -> TrainConfig:
     if values.get("run_dir") is not None:
         values["run_dir"] = Path(values["run_dir"])
     for options, name in ((values, "algo_kwargs"), (env, "reward_kwargs")):
-        if name in options:  # on the command line they are strings, which are read as YAML later
+        if name in options:  # as on the command line, these are strings, which are read as YAML later
             options[name] = {k: v if isinstance(v, str) else json.dumps(v) for k, v in options[name].items()}
     return TrainConfig(env=EnvConfig(**env), **values)

@@ -1,4 +1,4 @@
-"""What a training run writes down while it goes on: texts, checkpoints and, at its end, the learning curve."""
+"""What a training run writes while it is running: texts, checkpoints and, at its end, the learning curve."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from text_env.prompts import load_prompts
 
 
 class SampleTexts(BaseCallback):
-    """Write texts for fixed held-out prompts to ``samples.jsonl`` at the start and every few iterations.
+    """Writes texts for fixed held-out prompts to a file, at the start, every few iterations and at the end.
 
-    :param path: the file.
-    :param config: of the run.
+    :param path: the file, ``samples.jsonl``, with one line per text.
+    :param config: the configuration of the run.
     """
 
     def __init__(self, path: Path, config: TrainConfig) -> None:
@@ -28,11 +28,11 @@ class SampleTexts(BaseCallback):
         self._path = path
         self._every = config.sample_every
         self._iteration = 0
-        # Files of the user's own have no held-out part: then the first prompts are watched.
+        # Other prompts than the built-in ones have no held-out part, so texts are written for the first of them.
         held_out = "builtin:eval" if config.env.prompts == "builtin" else config.env.prompts
         rows = load_prompts(held_out)[: config.n_samples]
         self._env = config.env.make(len(rows), config.model, prompts=rows)
-        self._prompts = list(self._env.prompts)  # with their columns, which rewards may ask for
+        self._prompts = list(self._env.prompts)  # with their columns, which rewards may need
 
     def _on_step(self) -> bool:
         return True
@@ -47,7 +47,7 @@ class SampleTexts(BaseCallback):
 
     def _write(self) -> None:
         policy = cast(OnPolicyAlgorithm, self.model).policy
-        # The same random numbers every time, and none of the training's.
+        # The same random numbers every time, without changing those of the training.
         with torch.random.fork_rng():
             torch.manual_seed(0)
             infos = sample_texts(policy, self._env, self._prompts)
@@ -58,17 +58,17 @@ class SampleTexts(BaseCallback):
 
 
 class Checkpoint(BaseCallback):
-    """Save everything that goes on with a run, every few iterations; whatever happens later, the last one stays whole.
+    """Saves the state of a run every few iterations. Whenever the run is killed, a complete checkpoint is left.
 
-    :param path: the directory.
-    :param every: iterations.
+    :param path: the directory of the checkpoint.
+    :param every: the number of iterations between two checkpoints.
     """
 
     def __init__(self, path: Path, every: int) -> None:
         super().__init__()
         self._path = path
         self._every = every
-        self._iterations = 0  # that are over
+        self._iterations = 0  # the number of finished iterations
 
     def _on_step(self) -> bool:
         return True
@@ -80,14 +80,14 @@ class Checkpoint(BaseCallback):
 
 
 def plot_learning_curve(directory: Path) -> None:
-    """Draw score, gold score and KL over tokens from ``progress.csv`` into ``learning_curve.png``.
+    """Plot score, gold score and KL divergence over tokens, from ``progress.csv`` to ``learning_curve.png``.
 
-    :param directory: of the run.
+    :param directory: the directory of the run.
     """
     import matplotlib.figure
 
     if not (directory / "progress.csv").read_text():
-        return  # not one iteration was finished
+        return  # no iteration was finished
     table = np.genfromtxt(directory / "progress.csv", delimiter=",", names=True, deletechars="")
     table = np.atleast_1d(table)
     tokens = table["time/total_timesteps"]

@@ -1,7 +1,7 @@
-"""A training run, from its configuration to the directory that it leaves behind.
+"""A training run, from its configuration to the directory of its results.
 
-``config.yaml``, ``progress.csv``, TensorBoard events, ``samples.jsonl`` (fixed held-out prompts, texts every few
-iterations), ``learning_curve.png``, ``policy/`` (a plain Hugging Face directory).
+The directory holds ``config.yaml``, ``progress.csv``, TensorBoard events, ``samples.jsonl`` (texts for fixed held-out
+prompts, every few iterations), ``learning_curve.png`` and ``policy/`` (a plain Hugging Face directory).
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from agents.state.schedules import LearningRate
 
 
 def train(config: TrainConfig) -> OnPolicyAlgorithm:
-    """Train as configured and leave a complete run directory.
+    """Train as configured, and write all results to the run directory.
 
-    :param config: everything.
+    :param config: the configuration.
     :return: the trained algorithm.
     :raises FileExistsError: if the directory holds a run already.
+    :raises ValueError: if an option is unknown or out of range.
     """
     config = resolved(config)
     directory = config.run_dir
@@ -85,7 +86,7 @@ def train(config: TrainConfig) -> OnPolicyAlgorithm:
     model.set_logger(configure(str(directory), ["csv", "tensorboard"]))
     try:
         model.learn(config.total_timesteps, callback=callbacks, progress_bar=config.progress)
-    finally:  # a reward that raises, or Ctrl-C, must not cost what was learned until then
+    finally:  # an error of the reward, or Ctrl-C, must not lose what was learned until then
         model.logger.close()
         model.policy.save_pretrained(directory / "policy")
         plot_learning_curve(directory)

@@ -1,1 +1,1 @@
-"""State as data: schedules, random generators and checkpoints, none of which runs code when it is loaded."""
+"""State as data: arguments, schedules, random generators and checkpoints. Loading them runs no code."""

@@ -1,4 +1,4 @@
-"""The arguments of a constructor, and which of them can be written down as data."""
+"""The arguments of a constructor: finding them, and saving those that can be saved as data."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from text_env.imports import is_object_name
 
 def argument_defaults(cls: type[Any]) -> dict[str, Any]:
     """
-    :param cls: a class whose constructor may hand on ``**kwargs`` to that of its base class.
-    :return: the arguments that its constructor takes, those of its base classes included, and their defaults
-        (``inspect.Parameter.empty`` where there is none).
+    :param cls: a class whose constructor may pass ``**kwargs`` on to that of its base class.
+    :return: the arguments that the constructor takes, those of the base classes included, with their defaults;
+        ``inspect.Parameter.empty`` for an argument without a default.
     """
     signatures = [inspect.signature(c.__init__) for c in cls.__mro__ if "__init__" in vars(c)]  # type: ignore[misc]
-    # From the algorithm upwards, as long as further keyword arguments are handed on.
+    # From the class to its base classes, as long as constructors pass keyword arguments on.
     defaults: dict[str, Any] = {}
     for signature in signatures:
         *parameters, last = signature.parameters.values()
@@ -34,17 +34,17 @@ def argument_defaults(cls: type[Any]) -> dict[str, Any]:
 def class_name(cls: type[Any]) -> str:
     """
     :param cls: a class.
-    :return: ``"module:qualname"``, to compare with; nothing is imported by such a name.
+    :return: ``"module:qualname"``. Such names are only compared; nothing is imported by them.
     """
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def kept_arguments(owner: Any, names: Iterable[str]) -> dict[str, Any]:
     """
-    :param owner: an object that keeps its constructor's arguments as attributes of the same names.
-    :param names: the arguments.
-    :return: their values now.
-    :raises ValueError: naming those that the object doesn't keep.
+    :param owner: an object that keeps the arguments of its constructor as attributes of the same names.
+    :param names: the names of arguments.
+    :return: the current values of these attributes.
+    :raises ValueError: if there is no attribute for some of the arguments; it names them.
     """
     names = sorted(names)
     if lost := [name for name in names if not hasattr(owner, name)]:
@@ -56,10 +56,12 @@ def kept_arguments(owner: Any, names: Iterable[str]) -> dict[str, Any]:
 
 
 def written_down(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """
+    """Separate arguments that can be saved as data from those that can't.
+
     :param values: arguments by name.
-    :return: those that JSON can hold, paths as strings; and the names of the others, which have to be given again:
-        live objects, and ``"module:function"`` strings, since a file must not name code to be run.
+    :return: the arguments that JSON can represent, with paths as strings; and the names of the others, which must be
+        given again when they are loaded. The others are live objects, and ``"module:function"`` strings, since a file
+        must not name code that is then run.
     """
     values = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
     live = [name for name, value in values.items() if not is_plain(value) or _names_code(value)]
@@ -69,15 +71,16 @@ def written_down(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 def arguments_again(
     saved: Mapping[str, Any], live: Sequence[str], given: Mapping[str, Any], how: str
 ) -> dict[str, Any]:
-    """
-    :param saved: the arguments that :func:`written_down` could write down.
-    :param live: the names of the others.
-    :param given: arguments that are given now, and overrule the saved ones.
-    :param how: for the error: how to give an argument, ``"{}=..."`` for example.
+    """Put arguments that were saved and arguments that are given again together.
+
+    :param saved: the arguments that :func:`written_down` returned.
+    :param live: the names that :func:`written_down` returned.
+    :param given: the arguments that are given now. They override saved ones.
+    :param how: how an argument is given, for the error, with ``{}`` for its name, for example ``"{}=..."``.
     :return: all arguments.
-    :raises ValueError: naming those that must be given again and are not.
+    :raises ValueError: if an argument that must be given again is missing; it names all of these.
     """
-    saved, code = written_down(saved)  # a file may have been made to name code
+    saved, code = written_down(saved)  # somebody may have edited the file such that it names code
     if missing := [name for name in (*live, *code) if name not in given]:
         raise ValueError(
             f"{missing} can't be written down and must be given again: load(path, env, {how.format(missing[0])})."
@@ -87,8 +90,8 @@ def arguments_again(
 
 def is_plain(value: Any) -> bool:
     """
-    :param value: anything.
-    :return: whether JSON can hold it.
+    :param value: any object.
+    :return: whether JSON can represent it.
     """
     try:
         json.dumps(value)

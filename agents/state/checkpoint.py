@@ -1,8 +1,8 @@
-"""Trees of tensors and JSON values, written to a directory as safetensors and JSON; it doesn't matter whose they are.
+"""Trees of tensors and JSON values in a directory of safetensors and JSON files, independent of what they belong to.
 
-A tree is a dict whose keys are strings and whose values are trees, tensors, or what JSON can hold. Its directory has
-``state.json`` and, for every entry of the tree that has tensors in it, ``<entry>.safetensors``. Nothing in a directory
-is run when it is read.
+A tree is a dict whose keys are strings and whose values are trees, tensors, or values that JSON can represent. Its
+directory holds ``state.json`` and, for each top-level entry of the tree that has tensors, ``<entry>.safetensors``.
+Reading a directory runs no code.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ Tree = dict[str, Any]
 
 
 def save(path: str | Path, tree: Mapping[str, Any]) -> None:
-    """
-    :param path: the directory; replaced as a whole, so that a kill at any moment leaves the old one or the new one. A
-        ``.zip`` ending, as SB3's callbacks add it, is dropped.
-    :param tree: what to write. A tensor that an entry has under several names (tied weights) is written once.
+    """Write a tree to a directory.
+
+    :param path: the directory; an ending ``.zip``, which SB3's callbacks add, is dropped. It is replaced as a whole, so
+        that a process that is killed at any moment leaves either the old one or the new one.
+    :param tree: the tree. A tensor that has several names within a top-level entry (tied weights) is written once.
     :raises TypeError: for a key that is no string, or a value that is no tree, no tensor and no JSON value.
-    :raises ValueError: for an entry that can't be the name of a file.
+    :raises ValueError: for a top-level key that can't be the name of a file.
     """
     files: dict[str, _Tensors] = defaultdict(_Tensors)
     values, names = _taken_apart(tree, (), files)
@@ -40,7 +41,7 @@ def save(path: str | Path, tree: Mapping[str, Any]) -> None:
     for entry, tensors in files.items():
         save_file(tensors.by_name, partial / f"{entry}.safetensors")
     (partial / "state.json").write_text(json.dumps({"values": values, "tensors": names}, indent=1))
-    # A directory cannot be replaced in one go; while neither is in its place, `load` takes the previous one.
+    # A directory can't be replaced in one step. While there is none at its place, `load` reads the previous one.
     if directory.exists():
         shutil.rmtree(_previous(directory), ignore_errors=True)
         os.replace(directory, _previous(directory))
@@ -49,12 +50,13 @@ def save(path: str | Path, tree: Mapping[str, Any]) -> None:
 
 
 def load(path: str | Path) -> Tree:
-    """
+    """Read a tree from a directory.
+
     :param path: the directory that :func:`save` wrote.
-    :return: the tree, its tensors on the CPU; tuples have become lists. A tensor that was there under several names is
-        so again.
-    :raises FileNotFoundError: if there is no checkpoint, or one of its files is missing.
-    :raises ValueError: if another program, or another version of this one, wrote it.
+    :return: the tree, with tensors on the CPU. Tuples have become lists. Names that stood for the same tensor do so
+        again.
+    :raises FileNotFoundError: if there is no checkpoint, or if one of its files is missing.
+    :raises ValueError: if the directory was written by another program, or by another version of this one.
     """
     directory = _directory(path)
     if not directory.exists() and _previous(directory).exists():
@@ -83,9 +85,10 @@ class _Tensors:
 
     def add(self, tensor: torch.Tensor, name: str) -> str:
         """
-        :param tensor: is held as it is, not copied, unless another one in the file shares a part of its memory.
-        :param name: a readable one.
-        :return: the name that it has in the file: another if that one is taken, or if the same tensor is there already.
+        :param tensor: the tensor. It is not copied, unless another tensor of the file shares a part of its memory.
+        :param name: the preferred name.
+        :return: the tensor's name in the file, which differs from ``name`` if that is taken, or if the tensor is in the
+            file already.
         """
         tensor = tensor.detach()
         memory = (tensor.device, tensor.untyped_storage().data_ptr())
@@ -103,9 +106,9 @@ class _Tensors:
 def _taken_apart(tree: Mapping[str, Any], path: tuple[str, ...], files: Mapping[str, _Tensors]) -> tuple[Tree, Tree]:
     """
     :param tree: a tree.
-    :param path: the keys that lead to it.
-    :param files: by entry; the tensors are added to theirs.
-    :return: the tree without its tensors, and the tree of their names without all else.
+    :param path: the keys that lead to the tree.
+    :param files: the tensors of each top-level entry, to which those of the tree are added.
+    :return: the tree without its tensors, and a tree that holds nothing but the names of the tensors.
     """
     values: Tree = {}
     names: Tree = {}
@@ -129,7 +132,7 @@ def _taken_apart(tree: Mapping[str, Any], path: tuple[str, ...], files: Mapping[
 
 
 def _put_together(values: Tree, names: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put tensors back into the tree that they were taken from, where their names say."""
+    """Insert tensors into the tree that they were taken from, at the places that their names have in ``names``."""
     for key, name in names.items():
         if isinstance(name, dict):
             _put_together(values[key], name, tensors)

@@ -1,4 +1,4 @@
-"""The states of all random generators that a training draws from, as data."""
+"""The states of all random generators that a training uses, as data."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 
 def generator_states(rows: Sequence[np.random.Generator]) -> dict[str, Any]:
     """
-    :param rows: the environment's generators, one a row.
-    :return: their states and those of Python, NumPy, PyTorch and (if there is one) the current CUDA device: tensors and
-        JSON values.
+    :param rows: the generators of the environment, one per row.
+    :return: their states, and those of the generators of Python, NumPy, PyTorch and, if there is one, the current CUDA
+        device, as tensors and JSON values.
     """
     name, keys, *rest = np.random.get_state(legacy=True)
     states: dict[str, Any] = {
@@ -29,12 +29,12 @@ def generator_states(rows: Sequence[np.random.Generator]) -> dict[str, Any]:
 
 
 def set_generator_states(states: Mapping[str, Any], rows: Sequence[np.random.Generator]) -> None:
-    """Put every generator back to where it was.
+    """Restore the states of all generators.
 
-    :param states: what :func:`generator_states` returned, also after a way through JSON. That of a CUDA device is left
-        out where there is no such device.
-    :param rows: the environment's generators, one a row.
-    :raises ValueError: if they are fewer or more than those whose states these are.
+    :param states: what :func:`generator_states` returned, possibly after it was written as JSON and read again. The
+        state of a CUDA device is ignored if there is no such device.
+    :param rows: the generators of the environment, one per row.
+    :raises ValueError: if the number of rows is not that of ``states``.
     """
     if len(rows) != len(states["env"]):
         raise ValueError(

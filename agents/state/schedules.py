@@ -1,4 +1,4 @@
-"""The learning rate over a run, as data: it can be written down, so a run that follows it can be resumed."""
+"""The learning rate during a run, as data. It can be saved, so a run with such a schedule can be resumed."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ Decay = Literal["constant", "linear", "cosine"]
 
 @dataclass(frozen=True)
 class LearningRate:
-    """A learning rate that rises at first, if it is told to, and then stays or falls to 0.
+    """A learning rate that optionally warms up, and then stays constant or decays to 0.
 
-    It is a schedule as Stable-Baselines3 calls one, so it can be the ``learning_rate`` of any of its algorithms too.
+    It is a schedule in Stable-Baselines3's sense, so it can be the ``learning_rate`` of SB3's algorithms too.
 
-    :param peak: the highest rate.
-    :param decay: what follows the warm-up: ``"constant"``; ``"linear"``, a straight line to 0 at the end of the run;
+    :param peak: the highest learning rate, at least 0.
+    :param decay: what follows the warm-up: ``"constant"``; ``"linear"``, a straight line to 0 at the end of the run; or
         ``"cosine"``, half a cosine wave to 0.
-    :param warmup: the part of the run, 0 <= warmup < 1, in which the rate rises in a straight line from 0 to the peak.
-    :raises ValueError: for values outside these.
+    :param warmup: the share of the run in which the rate rises in a straight line from 0 to the peak, 0 <= warmup < 1.
+    :raises ValueError: if a value is outside its range.
     """
 
     peak: float
@@ -44,14 +44,15 @@ class LearningRate:
 
     def __call__(self, progress_remaining: float) -> float:
         """
-        :param progress_remaining: 1 at the start of the run, 0 at its end; Stable-Baselines3 overshoots the end.
-        :return: the learning rate there.
+        :param progress_remaining: the remaining progress, from 1 at the start of the run to 0 at its end.
+            Stable-Baselines3 may pass negative numbers, which count as 0.
+        :return: the learning rate at this point.
         """
         progress_remaining = min(max(progress_remaining, 0.0), 1.0)
-        after_warmup = 1 - self.warmup  # the progress that remains when the peak is reached
+        after_warmup = 1 - self.warmup  # the remaining progress at which the peak is reached
         if progress_remaining > after_warmup:
             return self.peak * ((1 - progress_remaining) / self.warmup)
-        left = progress_remaining / after_warmup  # of the decay, 1 → 0
+        left = progress_remaining / after_warmup  # the remaining share of the decay, from 1 to 0
         if self.decay == "linear":
             return self.peak * left
         if self.decay == "cosine":
@@ -60,7 +61,7 @@ class LearningRate:
 
     def to_json(self) -> dict[str, Any]:
         """
-        :return: the schedule as a JSON object, which :meth:`from_json` reads.
+        :return: the schedule as a JSON object, which :meth:`from_json` takes.
         """
         return dataclasses.asdict(self)
 
@@ -69,7 +70,7 @@ class LearningRate:
         """
         :param values: what :meth:`to_json` returned.
         :return: the schedule.
-        :raises ValueError: for other keys, or values that are out of range.
+        :raises ValueError: if a key is missing or unknown, or if a value is outside its range.
         """
         names = {field.name for field in dataclasses.fields(cls)}
         if set(values) != names:
