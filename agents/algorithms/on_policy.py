@@ -437,7 +437,7 @@ def _as_vec_env(env: str | VecEnv | TextVectorEnv, n_episodes: int, group_size: 
     if isinstance(env, TextVecEnv):
         plain(env.outermost)  # the loop uses the innermost environment: wrappers would have no effect
         return env
-    if isinstance(env, VectorEnv):
+    if isinstance(env, VectorEnv) and isinstance(env.unwrapped, TextVectorEnv):
         return TextVecEnv(plain(env))
     raise ValueError(
         "Expected env to be a registered name ('TextRLHF-v0'), gym.make_vec('TextRLHF-v0', num_envs=...) or "

@@ -558,7 +558,7 @@ def test_a_gradient_that_is_not_finite_is_refused_before_it_reaches_the_weights(
 
 def test_a_wrapped_environment_is_refused_rather_than_unwrapped() -> None:
     wrapped = gym.wrappers.vector.TransformReward(make_env(), lambda reward: -reward)
-    with pytest.raises(ValueError, match="got TransformReward"):
+    with pytest.raises(ValueError, match="got it wrapped in TransformReward"):
         PPO("CausalLMPolicy", wrapped, policy_kwargs={"model": make_model()})
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from learners import constant, make_env, make_model
+from learners import constant, make_env, make_model, prompt_of
 from stable_baselines3.common.utils import explained_variance
 
 from agents.algorithms.on_policy import OnPolicyAlgorithm
@@ -125,7 +125,7 @@ def plain_gradient(lm: torch.nn.Module, buffer: EpisodeBuffer, weights: list[tor
     """−Σ score · log π(token) over tokens, one call of the Hugging Face model an episode."""
     loss = torch.zeros(())
     for episode in range(buffer.n_episodes):
-        prompt = torch.from_numpy(buffer._prefixes[episode]).long()
+        prompt = torch.tensor(prompt_of(buffer, episode))
         tokens = slice(buffer.starts[episode], buffer.starts[episode + 1])
         actions = torch.from_numpy(buffer.actions[tokens].astype(np.int64))
         logits = lm(torch.cat([prompt, actions])[None]).logits[0, len(prompt) - 1 : -1]

@@ -9,7 +9,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-from learners import (
+from learners import prompt_of, (
     after_each_rollout,
     constant,
     even_tokens,
@@ -342,7 +342,8 @@ def test_logged_scores_stay_unshaped_and_what_is_optimised_is_shaped() -> None:
     texts = [buffer.actions[first : last + 1].tolist() for first, last in zip(buffer.starts, lasts, strict=False)]
     scores = even_tokens([], [], texts)
     prompts = {tuple(prompt.token_ids): prompt.text for prompt in env.prompts}
-    starts = [Arbitrary.of(prompts[tuple(prefix.tolist())], []) for prefix in buffer._prefixes]
+    opened = [prompts[tuple(prompt_of(buffer, episode))] for episode in range(buffer.n_episodes)]
+    starts = [Arbitrary.of(prompt, []) for prompt in opened]
     shaped = np.array(scores) - starts
     assert buffer.episode_sums(buffer.rewards) == pytest.approx(shaped, abs=1e-5)
     assert logged["objective/scores"] == pytest.approx(np.mean(scores))
