@@ -9,7 +9,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-from learners import prompt_of, (
+from learners import (
     after_each_rollout,
     constant,
     even_tokens,
@@ -17,6 +17,7 @@ from learners import prompt_of, (
     make_env,
     make_model,
     make_ppo,
+    prompt_of,
     save_model,
     weights_of,
 )
