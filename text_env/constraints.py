@@ -57,7 +57,7 @@ class _TokenSet:
     def __post_init__(self) -> None:
         name = type(self).__name__
         try:
-            ids = tuple(operator.index(token) for token in self.token_ids)
+            ids = tuple(sorted({operator.index(token) for token in self.token_ids}))
         except TypeError:
             ids = ()
         if not ids or min(ids) < 0:
@@ -173,7 +173,7 @@ def all_of(*constraints: Constraint | None) -> Constraint | None:
     parts: list[Any] = []
     for constraint in constraints:
         for part in constraint.constraints if isinstance(constraint, AllOf) else [constraint]:
-            if not any(same_constraint(part, other) for other in parts):
+            if not any(part is other for other in parts):  # whatever they compare as
                 parts.append(part)
     fixed = tuple(part for part in parts if part is not None and not hasattr(part, "within"))
     ranking = [part for part in parts if hasattr(part, "within")]
@@ -181,20 +181,6 @@ def all_of(*constraints: Constraint | None) -> Constraint | None:
         return next(iter([*fixed, *ranking]), None)
     other = AllOf(fixed) if len(fixed) > 1 else next(iter(fixed), None)
     return AllOf((*fixed, *(part if other is None else part.within(other) for part in ranking)))
-
-
-def same_constraint(one: Constraint | None, other: Constraint | None) -> bool:
-    """
-    :param one: a constraint, or None.
-    :param other: another one.
-    :return: whether both are the same object or compare equal.
-    """
-    if one is other:
-        return True
-    try:
-        return bool(one == other)
-    except ValueError:  # they hold arrays, whose comparison is no truth value
-        return False
 
 
 def allowed_tokens(constraint: Constraint, contexts: Contexts, n_tokens: int) -> NDArray[np.bool_]:

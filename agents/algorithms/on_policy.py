@@ -29,7 +29,7 @@ from agents.algorithms.resumable import Resumable
 from agents.models.pretrained import check_tokenizers
 from agents.models.reference import Reference
 from agents.objectives.advantages import variance, whiten
-from agents.objectives.kl import AdaptiveKL, FixedKL, KLController, KLEstimator
+from agents.objectives.kl import KLController, KLEstimator, kl_controller
 from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.collector import Interrupted, collect_episodes
 from agents.rollouts.episode_buffer import EpisodeBuffer, EpisodeSamples
@@ -138,12 +138,11 @@ class OnPolicyAlgorithm(Resumable):
         self.n_epochs = n_epochs
         self.gamma = gamma
         self.max_grad_norm = max_grad_norm
-        self.kl_target = kl_target
         self.kl_estimator = kl_estimator
         self.missing_eos_penalty = missing_eos_penalty
         self.normalize_advantage = normalize_advantage
         self.micro_batch_tokens = micro_batch_tokens
-        self.kl: KLController = FixedKL(kl_coef) if kl_target is None else AdaptiveKL(kl_coef, kl_target)
+        self.kl: KLController = kl_controller(kl_coef, kl_target)
         self.reference = reference
         self.reference_was_given = reference is not None
         self._setup_model()
@@ -174,10 +173,13 @@ class OnPolicyAlgorithm(Resumable):
             self.device,
             gamma=self.gamma,
             n_envs=self.n_envs,
-            reference=self.reference,
-            kl_coef=self.kl,
-            kl_estimator=self.kl_estimator if self.kl_in_reward else None,
         )
+        self._tell(self.buffer)
+
+    def _tell(self, buffer: EpisodeBuffer) -> None:
+        """Tell the buffer how to measure and pay the KL divergence: the attributes may have been set in between."""
+        buffer.reference, buffer.kl = self.reference, self.kl
+        buffer.kl_estimator = self.kl_estimator if self.kl_in_reward else None
 
     @property
     def kl_coef(self) -> float:
@@ -187,6 +189,21 @@ class OnPolicyAlgorithm(Resumable):
     @kl_coef.setter
     def kl_coef(self, coef: float) -> None:
         self.kl.coef = coef
+
+    @property
+    def kl_target(self) -> float | None:
+        """The KL divergence that β is adapted to hold, in nats per episode; None for a constant β. Setting it replaces
+        the controller, which starts from the current β.
+        """
+        return getattr(self.kl, "target", None)
+
+    @kl_target.setter
+    def kl_target(self, target: float | None) -> None:
+        self.kl = kl_controller(self.kl.coef, target)
+
+    def set_env(self, env: Any, force_reset: bool = True) -> None:
+        super().set_env(_as_vec_env(env, self.n_episodes, self.default_group_size), force_reset)
+        self.policy.distribution.check_environment(self.vector_env)
 
     @property
     def vector_env(self) -> TextVectorEnv:
@@ -312,6 +329,7 @@ class OnPolicyAlgorithm(Resumable):
             return False
         self.policy.clear_cache()  # the update would empty it anyway, and the reference needs memory
         buffer = self.buffer
+        self._tell(buffer)
         buffer.finalize()
         cut = np.array([episode["finish_reason"] == "length" for episode in episodes])
         if self.missing_eos_penalty is not None:

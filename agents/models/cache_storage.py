@@ -39,22 +39,6 @@ class CacheLayer(CacheLayerMixin):
         self.rows = 0
         self.columns = 0
 
-    def resized(self, columns: int, drop: int) -> CacheLayer:
-        """
-        :param columns: the number of columns of the new storage.
-        :param drop: the number of columns to leave out, on the left.
-        :return: a layer with the other columns in new storage.
-        """
-        rows, heads, _, head_dim = self.keys.shape
-        value_dim = self.values.shape[-1]
-        layer = CacheLayer(
-            self.keys.new_zeros(rows, heads, columns, head_dim), self.values.new_zeros(rows, heads, columns, value_dim)
-        )
-        layer.columns = self.columns - drop
-        layer.keys[:, :, : layer.columns] = self.keys[:, :, drop : self.columns]
-        layer.values[:, :, : layer.columns] = self.values[:, :, drop : self.columns]
-        return layer
-
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,26 +156,47 @@ class Block:
             self.visible[target] = self.visible[source]
         return moved
 
-    def reserve(self, more: int, at_least: int = 0) -> None:
+    def reserve(self, more: int) -> None:
         """Make room for more columns.
 
-        When the storage is full, columns on the left that no live row uses any more are dropped.
-
         :param more: the number of columns that are needed beyond those in use.
-        :param at_least: the number of columns that are needed in all.
         """
-        if max(self.columns + more, at_least) <= self.visible.shape[1]:
-            return
-        live = self.known.live
-        drop = int(self.known.columns[:live, 0].min()) if live else self.columns
+        if self.columns + more > self.visible.shape[1]:
+            self._lay_out(int(self.known.length[: self.known.live].max(initial=0)), more)
+
+    def extend_to(self, columns: int) -> None:
+        """Have at least so many columns in use, with the last token of each row in the newest one.
+
+        :param columns: the number of columns.
+        """
+        if (self.known.live and self.columns < columns) or columns > self.visible.shape[1]:
+            self._lay_out(columns, 0)
+        for layer in self.layers:
+            layer.columns = max(layer.columns, columns)
+
+    def _lay_out(self, end: int, more: int) -> None:
+        """Copy the live rows into new storage, without gaps, so that each ends in the same column. However long a row
+        has waited, the storage is then as large as the longest context asks for, and no larger.
+
+        :param end: the number of columns in use afterwards.
+        :param more: the number of columns that are needed beyond those.
+        """
+        known = self.known
+        owner, position = _tokens_of(known.length[: known.live])
+        to = end - known.length[owner] + position
+        row, from_column, to_column = (self.to_torch(x) for x in (owner, known.columns[owner, position], to))
         # With at least as many spare columns as used ones, copying costs O(1) columns per call on average.
-        needed = max(self.columns - drop + more, at_least)
-        capacity = needed + max(SPARE_COLUMNS, needed)
-        self.layers = [layer.resized(capacity, drop) for layer in self.layers]
-        visible = self.visible.new_zeros(len(self.visible), capacity)
-        visible[:, : self.columns] = self.visible[:, drop : drop + self.columns]
-        self.visible = visible
-        self.known.columns -= drop
+        capacity = end + more + max(SPARE_COLUMNS, end + more)
+        for layer in self.layers:
+            for name in ("keys", "values"):
+                old: torch.Tensor = getattr(layer, name)
+                new = old.new_zeros(old.shape[0], old.shape[1], capacity, old.shape[3])
+                new.transpose(1, 2)[row, to_column] = old.transpose(1, 2)[row, from_column]
+                setattr(layer, name, new)
+            layer.columns = end
+        self.visible = self.visible.new_zeros(len(self.visible), capacity)
+        self.visible[row, to_column] = True
+        known.columns[owner, position] = to
 
     def put(self, slots: np.ndarray, contexts: Contexts, reading: Reading, rows: np.ndarray) -> None:
         """Copy contexts from a reading. At least as many columns must be in use as the longest of them has tokens.
@@ -203,8 +208,7 @@ class Block:
         """
         length = contexts.length
         to_first = self.known.put(slots, contexts, self.columns)
-        owner = np.repeat(np.arange(len(length)), length)
-        position = np.concatenate([np.arange(n) for n in length])
+        owner, position = _tokens_of(length)
         from_row, from_column = self.to_torch(rows[owner]), self.to_torch(reading.first[rows][owner] + position)
         to_row, to_column = self.to_torch(slots[owner]), self.to_torch(to_first[owner] + position)
         for layer, (keys, values) in zip(self.layers, reading.layers, strict=True):
@@ -221,3 +225,12 @@ class Block:
         :return: a tensor of the same contents, on the device of the storage.
         """
         return torch.from_numpy(array).to(self.hidden.device)
+
+
+def _tokens_of(length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """
+    :param length: int64 [B].
+    :return: for each token of B contexts the number of its context, and its position in it.
+    """
+    owner = np.repeat(np.arange(len(length)), length)
+    return owner, np.arange(len(owner)) - np.repeat(np.cumsum(length) - length, length)

@@ -6,15 +6,20 @@ Notation: N contexts, V tokens.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import PurePath
+from types import FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 from torch.autograd.function import once_differentiable
 
 from agents.models.pretrained import resolve_dtype
-from text_env.constraints import Constraint, MinimumLength, all_of, make_constraint, name_of, same_constraint
+from text_env.constraints import AllOf, Constraint, MinimumLength, all_of, make_constraint, name_of
 from text_env.episodes import EpisodesFace
 
 
@@ -59,6 +64,7 @@ class TokenDistribution:
             raise ValueError("Expected autocast to be 'bfloat16', 'float16' or None, got 'auto'.")
         object.__setattr__(self, "autocast", None if dtype is None else str(dtype).removeprefix("torch."))
         object.__setattr__(self, "constraint", make_constraint(self.constraint))
+        object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
 
     @cached_property
     def all_constraints(self) -> Constraint | None:
@@ -115,10 +121,9 @@ class TokenDistribution:
             )
 
     def _agrees(self, other: TokenDistribution, name: str) -> bool:
-        mine, theirs = getattr(self, name), getattr(other, name)
-        if name == "eos_token_ids" and not (mine and theirs):
-            return True  # where these tokens are not known, there is no minimum length that depends on them
-        return same_constraint(mine, theirs) if name == "constraint" else bool(mine == theirs)
+        if name == "eos_token_ids" and not (self.min_new_tokens or other.min_new_tokens):
+            return True  # only a minimum length depends on them
+        return alike(getattr(self, name), getattr(other, name))
 
     def check_environment(self, env: EpisodesFace) -> None:
         """Check that this is the distribution that an environment allows.
@@ -134,6 +139,58 @@ class TokenDistribution:
             constraint=env.constraint,
         )
         self.check_same(env_distribution, "policy", "environment")
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two objects are the same function of the same data, as a copy and its original are.
+
+    Constraints are compared by it. They may be copied, or pickled apart from one another, and few of them define
+    equality; and where they do, a subclass may have inherited a definition that doesn't look at what it adds.
+
+    :param one: any object.
+    :param other: any object.
+    :return: True if both are one object, or of one type with the same contents throughout.
+    """
+    try:
+        return _alike(one, other)
+    except RecursionError:  # an object that contains itself
+        return False
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one.cpu(), other.cpu())
+    if isinstance(one, np.ndarray):
+        return one.dtype == other.dtype and np.array_equal(one, other)
+    if isinstance(one, nn.Module):
+        return _alike(dict(one.state_dict()), dict(other.state_dict()))
+    if isinstance(one, AllOf):  # in whatever order
+        rest = list(other.constraints)
+        for part in one.constraints:
+            found = next((i for i, candidate in enumerate(rest) if _alike(part, candidate)), None)
+            if found is None:
+                return False
+            del rest[found]
+        return not rest
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(_alike(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    if isinstance(one, FunctionType):  # a lambda that was pickled is another object afterwards
+        cells = [[cell.cell_contents for cell in function.__closure__ or ()] for function in (one, other)]
+        return one.__code__ == other.__code__ and _alike([one.__defaults__, *cells[0]], [other.__defaults__, *cells[1]])
+    if isinstance(one, MethodType):
+        return one.__func__ is other.__func__ and _alike(one.__self__, other.__self__)
+    if type(one).__module__ == "builtins" or isinstance(one, torch.dtype | torch.device | PurePath | np.generic):
+        return bool(one == other)
+    try:
+        return _alike(one.__reduce_ex__(2), other.__reduce_ex__(2))  # all that a copy would be made from
+    except TypeError:  # what can't be copied can't be a copy
+        return False
 
 
 class LogProbAndEntropy(torch.autograd.Function):

@@ -58,6 +58,7 @@ class PrefixCache:
     def clear(self) -> None:
         """Empty the cache."""
         self._blocks = []
+        self._weights.forget()
 
     @torch.inference_mode(False)  # a later call outside inference mode may write to the cached tensors
     @torch.no_grad()
@@ -69,7 +70,7 @@ class PrefixCache:
         if not self.enabled:
             return self._plain(contexts)
         if self._weights.changed():
-            self.clear()
+            self._blocks = []
         try:
             return self._memoised(contexts)
         except BaseException:  # an interrupted call may leave rows half-written
@@ -87,8 +88,15 @@ class PrefixCache:
             np.maximum.at(longest, row, contexts.length)
             if 2 * (contexts.length < longest[row]).sum() > len(row):
                 return self._read(input_ids, at)
-        held = np.zeros(len(slots), dtype=np.int64) if block is None else block.known.length[slots]
-        apart = np.flatnonzero((slots < 0) | (contexts.length > held + 1))
+        held = np.zeros(len(slots), dtype=np.int64)
+        in_place = np.zeros(len(slots), dtype=np.bool_)
+        if block is not None:
+            held = block.known.length[slots]
+            # A row that has waited while others grew would have a gap before its next token. Some models measure
+            # distances in columns, whatever the position ids say.
+            newest = block.known.columns[slots, held - 1] == block.columns - 1
+            in_place = (slots >= 0) & (contexts.length <= held + newest)
+        apart = np.flatnonzero(~in_place)
         readings: list[tuple[np.ndarray, Reading, np.ndarray]] = []
         if len(apart):  # before any row is moved or forgotten, since these contexts may share its beginning
             readings = self._read_apart(_chosen(contexts, apart), block, slots[apart])
@@ -97,7 +105,7 @@ class PrefixCache:
         else:
             moved = block.keep(slots[slots >= 0])
             slots = np.where(slots >= 0, moved[slots], -1)
-            grows = np.flatnonzero((slots >= 0) & (contexts.length == held + 1))
+            grows = np.flatnonzero(in_place & (contexts.length == held + 1))
             if len(grows):
                 self._decode(block, contexts, slots, grows)
         if len(apart):
@@ -106,9 +114,7 @@ class PrefixCache:
             slots[new] = block.known.live + np.arange(new.sum())
             # The newest column stays the same, unless a new context has more tokens than there are columns.
             longest_new = int(contexts.length[apart].max())
-            block.reserve(0, longest_new)
-            for layer in block.layers:
-                layer.columns = max(layer.columns, longest_new)
+            block.extend_to(longest_new)
             for part, reading, rows in readings:
                 chosen = apart[part]
                 block.put(slots[chosen], _chosen(contexts, chosen), reading, rows)
@@ -282,7 +288,10 @@ class PrefixCache:
         reason = ""
         if not {"past_key_values", "attention_mask"} <= set(parameters):
             reason = "its forward pass takes no past_key_values or attention_mask"
-        elif any(type(layer) is not DynamicLayer for layer in DynamicCache(config=config).layers):
+        elif (
+            any(type(layer) is not DynamicLayer for layer in DynamicCache(config=config).layers)
+            or "local" in (getattr(config, "attention_layers", None) or ())  # GPT-Neo's own way to say it
+        ):
             reason = "not all of its layers are full attention"
         else:
             try:
@@ -314,7 +323,7 @@ class PrefixCache:
         branches[1:, 4] = [(tokens[0, 4] + 1) % vocabulary, (tokens[0, 4] + 2) % vocabulary]
         worst = 0.0
         for input_ids, calls in (
-            (tokens, ([2, 3, 1], [3, 4, 2], [5, 2, 2])),
+            (tokens, ([2, 3, 1], [3, 4, 2], [5, 2, 2], [5, 3, 3])),
             (branches, ([5, 5, 5],)),
         ):
             whole = torch.from_numpy(input_ids[:, :5].copy()).to(self._weights.device)

@@ -67,15 +67,6 @@ class ReferenceTopP:
     def __repr__(self) -> str:
         return f"ReferenceTopP({self._name!r}, p={self.p})"
 
-    def __eq__(self, other: object) -> bool:
-        # Copies made by `within` are the same function if they have the same model, p and restriction.
-        if not isinstance(other, ReferenceTopP):
-            return NotImplemented
-        return (self._lm, self.p, self._within) == (other._lm, other.p, other._within)
-
-    def __hash__(self) -> int:
-        return hash((id(self._lm), self.p))
-
     def __copy__(self) -> ReferenceTopP:
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)

@@ -5,23 +5,25 @@ from __future__ import annotations
 import operator
 from itertools import chain
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-_optimizer_steps = 0
+_watches: WeakSet[WeightsWatch] = WeakSet()
 
 
-def _count_step(*_: Any) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
+def _note_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for watch in _watches:
+        watch.note_step(stepped)
 
 
-# Fused optimisers change weights without changing their versions, so optimiser steps are counted. The hook is on all
+# Fused optimisers change weights without changing their versions, so the steps are counted. The hook is on all
 # optimisers, since a hook on the policy's would be lost whenever the policy is copied.
-register_optimizer_step_post_hook(_count_step)
+register_optimizer_step_post_hook(_note_step)
 
 
 class _Identity(NamedTuple):
@@ -29,7 +31,7 @@ class _Identity(NamedTuple):
 
     :param children: the modules inside each module, compared by identity, since layers may be exchanged.
     :param tensors: parameters and buffers, compared by identity, since they may be exchanged too.
-    :param contents: the address and the version of each tensor's contents, and the number of optimiser steps.
+    :param contents: the number of optimiser steps, and the address and the version of each tensor's contents.
     :param adapters: which adapters are switched on, and their scales.
     :param precision: the floating-point types of matrix products.
     """
@@ -46,8 +48,9 @@ class WeightsWatch:
 
     Detected are optimiser steps, in-place changes, exchanged tensors (``load_state_dict(assign=True)``, resized
     embeddings, ``fully_shard``), exchanged contents (``parameter.data = ...``), adapters that are switched, scaled,
-    merged or added, and the autocast around the call. Writes that PyTorch does not register are not detected: in-place
-    changes of ``parameter.data``, and fused optimisers that run without their hooks.
+    merged or added, and the autocast around the call. What leaves no trace in modules and tensors is not detected:
+    in-place changes of ``parameter.data`` or of a NumPy view, fused optimisers that run without their hooks, forward
+    hooks, patched methods, and numbers that a module keeps as plain attributes.
 
     :param model: the model.
     """
@@ -58,6 +61,8 @@ class WeightsWatch:
         self._dicts: tuple[list[dict[str, Any]], ...] = ([], [], [])  # children, parameters, buffers of each module
         self._layers: list[BaseTunerLayer] = []
         self._contents: list[torch.Tensor] = []
+        self._ids: frozenset[int] = frozenset()  # of the tensors seen
+        self._steps = 0  # of optimisers that have one of these tensors
 
     @property
     def device(self) -> torch.device:
@@ -83,23 +88,35 @@ class WeightsWatch:
         )
         self._layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
         self._seen = self._identity()
+        self._ids = frozenset(map(id, self._seen.tensors))
+        _watches.add(self)  # not before, since a copy is made without calling the constructor
         # As long as the contents are referenced here, no new contents can be allocated at their addresses.
         self._contents = [tensor.data for tensor in self._seen.tensors]
         return True
+
+    def note_step(self, stepped: set[int]) -> None:
+        """
+        :param stepped: ids of the tensors that an optimiser has just changed. A model that is frozen while others are
+            trained has none of them.
+        """
+        self._steps += not self._ids.isdisjoint(stepped)
+
+    def forget(self) -> None:
+        """Let go of what was seen, so that replaced weights can be freed. The next :meth:`changed` is then True."""
+        self._seen = None
+        self._contents = []
 
     def _identity(self) -> _Identity:
         # It is enough to look at the known modules, since a new one is among the children of a known one.
         children, parameters, buffers = (_values(dicts) for dicts in self._dicts)
         tensors = [tensor for tensor in (*parameters, *buffers) if tensor is not None]
         plain = all(type(tensor) in (nn.Parameter, torch.Tensor) for tensor in tensors)
-        # No optimiser changes weights without gradient, so its steps don't concern a frozen model.
-        trainable = any(parameter.requires_grad for parameter in parameters if parameter is not None)
         device = tensors[0].device.type if tensors else "cpu"
         return _Identity(
             children,
             tensors,
             [
-                _optimizer_steps if trainable else 0,
+                self._steps,
                 *map(torch.Tensor.data_ptr if plain else _address, tensors),
                 *map(_version, tensors),
             ],

@@ -65,11 +65,23 @@ class KLController(Protocol):
 class FixedKL:
     """A constant β.
 
-    :param coef: β.
+    :param coef: β, at least 0.
+    :raises ValueError: if ``coef``, now or when it is set later, is negative or not finite.
     """
 
     def __init__(self, coef: float) -> None:
         self.coef = coef
+
+    @property
+    def coef(self) -> float:
+        """β."""
+        return self._coef
+
+    @coef.setter
+    def coef(self, coef: float) -> None:
+        if not 0 <= coef < float("inf"):
+            raise ValueError(f"Expected a kl_coef of at least 0, got {coef}: a negative one pays for divergence.")
+        self._coef = coef
 
     def update(self, kl: float) -> None:
         """Leave β as it is.
@@ -88,22 +100,41 @@ class AdaptiveKL:
     :param target: the KL divergence to hold, in nats per episode, greater than 0.
     :param gain: K. It is higher than in the paper, whose trainings have hundreds of rollouts where ours have tens. With
         the default K, β changes by at most 10 % per rollout.
-    :raises ValueError: if ``coef`` or ``target`` is not greater than 0.
+    :raises ValueError: if ``target`` or ``coef``, now or when it is set later, is not greater than 0 and finite.
     """
 
     def __init__(self, coef: float, target: float, gain: float = 0.5) -> None:
-        if target <= 0:
+        if not 0 < target < float("inf"):
             raise ValueError(f"Expected a target KL > 0 nats per episode, got {target}.")
-        if coef <= 0:
-            raise ValueError(f"Expected a kl_coef > 0 to start from, got {coef}: β is multiplied, and 0 would stay 0.")
         self.coef = coef
-        self._target = target
+        self.target = target
         self._gain = gain
+
+    @property
+    def coef(self) -> float:
+        """β."""
+        return self._coef
+
+    @coef.setter
+    def coef(self, coef: float) -> None:
+        if not 0 < coef < float("inf"):
+            raise ValueError(f"Expected a kl_coef > 0 to start from, got {coef}: β is multiplied, and 0 would stay 0.")
+        self._coef = coef
 
     def update(self, kl: float) -> None:
         """Adapt β to the latest rollout.
 
         :param kl: the KL divergence from the reference, in nats per episode, mean over the episodes of the rollout.
         """
-        error = min(max(kl / self._target - 1.0, -0.2), 0.2)
+        error = min(max(kl / self.target - 1.0, -0.2), 0.2)
         self.coef *= 1.0 + self._gain * error
+
+
+def kl_controller(coef: float, target: float | None) -> KLController:
+    """
+    :param coef: β, at the start.
+    :param target: the KL divergence to hold, in nats per episode; None for a constant β.
+    :return: the controller that the two describe.
+    :raises ValueError: as :class:`FixedKL` and :class:`AdaptiveKL`.
+    """
+    return FixedKL(coef) if target is None else AdaptiveKL(coef, target)

@@ -158,6 +158,7 @@ class CausalLMActorCritic(BasePolicy):
             self.value_head.double()
         self._actor_memo = PrefixCache(self.lm.backbone) if prefix_cache else None
         self._critic_memo = PrefixCache(critic) if prefix_cache and critic is not None else None
+        self._compared_with: TokenDistribution | None = None  # the latest reference's that is known to be the same
         self._build(lr_schedule)
 
     def _build(self, lr_schedule: Schedule) -> None:
@@ -198,8 +199,10 @@ class CausalLMActorCritic(BasePolicy):
         """
         assert isinstance(obs, Mapping)
         if "action_mask" in obs:
-            if (measured := getattr(obs, "distribution", None)) is not None:
+            measured = getattr(obs, "distribution", None)
+            if measured is not None and measured is not self._compared_with:
                 self.distribution.check_same(measured, "policy", "reference")
+                self._compared_with = measured
             input_ids, at = obs["input_ids"], packed_positions(obs)
         else:
             input_ids, at = share_prefixes(contexts_of(obs), self.lm.device)
@@ -261,6 +264,11 @@ class CausalLMActorCritic(BasePolicy):
             "context. Train it with PPO, or use RecurrentPPO('MultiInputLstmPolicy', env, "
             "policy_kwargs={'features_extractor_class': TokenFeatures})."
         )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        moved = super()._apply(fn, recurse)
+        self.clear_cache()  # which would otherwise keep the weights as they were until its next call
+        return moved
 
     def clear_cache(self) -> None:
         """Empty the cache of contexts. This is needed only after a change of weights that PyTorch does not register."""

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from learners import counted_forwards, make_env, make_model, make_policy, observation_of
-from transformers import AutoModelForCausalLM, MambaConfig
+from transformers import AutoModelForCausalLM, GPTNeoConfig, MambaConfig, MptConfig
 
 from agents.models.contexts import Contexts, contexts_of, share_prefixes
 from agents.models.prefix_cache import PrefixCache
@@ -113,7 +113,7 @@ def test_equal_contexts_in_several_rows_each_have_their_own_memory(backbone: tor
     with counted_forwards(backbone) as shapes:
         memo.last_hidden(contexts([5, 6, 1], [5, 6, 2], [5, 6]))
         memo.last_hidden(contexts([5, 6, 1, 4], [5, 6, 2, 4], [5, 6, 3]))
-    assert shapes == [(3, 1), (3, 1)]
+    assert shapes == [(3, 1), (1, 1), (3, 1)]  # the row that has waited reads its token apart
     assert_right(memo, backbone, [5, 6, 2, 4], [5, 6, 3], [5, 6, 1, 4])
 
 
@@ -147,6 +147,49 @@ def test_an_interrupted_call_leaves_nothing_half_written(backbone: torch.nn.Modu
         memo.last_hidden(contexts([5, 6, 1], [9, 9, 9]))  # one token for one row, a prefill for the other
     handle.remove()
     assert_right(memo, backbone, [5, 6, 2], [7, 8, 3])
+
+
+def test_storage_is_as_large_as_the_longest_context_asks_for_however_long_a_row_waits(
+    backbone: torch.nn.Module,
+) -> None:
+    memo = PrefixCache(backbone)
+    waiting, other = [7, 8], [5]
+    for step in range(400):
+        other = [5, step % 3] if len(other) > 20 else [*other, step % 5]
+        memo.last_hidden(contexts(waiting, other))
+    [block] = memo._blocks
+    assert block.visible.shape[1] <= 24 + 1 + 64
+    assert_right(memo, backbone, [*waiting, 3], [*other, 4])
+
+
+@pytest.mark.parametrize("kind", ["mpt", "gpt_neo"])
+def test_models_that_measure_distance_in_columns_are_right_after_a_wait_too(
+    kind: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    small: dict[str, Any] = {"vocab_size": 300, "bos_token_id": None, "eos_token_id": 0}
+    config = {
+        "mpt": lambda: MptConfig(d_model=32, n_heads=4, n_layers=2, max_seq_len=64, initializer_range=0.2, **small),
+        "gpt_neo": lambda: GPTNeoConfig(
+            hidden_size=32,
+            num_layers=2,
+            num_heads=4,
+            attention_types=[[["global", "local"], 1]],
+            window_size=8,
+            max_position_embeddings=64,
+            initializer_range=0.2,
+            **small,
+        ),
+    }[kind]()
+    backbone = AutoModelForCausalLM.from_config(config).eval().base_model
+    memo = PrefixCache(backbone)
+    assert memo.enabled == (kind == "mpt")
+    first, second = [5, 6, 7], [9, 8, 7]
+    for token in range(10, 16):
+        first = [*first, token]
+        assert_right(memo, backbone, first, second)
+    for token in range(20, 24):
+        first, second = [*first, token], [*second, token]
+        assert_right(memo, backbone, first, second)
 
 
 @given(st.lists(st.lists(few_tokens, min_size=1, max_size=5), min_size=1, max_size=6))
@@ -222,6 +265,32 @@ def test_a_frozen_model_remembers_while_another_is_trained() -> None:
         optimizer.step()
     assert read[frozen, 1] == [(1, 1)], "one new token"
     assert read[trained, 1] == [(1, 4)], "the whole context again"
+
+
+def test_a_step_that_was_taken_while_a_model_was_trainable_is_noticed_when_it_is_frozen_again() -> None:
+    backbone = make_model("llama").base_model
+    memo = PrefixCache(backbone)
+    optimizer = torch.optim.Adam(backbone.parameters(), lr=1e-2, fused=True)
+    for frozen in (True, False, True):
+        backbone.requires_grad_(not frozen)
+        if frozen:
+            assert_right(memo, backbone, [5, 6, 7])
+        else:
+            backbone(torch.tensor([[5, 6]])).last_hidden_state.sum().backward()
+            optimizer.step()
+
+
+def test_an_empty_memo_holds_no_weights() -> None:
+    """Replaced weights, or those of a model that has moved to another device, can be freed."""
+    policy = make_policy(make_env())
+    memo = policy._actor_memo
+    assert memo is not None
+    for empty in (policy.clear_cache, policy.double):
+        memo.last_hidden(contexts([5, 6]))
+        assert memo._weights._contents
+        empty()
+        assert memo._weights._contents == []
+        assert memo._weights._seen is None
 
 
 def test_a_model_of_very_few_tokens_is_remembered_too() -> None:
