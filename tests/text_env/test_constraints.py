@@ -411,10 +411,11 @@ def test_a_checkpoint_asks_again_for_a_constraint_by_name_or_live(tmp_path: Path
     policy_kwargs = {"model": save_model(tmp_path / "model")}
     for number, constraint in enumerate(("test_constraints:not_the_last_token_again", not_the_last_token_again)):
         directory = tmp_path / str(number)
-        make_ppo(policy_kwargs={**policy_kwargs, "constraint": constraint}).save(directory)
+        env = make_env(constraint=constraint)
+        make_ppo(env, policy_kwargs={**policy_kwargs, "constraint": constraint}).save(directory)
         with pytest.raises(ValueError, match=r"\['constraint'\] can't be written down .* policy_kwargs="):
-            PPO.load(directory, make_env())
-        again = PPO.load(directory, make_env(), policy_kwargs={"constraint": constraint})
+            PPO.load(directory, env)
+        again = PPO.load(directory, env, policy_kwargs={"constraint": constraint})
         assert again.policy.distribution.all_constraints is not_the_last_token_again
 
 
