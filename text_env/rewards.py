@@ -13,25 +13,39 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import deepcopy
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-from weakref import WeakValueDictionary
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from text_env.classifier_reward import (
+    REWARD_KWARGS,
+    SequenceClassifierReward,
+    reward_normalization,
+    shared_classifier,
+)
+from text_env.finished_texts import FinishedTexts, Messages, assistant_texts
 from text_env.imports import import_object, is_object_name
-from text_env.tokenization import Message
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Messages = list[Message]
-"""A conversation."""
-
-ASSISTANT = "assistant"
+__all__ = [
+    "KNOWN_REWARDS",
+    "REWARD_KWARGS",
+    "FinishedTexts",
+    "Messages",
+    "Normalized",
+    "Reward",
+    "RewardError",
+    "Sentiment",
+    "SequenceClassifierReward",
+    "WeightedSum",
+    "assistant_texts",
+    "make_reward",
+    "reward_name",
+    "reward_normalization",
+    "score",
+    "score_parts",
+]
 
 
 class Reward(Protocol):
@@ -51,98 +65,6 @@ class Reward(Protocol):
 
 class RewardError(RuntimeError):
     """A reward raised, or returned something other than one finite number per text."""
-
-
-@dataclass(frozen=True)
-class FinishedTexts:
-    """A batch of B finished texts (or, for a potential, of prefixes of texts), as rewards are given it.
-
-    :param prompts: B texts; for conversations the contents of their messages.
-    :param completions: B texts.
-    :param completion_ids: B lists of token ids.
-    :param columns: the other columns of the prompts by name, B values each.
-    :param messages: B conversations, if the prompts are conversations; rewards are given these instead of ``prompts``.
-    """
-
-    prompts: list[str]
-    completions: list[str]
-    completion_ids: list[list[int]]
-    columns: dict[str, list[Any]] = field(default_factory=dict)
-    messages: list[Messages] | None = None
-
-    def as_keywords(self) -> dict[str, Any]:
-        """
-        :return: the keyword arguments of a reward. The lists are fresh, so that a reward that edits its arguments
-            changes nothing for other rewards.
-        """
-        texts: dict[str, Any] = {"prompts": list(self.prompts), "completions": list(self.completions)}
-        if self.messages is not None:
-            texts["prompts"] = deepcopy(self.messages)
-            texts["completions"] = [[{"role": ASSISTANT, "content": text}] for text in self.completions]
-        return {
-            **texts,
-            "completion_ids": [list(ids) for ids in self.completion_ids],
-            **{column: list(values) for column, values in self.columns.items()},
-        }
-
-    @classmethod
-    def from_keywords(
-        cls,
-        prompts: Sequence[str | Messages],
-        completions: Sequence[str | Messages],
-        completion_ids: list[list[int]],
-        **columns: list[Any],
-    ) -> FinishedTexts:
-        """The inverse of :meth:`as_keywords`, for rewards that call other rewards with their own arguments.
-
-        :return: the batch of texts.
-        """
-        messages = [prompt for prompt in prompts if not isinstance(prompt, str)]
-        return cls(
-            [prompt if isinstance(prompt, str) else "\n".join(_contents(prompt)) for prompt in prompts],
-            _written(completions),
-            completion_ids,
-            columns,
-            messages or None,
-        )
-
-    def show(self, index: int) -> str:
-        """
-        :param index: the number of a text.
-        :return: the text as error messages show it.
-        """
-        prompt = self.prompts[index] if self.messages is None else self.messages[index]
-        return f"prompt {prompt!r}, completion {self.completions[index]!r}"
-
-
-def assistant_texts(prompts: Sequence[str | Messages], completions: Sequence[str | Messages]) -> list[str]:
-    """The texts to judge, for a scorer that takes plain texts and no roles.
-
-    :param prompts: B texts or B conversations, as a reward is given them.
-    :param completions: B texts or B lists of messages.
-    :return: B texts: prompt and completion together where the prompt is a plain text; the assistant's last turn where
-        it is a conversation, with the beginning of the turn if the prompt holds it.
-    """
-    openings = [prompt if isinstance(prompt, str) else _split_opening(prompt)[1] for prompt in prompts]
-    return [opening + text for opening, text in zip(openings, _written(completions), strict=True)]
-
-
-def _written(completions: Sequence[str | Messages]) -> list[str]:
-    return [text if isinstance(text, str) else "".join(_contents(text)) for text in completions]
-
-
-def _contents(messages: Messages) -> list[str]:
-    return [message["content"] for message in messages]
-
-
-def _split_opening(messages: Messages) -> tuple[Messages, str]:
-    """
-    :param messages: a conversation.
-    :return: the messages before the assistant's turn that is still open, and the text that this turn holds already.
-    """
-    if messages and messages[-1]["role"] == ASSISTANT:
-        return messages[:-1], messages[-1]["content"]
-    return messages, ""
 
 
 def reward_name(reward: Any) -> str:
@@ -286,193 +208,10 @@ class Sentiment:
         ]
 
 
-def reward_normalization(config: Any) -> tuple[float, float]:
-    """
-    :param config: the configuration of a reward model.
-    :return: the mean and the standard deviation that the model's scores are normalised with: ``reward_mean`` and
-        ``reward_std`` of the configuration, or 0 and 1.
-    """
-    return float(getattr(config, "reward_mean", 0.0)), float(getattr(config, "reward_std", 1.0))
-
-
-class SequenceClassifierReward:
-    """A Hugging Face sequence classifier as a reward. It has its own tokenizer, so it is given texts and not token ids.
-
-    The score of a text is the logit of a reward model with one output, or the log-odds of one label of a classifier
-    with several. If the model's configuration has ``reward_mean`` and ``reward_std``, scores are normalised with them.
-
-    :param model: a directory, a hub name, or a live model (which stays on its device and keeps its dtype).
-    :param tokenizer: a live tokenizer or its name; None means the tokenizer saved beside the model.
-    :param batch_size: the number of texts in a forward pass.
-    :param device: the device of the model. ``"auto"`` is CUDA if it is available, else the CPU.
-    :param dtype: the type of the weights: ``"float32"``, ``"bfloat16"``, …; ``"auto"`` is the type that the model was
-        saved in on CUDA, and float32 on a CPU, which has few kernels for half precision.
-    :param max_length: longer texts are cut to this number of tokens (on the tokenizer's truncation side). None cuts
-        nothing, so that a text that is too long for the model is an error rather than the score of another text.
-    :param label: the name or the index of the label whose log-odds are the score. With two labels the default is the
-        second.
-    :param chat_template: None: conversations are written in the chat template of the reward model's own tokenizer, or
-        if it has none, the assistant's last turn is scored; plain texts are scored as they are. True: plain texts are
-        written in the template too, as the turns of a user and an assistant. False: the template is never used. A text
-        that the template has written is tokenised without further special tokens, as TRL does.
-    :raises ValueError: if there is no such model, the label is missing or unknown, the tokenizer cannot pad, or a chat
-        template is asked for and the tokenizer has none.
-    """
-
-    def __init__(
-        self,
-        model: str | Path | PreTrainedModel,
-        tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
-        *,
-        batch_size: int = 16,
-        device: str = "auto",
-        dtype: str = "auto",
-        max_length: int | None = None,
-        label: str | int | None = None,
-        chat_template: bool | None = None,
-    ) -> None:
-        import torch
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-        for argument, number in (("batch_size", batch_size), ("max_length", 1 if max_length is None else max_length)):
-            if not isinstance(number, int | np.integer) or number < 1:
-                raise ValueError(f"Expected {argument} to be an integer of at least 1, got {number!r}.")
-        if dtype != "auto" and not isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype):
-            raise ValueError(f"Expected dtype to be 'auto' or one of PyTorch's, such as 'bfloat16', got {dtype!r}.")
-        if isinstance(model, str | Path):
-            self.name = Path(model).name
-            try:
-                target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-            except RuntimeError as error:
-                raise ValueError(f"Expected device to be 'auto' or one of PyTorch's; {device!r}: {error}") from error
-            if dtype == "auto" and target.type == "cpu":
-                dtype = "float32"
-            try:
-                loaded = AutoModelForSequenceClassification.from_pretrained(str(model), dtype=dtype)
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"Expected a directory or hub name of a Hugging Face sequence classifier, got {str(model)!r}, "
-                    f"which could not be loaded: {error}"
-                ) from error
-            self.model: PreTrainedModel = loaded.to(target)
-            tokenizer = str(model) if tokenizer is None else tokenizer
-        else:
-            self.name = type(model).__name__
-            self.model = model
-            if tokenizer is None:
-                raise ValueError("Expected the tokenizer of a live reward model, got None: pass tokenizer=.")
-        self.model.eval()
-        self.tokenizer: PreTrainedTokenizerBase = (
-            AutoTokenizer.from_pretrained(str(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
-        )
-        self.batch_size, self.max_length, self.chat_template = batch_size, max_length, chat_template
-        if chat_template and not self.tokenizer.chat_template:
-            raise ValueError(
-                f"Expected the tokenizer of reward {self.name!r} to have a chat template, since chat_template=True "
-                f"asks for it; it has none. Leave chat_template out to score texts as they are."
-            )
-        config = self.model.config
-        self.mean, self.std = reward_normalization(config)
-        self._label = self._label_index(label)
-        if self.tokenizer.pad_token_id is None:
-            if self.tokenizer.eos_token_id is None:
-                raise ValueError(
-                    f"Expected the tokenizer of reward {self.name!r} to have a pad or an eos token; it has none."
-                )
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        if config.pad_token_id is None:
-            # Classifiers made from decoders find the last token of a text by it, and refuse batches without it.
-            config.pad_token_id = self.tokenizer.pad_token_id
-
-    @property
-    def _blank(self) -> str:
-        """The text that is scored in place of an empty one, such as an empty turn: a model needs at least one token."""
-        if self.tokenizer("")["input_ids"]:
-            return ""  # this tokenizer adds a token itself
-        return str(self.tokenizer.bos_token or self.tokenizer.eos_token or self.tokenizer.pad_token)
-
-    def _label_index(self, label: str | int | None) -> int | None:
-        labels = self.model.config.id2label or {}
-        if len(labels) == 1:
-            return None
-        if label is None and len(labels) == 2:
-            return 1
-        ids: dict[Any, Any] = self.model.config.label2id or {}
-        index = ids.get(label, label)
-        if not isinstance(index, int) or index not in labels:
-            raise ValueError(
-                f"Reward {self.name!r} has {len(labels)} labels: expected label= to be one of {list(labels.values())} "
-                f"or its index, got {label!r}."
-            )
-        return index
-
-    @staticmethod
-    def _turns(prompt: str | Messages, completion: str) -> Messages:
-        """The whole conversation, which ends with the assistant's complete turn."""
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        before, opening = _split_opening(messages)
-        return [*before, {"role": ASSISTANT, "content": opening + completion}]
-
-    def __call__(
-        self, prompts: Sequence[str | Messages], completions: Sequence[str | Messages], **_: Any
-    ) -> list[float]:
-        import torch
-
-        conversational = any(not isinstance(prompt, str) for prompt in prompts)
-        template = bool(self.tokenizer.chat_template) if self.chat_template is None else self.chat_template
-        templated = template and (conversational or self.chat_template is True)
-        texts: list[str]
-        if templated:
-            turns = [self._turns(prompt, text) for prompt, text in zip(prompts, _written(completions), strict=True)]
-            texts = self.tokenizer.apply_chat_template(turns, tokenize=False)  # type: ignore[assignment]
-        else:
-            texts = [text or self._blank for text in assistant_texts(prompts, completions)]
-        # Texts of similar length in a batch need little padding.
-        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-        scores = np.empty(len(texts))
-        for first in range(0, len(order), self.batch_size):
-            chosen = order[first : first + self.batch_size]
-            inputs = self.tokenizer(
-                [texts[index] for index in chosen],
-                padding=True,
-                padding_side="right",
-                truncation=self.max_length is not None,
-                max_length=self.max_length,
-                add_special_tokens=not templated,  # the template has written them
-                return_tensors="pt",
-            ).to(self.model.device)
-            with torch.inference_mode():
-                logits = self.model(**inputs).logits.double()  # [B, labels]
-                values = logits[:, 0] if self._label is None else self._log_odds(logits, self._label)
-            scores[chosen] = values.cpu().numpy()
-        return ((scores - self.mean) / self.std).tolist()
-
-    @staticmethod
-    def _log_odds(logits: Any, label: int) -> Any:
-        others = [index for index in range(logits.shape[1]) if index != label]
-        return logits[:, label] - logits[:, others].logsumexp(dim=1)  # two labels: the difference of their logits
-
-
-# A classifier made by name is shared as long as it is in use: 64 scalar environments need one reward model, not 64.
-_shared: WeakValueDictionary[tuple[str, str], SequenceClassifierReward] = WeakValueDictionary()
-
-REWARD_KWARGS = ("batch_size", "device", "dtype", "max_length", "label", "chat_template")
-"""The arguments of :class:`SequenceClassifierReward` that :func:`make_reward` takes, for classifiers made by name."""
-
-
-def _classifier(model: str | Path, name: str | None = None, **kwargs: Any) -> SequenceClassifierReward:
-    key = (str(model), repr(sorted(kwargs.items())))
-    reward = _shared.get(key)
-    if reward is None:
-        reward = _shared[key] = SequenceClassifierReward(model, **kwargs)
-        reward.name = name or reward.name
-    return reward
-
-
 def _builtin(**kwargs: Any) -> SequenceClassifierReward:
     from text_env.builtin import REWARD_MODEL
 
-    return _classifier(REWARD_MODEL, "builtin", **kwargs)
+    return shared_classifier(REWARD_MODEL, "builtin", **kwargs)
 
 
 def _sentiment(**_: Any) -> Sentiment:
@@ -518,13 +257,13 @@ def _make_by_name(name: str, kwargs: Mapping[str, Any]) -> Any:
     if name in KNOWN_REWARDS:
         return KNOWN_REWARDS[name](**kwargs)
     if Path(name).is_dir():
-        return _classifier(name, **kwargs)
+        return shared_classifier(name, **kwargs)
     if "+" in name or "*" in name:
         return make_reward(_parse_sum(name), **kwargs)
     if is_object_name(name):
         return make_reward(import_object(name), **kwargs)
     if "/" in name:
-        return _classifier(name, **kwargs)
+        return shared_classifier(name, **kwargs)
     raise ValueError(
         f"Unknown reward {name!r}. Known names: {', '.join(KNOWN_REWARDS)}. Otherwise give a directory or hub name "
         f"('organisation/model') of a Hugging Face sequence classifier, 'module:function', a callable, or a weighted "

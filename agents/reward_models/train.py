@@ -41,9 +41,9 @@ from agents.policies.causal_lm_policy import load_policy
 from agents.reward_models.report import describe_margins, plot_calibration, plot_margins
 from agents.rollouts.sampling import sample_texts
 from text_env.builtin import LANGUAGE_MODEL
+from text_env.classifier_reward import SequenceClassifierReward, pool_by_attention_mask
 from text_env.preferences import Preference, Preferences, load_preferences
 from text_env.prompts import Prompts, load_prompts
-from text_env.rewards import SequenceClassifierReward
 from text_env.tokenization import Message, base_of_adapter, load_tokenizer, pretrained_name
 from text_env.vector_env import TextVectorEnv
 
@@ -284,7 +284,8 @@ def load_base(base: str, dtype: str, conversational: bool) -> tuple[PreTrainedMo
     :param base: ``"builtin"``, a directory or a hub name.
     :param dtype: of the weights.
     :param conversational: whether its tokenizer must have a chat template.
-    :return: a classifier of one label, its head new if the base has no such one, and a tokenizer that can pad.
+    :return: a classifier of one label, its head new if the base has no such one, and a tokenizer that can pad. A
+        classifier made from a decoder judges a text by the last token that the attention mask covers.
     :raises ValueError: if there is no such model, or its tokenizer can't be used.
     """
     name = str(LANGUAGE_MODEL) if base == "builtin" else base
@@ -312,6 +313,10 @@ def load_base(base: str, dtype: str, conversational: bool) -> tuple[PreTrainedMo
         if tokenizer.eos_token is None:
             raise ValueError(f"Expected the tokenizer of base {base!r} to have a pad or an eos token; it has none.")
         tokenizer.pad_token = tokenizer.eos_token
+    # Whoever loads the directory without the environment pads with the tokenizer's pad token.
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    # The pad token may be EOS, with which most conversations end: transformers would judge these by the token before.
+    pool_by_attention_mask(model)
     for name in ("reward_mean", "reward_std"):  # of a reward model whose training goes on
         if hasattr(model.config, name):
             delattr(model.config, name)
