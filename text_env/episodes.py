@@ -35,6 +35,21 @@ NO_ACTION = -1
 
 Observation = dict[str, NDArray[Any]]
 
+
+def unpaid(max_episode_steps: int, max_new_tokens: int) -> str:
+    """
+    :param max_episode_steps: the number of steps after which episodes are cut from outside.
+    :param max_new_tokens: the response budget, which is greater.
+    :return: why that is a mistake, as a message for the user.
+    """
+    return (
+        f"max_episode_steps={max_episode_steps} cuts episodes from outside, before their text is finished, which the "
+        f"budget of max_new_tokens={max_new_tokens} allows. The score of an unfinished text is never paid, so the "
+        f"reward of such an episode is 0. Leave max_episode_steps out (in gym.make, in register, and as "
+        f"gymnasium.wrappers.TimeLimit), and make the budget smaller instead: max_new_tokens={max_episode_steps}."
+    )
+
+
 # The keys that the final info has already; a metric of the same name would overwrite one of them.
 RESERVED_INFO = frozenset({"score", "prompt", "completion", "finish_reason", "final_obs", "final_info"})
 

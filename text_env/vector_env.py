@@ -13,9 +13,9 @@ from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from text_env.episodes import NO_ACTION, Episodes, EpisodesFace, Observation
+from text_env.episodes import NO_ACTION, Episodes, EpisodesFace, Observation, unpaid
 from text_env.rendering import METADATA, check_render_mode, render
-from text_env.settings import EpisodeSettings, takes_settings
+from text_env.settings import EpisodeSettings, check_integer, takes_settings
 
 
 class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDArray[Any]]):
@@ -183,6 +183,24 @@ class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDAr
         if len(seed) != self.num_envs:
             raise ValueError(f"Expected one seed, or a list of num_envs={self.num_envs} seeds, got {seed!r}.")
         return list(seed)
+
+
+def make_vector_env(num_envs: int = 1, max_episode_steps: int | None = None, **kwargs: Any) -> TextVectorEnv:
+    """The function that ``gym.make_vec("TextRLHF-v0")`` calls.
+
+    :param num_envs: number of rows.
+    :param max_episode_steps: Gymnasium's argument. Nothing cuts an episode here, so it must not be below
+        ``max_new_tokens``; None and -1 mean no limit.
+    :param kwargs: the other arguments of :class:`TextVectorEnv`.
+    :return: the vector environment.
+    :raises ValueError: if episodes would be cut.
+    """
+    env = TextVectorEnv(num_envs, **kwargs)
+    if max_episode_steps is not None and max_episode_steps != -1:
+        check_integer("max_episode_steps", max_episode_steps, 1)
+        if max_episode_steps < env.max_new_tokens:
+            raise ValueError(unpaid(max_episode_steps, env.max_new_tokens))
+    return env
 
 
 def plain(env: Any) -> TextVectorEnv:
