@@ -11,7 +11,7 @@ import numpy as np
 from gymnasium.wrappers import TimeLimit
 from numpy.typing import NDArray
 
-from text_env.episodes import Episodes, EpisodesFace, Observation, unpaid
+from text_env.episodes import Episodes, EpisodesFace, Observation, checked_options, checked_seed, unpaid
 from text_env.rendering import METADATA, check_render_mode, render
 from text_env.settings import EpisodeSettings, takes_settings
 
@@ -59,11 +59,11 @@ class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
         :param options: ``"prompt"`` (text or token ids) is used instead of a drawn prompt. ``"response"`` (text or
             token ids) is the beginning of the response: it counts against the budget and belongs to the completion.
         :return: observation, and info with ``prompt``.
-        :raises ValueError: if the prompt or the response cannot be used. The running episode is then as it was.
+        :raises ValueError: if the seed or an option cannot be used. The running episode is then as it was.
         """
-        asked = {name: None if value is None else [value] for name, value in (options or {}).items()}
+        asked = {name: None if value is None else [value] for name, value in checked_options(options).items()}
         openings = self.episodes.openings(1, asked)
-        super().reset(seed=seed)
+        super().reset(seed=checked_seed(seed))
         self._steps = 0
         if not self._warned:
             self._time_limit = self._outer_time_limit()

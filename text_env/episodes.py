@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from text_env.action_spaces import Tokens
 from text_env.constraints import Constraint, Contexts, MinimumLength, all_of, allowed_tokens, make_constraint
-from text_env.prompts import Prompt, Prompts, checked_ids
+from text_env.prompts import Prompt, Prompts, check_text, checked_ids
 from text_env.rewards import FinishedTexts, make_reward, score, score_parts
 from text_env.settings import EpisodeSettings, check_integer
 from text_env.shaping import PotentialShaping, make_shaping
@@ -52,6 +52,30 @@ def unpaid(max_episode_steps: int, max_new_tokens: int) -> str:
 
 # The keys that the final info has already; a metric of the same name would overwrite one of them.
 RESERVED_INFO = frozenset({"score", "prompt", "completion", "finish_reason", "final_obs", "final_info"})
+
+
+def checked_seed(seed: Any) -> int | None:
+    """
+    :param seed: an integer of at least 0, or None.
+    :return: the same as a plain ``int``, or None.
+    :raises ValueError: if it is neither.
+    """
+    if seed is None:
+        return None
+    if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or seed < 0:
+        raise ValueError(f"Expected a seed to be an integer of at least 0, or None, got {seed!r}.")
+    return int(seed)
+
+
+def checked_options(options: Any) -> dict[str, Any]:
+    """
+    :param options: the options of a reset: a mapping, or None.
+    :return: the same as a dictionary of its own.
+    :raises ValueError: if it is neither.
+    """
+    if not isinstance(options, Mapping | None):
+        raise ValueError(f"Expected the reset options to be a mapping from names to values, got {options!r}.")
+    return dict(options or {})
 
 
 class Opening(NamedTuple):
@@ -201,7 +225,7 @@ class Episodes:
         :raises ValueError: for another option or another number of entries, if a prompt is empty or overlong, or if a
             response is finished already.
         """
-        if unknown := sorted(set(options) - {"prompt", "response"}):
+        if unknown := sorted(set(options) - {"prompt", "response"}, key=str):
             raise ValueError(
                 f"Unknown reset options {unknown}; known are 'prompt', 'response' and, for n rows, 'reset_mask'."
             )
@@ -209,7 +233,8 @@ class Episodes:
         for name in ("prompt", "response"):
             values = options.get(name)
             entries[name] = [None] * count if values is None else values
-            if isinstance(values, str) or len(entries[name]) != count:
+            unordered = isinstance(values, str | bytes | Mapping) or not hasattr(entries[name], "__getitem__")
+            if unordered or getattr(values, "ndim", 1) == 0 or len(entries[name]) != count:
                 raise ValueError(
                     f"Expected options[{name!r}] to be a list with one entry for each of the {count} rows that are "
                     f"reset (None: nothing special), got {values!r}."
@@ -227,6 +252,7 @@ class Episodes:
         if response is None:
             return []
         if isinstance(response, str):
+            check_text(response, "the response")
             ids = list(self.tokenizer(response, add_special_tokens=False)["input_ids"])
         else:
             ids = checked_ids(response, self.vocabulary, "response")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
+import numpy as np
+
 from text_env.imports import import_object, is_object_name
-from text_env.tables import FORMATS, read_rows, table_format
+from text_env.tables import FORMATS, read_rows, rows_of, table_format
 from text_env.tokenization import Message, chat_ids, decode, is_conversation
 
 if TYPE_CHECKING:
@@ -15,9 +18,13 @@ if TYPE_CHECKING:
 
 OverlongPrompts = Literal["error", "truncate_left"]
 
-# Rewards are called with these keywords already ("completion" is TRL's name for a column of completions), so no column
-# of the prompts may have one of these names.
-RESERVED_COLUMNS = frozenset({"prompts", "completions", "completion_ids", "completion"})
+# Rewards are called with these keywords already ("completion" is TRL's name for a column of completions; the last three
+# are TRL's too), so no column of the prompts may have one of these names.
+RESERVED_COLUMNS = frozenset(
+    {"prompts", "completions", "completion_ids", "completion", "trainer_state", "log_extra", "log_metric"}
+)
+# No keyword of a method can be called so.
+METHOD_ARGUMENTS = frozenset({"self", "cls"})
 
 
 class Prompt(NamedTuple):
@@ -60,23 +67,23 @@ def load_prompts(spec: str | Path | Iterable[str | Mapping[str, Any]]) -> list[d
 
     :param spec: ``"builtin"`` (the training split) or ``"builtin:eval"``; a ``.jsonl``, ``.json``, ``.csv`` or
         ``.txt`` file, gzipped (``.gz``) or not, or a ``.parquet`` file; ``"module:function"``, which is called without
-        arguments; a list of strings; a list of mappings with the key ``"prompt"``, or a ``datasets.Dataset``, which
-        iterates as such a list. A prompt is a string or, as in TRL's conversational format, a list of messages
-        ``{"role": ..., "content": ...}``.
+        arguments; a list of strings; a list of mappings with the key ``"prompt"``; a ``datasets.Dataset``, a data
+        frame, an Arrow table or a mapping from names to columns, with a column ``"prompt"``. A prompt is a string or,
+        as in TRL's conversational format, a list of messages ``{"role": ..., "content": ...}``.
     :return: mappings with the key ``"prompt"``.
-    :raises ValueError: for an unknown name or file, an empty list, an entry without a prompt, or a list with both plain
-        and conversational prompts.
+    :raises ValueError: for an unknown name or file, an empty list, an entry without a prompt, a column whose name
+        cannot be a keyword of a reward, a prompt that is not Unicode text, or a list with both plain and conversational
+        prompts.
     """
     entries: Any = spec
     if isinstance(spec, str | Path):
         entries = _load_by_name(spec)
-    if isinstance(entries, Mapping) or not isinstance(entries, Iterable):
-        raise ValueError(
-            f"Expected prompts to be a name, a file, or a list of strings or of mappings with the key 'prompt'; "
-            f"{spec!r} gives {type(entries).__name__}."
-        )
     prompts: list[dict[str, Any]] = []
-    for number, entry in enumerate(entries):
+    try:
+        rows = rows_of(entries, "prompts", ["prompt"])
+    except ValueError as error:
+        raise ValueError(f"{error} ({spec!r} gives {type(entries).__name__}.)") from error
+    for number, entry in enumerate(rows):
         row = {"prompt": entry} if isinstance(entry, str) or is_conversation(entry) else entry
         prompt = row.get("prompt") if isinstance(row, Mapping) else None
         if not isinstance(prompt, str) and not is_conversation(prompt):
@@ -84,10 +91,8 @@ def load_prompts(spec: str | Path | Iterable[str | Mapping[str, Any]]) -> list[d
                 f"Expected prompt {number} to be a string or a mapping with a string 'prompt' (or, in place of the "
                 f"string, a list of messages {{'role': ..., 'content': ...}}), got {entry!r}."
             )
-        if clash := RESERVED_COLUMNS.intersection(row):
-            raise ValueError(
-                f"Prompt {number} has the column {min(clash)!r}, which rewards are given already: rename it."
-            )
+        _check_columns(number, row)
+        check_text(prompt, f"prompt {number}")
         prompts.append(dict(row))
     if not prompts:
         raise ValueError(f"Expected at least one prompt, got none from {spec!r}.")
@@ -97,6 +102,38 @@ def load_prompts(spec: str | Path | Iterable[str | Mapping[str, Any]]) -> list[d
             "[{'role': 'user', 'content': string}]."
         )
     return prompts
+
+
+def _check_columns(number: int, row: Mapping[Any, Any]) -> None:
+    for column in row:
+        if column is None:
+            raise ValueError(
+                f"Expected prompt {number} to have a value for each column, got more: {row[None]!r}. In a CSV file, "
+                "put texts with commas in quotes."
+            )
+        if not isinstance(column, str) or column in METHOD_ARGUMENTS:
+            raise ValueError(
+                f"Prompt {number} has the column {column!r}, but rewards are given columns by keyword, and no keyword "
+                "of theirs can be called so: rename it."
+            )
+        if column in RESERVED_COLUMNS:
+            raise ValueError(f"Prompt {number} has the column {column!r}, which rewards are given already: rename it.")
+
+
+def check_text(prompt: Any, what: str) -> None:
+    """
+    :param prompt: a text, or messages.
+    :param what: what it is, for the error message, for example ``"prompt 3"``.
+    :raises ValueError: if the text, or the content of a message, is not Unicode text.
+    """
+    for text in [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"Expected {what} to be Unicode text, got {text!r}, which has half of a surrogate pair at "
+                f"{error.start}: mend it where it was decoded, or drop it, text.encode(errors='ignore').decode()."
+            ) from error
 
 
 def _load_by_name(spec: str | Path) -> Any:
@@ -173,6 +210,7 @@ class Prompts(Sequence[Prompt]):
         """
         columns = dict.fromkeys(self.columns)
         if isinstance(prompt, str) or is_conversation(prompt):
+            check_text(prompt, "the prompt")
             return self._made(prompt, self._encode([prompt])[0], columns)
         ids = checked_ids(prompt, len(self.tokenizer), "prompt")  # type: ignore[arg-type]
         return self._made(decode(self.tokenizer, [ids])[0], ids, columns)
@@ -228,9 +266,19 @@ def checked_ids(token_ids: Sequence[int], vocabulary: int, what: str) -> list[in
     :param vocabulary: the number of tokens in the vocabulary.
     :param what: what the token ids belong to, for the error message.
     :return: the token ids as a plain list.
-    :raises ValueError: if one of them is outside the vocabulary.
+    :raises ValueError: if they are no integers, or one of them is outside the vocabulary.
     """
-    ids = [int(token) for token in token_ids]
+    # Not int(): it takes 1.5 and "5" too. And not a buffer of bytes: its items are integers, but hardly token ids.
+    try:
+        if isinstance(token_ids, str | bytes | bytearray | Mapping):
+            raise TypeError
+        ids = [operator.index(token) for token in token_ids if not isinstance(token, bool | np.bool_)]
+        if len(ids) != len(token_ids):
+            raise TypeError
+    except (TypeError, ValueError) as error:  # ValueError: an array with several numbers in each entry
+        raise ValueError(
+            f"Expected the {what} to be a text, or token ids, which are a list of integers; got {token_ids!r}."
+        ) from error
     if wrong := [token for token in ids if not 0 <= token < vocabulary]:
         raise ValueError(f"Expected the {what}'s token ids to lie in [0, {vocabulary}), got {wrong}.")
     return ids

@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from text_env.episodes import NO_ACTION, Episodes, EpisodesFace, Observation, unpaid
+from text_env.episodes import NO_ACTION, Episodes, EpisodesFace, Observation, checked_options, checked_seed, unpaid
 from text_env.rendering import METADATA, check_render_mode, render
 from text_env.settings import EpisodeSettings, check_integer, takes_settings
 
@@ -92,7 +92,7 @@ class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDAr
         :return: observations of all rows, and infos with ``prompt`` for the rows that were reset.
         :raises ValueError: if an option or a seed cannot be used. Nothing has then changed.
         """
-        options = dict(options or {})
+        options = checked_options(options)
         rows = self._masked_rows(options.pop("reset_mask", None))
         openings = self.episodes.openings(len(rows), options)
         seeds = self._seeds(seed)
@@ -178,11 +178,13 @@ class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDAr
     def _seeds(self, seed: int | Sequence[int | None] | None) -> list[int | None]:
         if seed is None:
             return [None] * self.num_envs
-        if isinstance(seed, int | np.integer):
-            return [int(seed) + row for row in range(self.num_envs)]
-        if len(seed) != self.num_envs:
-            raise ValueError(f"Expected one seed, or a list of num_envs={self.num_envs} seeds, got {seed!r}.")
-        return list(seed)
+        if isinstance(seed, list | tuple | np.ndarray):
+            if len(seed) != self.num_envs:
+                raise ValueError(f"Expected one seed, or a list of num_envs={self.num_envs} seeds, got {seed!r}.")
+            return [checked_seed(entry) for entry in seed]
+        first = checked_seed(seed)
+        assert first is not None
+        return [first + row for row in range(self.num_envs)]
 
 
 def make_vector_env(num_envs: int = 1, max_episode_steps: int | None = None, **kwargs: Any) -> TextVectorEnv:
