@@ -21,7 +21,7 @@ class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
 
     **Observation**: a ``Dict`` of ``input_ids`` int64 [L] (prompt, response so far, padding), ``attention_mask`` int8
     [L] and ``prompt_length`` int64 [1], with L = ``max_prompt_tokens + max_new_tokens``.
-    **Action**: ``Discrete(V)``, the next token, with V = ``len(tokenizer)``.
+    **Action**: ``Discrete(V)``, the next token, with V = the largest token id + 1.
     **Reward**: the score of the text at the last step, 0 before it; ``shaping`` pays the earlier steps too.
     **End**: EOS, a stop string and a spent budget all *terminate* the episode, since the budget is part of the task.
     The environment never truncates. A ``TimeLimit`` around it, which is what ``gym.make(..., max_episode_steps=)``

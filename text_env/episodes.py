@@ -25,7 +25,7 @@ from text_env.rewards import FinishedTexts, make_reward, score, score_parts
 from text_env.settings import EpisodeSettings, check_integer
 from text_env.shaping import PotentialShaping, make_shaping
 from text_env.streams import TokenStream
-from text_env.tokenization import decode, decode_completions, load_tokenizer
+from text_env.tokenization import decode, decode_completions, load_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,7 +102,7 @@ class Episodes:
         settings.check()
         self.n = n
         self.tokenizer = load_tokenizer(settings.tokenizer)
-        self.vocabulary = len(self.tokenizer)
+        self.vocabulary = vocabulary_size(self.tokenizer)
         self.eos_token_id = int(self.tokenizer.eos_token_id)
         pad = self.tokenizer.pad_token_id
         self.pad_token_id = self.eos_token_id if pad is None else int(pad)

@@ -11,7 +11,15 @@ import numpy as np
 
 from text_env.imports import import_object, is_object_name
 from text_env.tables import FORMATS, read_rows, rows_of, table_format
-from text_env.tokenization import Message, chat_ids, decode, is_conversation
+from text_env.tokenization import (
+    Message,
+    appended_ids,
+    chat_prompt,
+    decode,
+    is_conversation,
+    vocabulary_size,
+    without_end,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,12 +39,13 @@ class Prompt(NamedTuple):
     """One prompt, ready to start an episode.
 
     :param text: the prompt as the user gave it, or what truncation has left of it; for a conversation, the contents of
-        its messages.
+        its messages. An EOS at its end is no part of it.
     :param token_ids: the prompt's tokens, at least one and at most ``max_prompt_tokens``.
     :param decoded: the token ids decoded again, which need not equal ``text`` (a tokenizer may change case or spaces).
     :param columns: the other columns that the data set has for this prompt; rewards are given them by keyword.
-    :param messages: the conversation that ``token_ids`` encode in the chat template; None if the prompt is a plain
-        text. Rewards are given the messages if there are any, else ``text``.
+    :param messages: the conversation that ``token_ids`` encode in the chat template, as the template has written it
+        (many trim spaces); None if the prompt is a plain text. Rewards are given the messages if there are any, else
+        ``text``, so that they judge what the policy has seen.
     """
 
     text: str
@@ -153,6 +162,10 @@ def _load_by_name(spec: str | Path) -> Any:
 class Prompts(Sequence[Prompt]):
     """A set of prompts, tokenised.
 
+    A prompt never ends in EOS, after which a policy has nothing to write. Whatever tokens the tokenizer itself appends
+    to a text (EOS, ``[SEP]``) are dropped, and so are EOS tokens at the end of the text, of the chat template or of
+    given token ids.
+
     :param spec: the set of prompts, as :func:`load_prompts` takes it.
     :param tokenizer: the tokenizer. It is called on the plain text, so that it adds its BOS if it has one.
     :param max_prompt_tokens: the length of the longest prompt allowed, in tokens.
@@ -189,9 +202,10 @@ class Prompts(Sequence[Prompt]):
         # Rewards get the same columns whatever the batch holds, so a row that lacks one has None there.
         self.columns = tuple(dict.fromkeys(key for row in rows for key in row if key != "prompt"))
         prompts = [row["prompt"] for row in rows]
+        self._appended = appended_ids(tokenizer)
         self._prompts = [
-            self._made(prompt, ids, {column: row.get(column) for column in self.columns})
-            for prompt, ids, row in zip(prompts, self._encode(prompts), rows, strict=True)
+            self._made(*encoded, {column: row.get(column) for column in self.columns})
+            for encoded, row in zip(self._encode(prompts), rows, strict=True)
         ]
 
     def __len__(self) -> int:
@@ -211,24 +225,40 @@ class Prompts(Sequence[Prompt]):
         columns = dict.fromkeys(self.columns)
         if isinstance(prompt, str) or is_conversation(prompt):
             check_text(prompt, "the prompt")
-            return self._made(prompt, self._encode([prompt])[0], columns)
-        ids = checked_ids(prompt, len(self.tokenizer), "prompt")  # type: ignore[arg-type]
-        return self._made(decode(self.tokenizer, [ids])[0], ids, columns)
+            return self._made(*self._encode([prompt])[0], columns)
+        ids = without_end(self.tokenizer, checked_ids(prompt, vocabulary_size(self.tokenizer), "prompt"))  # type: ignore[arg-type]
+        text = decode(self.tokenizer, [ids])[0]
+        return self._made(text, ids, _messages(text) if self.conversational else None, columns)
 
-    def _encode(self, prompts: Sequence[Any]) -> list[list[int]]:
+    def _encode(self, prompts: Sequence[Any]) -> list[tuple[str, list[int], list[Message] | None]]:
+        """For each prompt its text, its token ids, and its messages if it is a conversation."""
         if self.conversational:
-            return [chat_ids(self.tokenizer, _messages(prompt)) if prompt else [] for prompt in prompts]
+            return [self._encode_chat(_messages(prompt)) if prompt else ("", [], None) for prompt in prompts]
         if conversations := [prompt for prompt in prompts if not isinstance(prompt, str)]:
             raise ValueError(
                 f"Expected a string or token ids as a prompt, since the others are plain texts; got {conversations[0]}."
             )
-        # An empty text is refused even if the tokenizer adds a BOS to it. The BOS alone can be given as a token id.
         encoded = self.tokenizer(list(prompts))["input_ids"]
-        return [list(ids) if prompt else [] for prompt, ids in zip(prompts, encoded, strict=True)]
+        return [self._ended(prompt, list(ids)) for prompt, ids in zip(prompts, encoded, strict=True)]
 
-    def _made(self, prompt: Any, ids: list[int], columns: Mapping[str, Any]) -> Prompt:
-        messages = _messages(prompt) if self.conversational else None
-        text = prompt if messages is None else _said(messages)
+    def _encode_chat(self, messages: list[Message]) -> tuple[str, list[int], list[Message] | None]:
+        ids, seen = chat_prompt(self.tokenizer, messages)
+        return _said(seen), without_end(self.tokenizer, ids), seen
+
+    def _ended(self, text: str, ids: list[int]) -> tuple[str, list[int], None]:
+        """A plain text and its token ids, without what the tokenizer appends and without EOS at the end."""
+        if self._appended and ids[-len(self._appended) :] == self._appended:
+            ids = ids[: -len(self._appended)]
+        kept = without_end(self.tokenizer, ids)
+        if len(kept) < len(ids):  # the text itself ends with EOS, which the policy is not shown
+            eos = str(self.tokenizer.eos_token)
+            while text.rstrip().endswith(eos):
+                text = text.rstrip().removesuffix(eos)
+            text = text if text.strip() else ""
+        # An empty text is refused even if the tokenizer adds a BOS to it. The BOS alone can be given as a token id.
+        return text, kept if text else [], None
+
+    def _made(self, text: str, ids: list[int], messages: list[Message] | None, columns: Mapping[str, Any]) -> Prompt:
         text, ids = self._fit(text, ids)
         return Prompt(text, ids, decode(self.tokenizer, [ids])[0], columns, messages)
 

@@ -12,7 +12,11 @@ import numpy as np
 import pandas
 import pyarrow
 import pytest
+from tiny import tiny_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
+from text_env.env import TextEnv
 from text_env.prompts import Prompts, load_prompts
 
 ROWS = [{"prompt": "The movie", "answer": "a"}, {"prompt": "I loved, really", "answer": "b"}]
@@ -209,3 +213,69 @@ def test_a_row_without_a_column_that_others_have_has_none_there(tokenizer: Any) 
     prompts = Prompts([{"prompt": "The", "a": 1}, {"prompt": "movie", "b": 2}], tokenizer, 8)
     assert [dict(prompt.columns) for prompt in prompts] == [{"a": 1, "b": None}, {"a": None, "b": 2}]
     assert dict(prompts.make("I").columns) == {"a": None, "b": None}
+
+
+# The end of a prompt
+
+
+def ending_tokenizer(template: str, eos: str = "[SEP]", bos: str | None = None) -> PreTrainedTokenizerFast:
+    """Whole words, and special tokens around them as the template says."""
+    words = ["[CLS]", "[SEP]", "[EOS]", "[UNK]", "The", "movie"]
+    ids = {word: index for index, word in enumerate(words)}
+    inner = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = [(word, ids[word]) for word in ("[CLS]", "[SEP]", "[EOS]")]
+    inner.post_processor = processors.TemplateProcessing(template, None, special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token=eos, bos_token=bos, unk_token="[UNK]", extra_special_tokens=["[CLS]", "[SEP]"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "kept"),
+    [
+        ("$A [SEP]", "[SEP]", [4, 5]),
+        ("[CLS] $A [SEP]", "[SEP]", [0, 4, 5]),
+        ("[CLS] $A [SEP]", "[EOS]", [0, 4, 5]),
+        ("[CLS] $A [SEP] [EOS]", "[EOS]", [0, 4, 5]),
+        ("[CLS] $A [EOS] [SEP]", "[EOS]", [0, 4, 5]),
+        ("[SEP] $A", "[SEP]", [1, 4, 5]),
+        ("$A", "[SEP]", [4, 5]),
+    ],
+)
+def test_a_prompt_never_ends_in_what_a_tokenizer_appends(template: str, eos: str, kept: list[int]) -> None:
+    tokenizer = ending_tokenizer(template, eos)
+    prompts = Prompts(["The movie", f"The movie {eos} {eos}"], tokenizer, 8)
+    assert [prompt.token_ids for prompt in prompts] == [kept, kept]
+    assert [prompt.text.strip() for prompt in prompts] == ["The movie"] * 2
+    assert prompts.make("The movie").token_ids == kept
+    assert prompts.make([4, 5, tokenizer.eos_token_id, tokenizer.eos_token_id]).token_ids == [4, 5]
+    env = TextEnv(tokenizer=tokenizer, prompts=["The movie"], reward=len, max_prompt_tokens=8)
+    for given in ("The movie", [*kept, tokenizer.eos_token_id]):
+        observation, _ = env.reset(options={"prompt": given})
+        assert observation["input_ids"][: observation["prompt_length"][0]].tolist() == kept
+
+
+@pytest.mark.parametrize("prompt", ["[SEP]", "[SEP] [SEP]", [1], [1, 1]])
+def test_a_prompt_of_nothing_but_ends_is_empty(prompt: Any) -> None:
+    prompts = Prompts(["The"], ending_tokenizer("[CLS] $A [SEP]"), 8)
+    with pytest.raises(ValueError, match="Expected a prompt of at least one token"):
+        prompts.make(prompt)
+
+
+def test_a_lone_bos_begins_a_text_although_it_is_eos_as_well() -> None:
+    prompts = Prompts(["The"], ending_tokenizer("$A", bos="[SEP]"), 8)
+    assert prompts.make([1]).token_ids == prompts.make([1, 1]).token_ids == [1]
+
+
+def test_a_cut_prompt_keeps_its_last_words_and_not_the_end_behind_them() -> None:
+    prompts = Prompts(["The The movie"], ending_tokenizer("[CLS] $A [SEP]"), 2, "truncate_left")
+    assert prompts[0].token_ids == [4, 5]
+
+
+def test_a_chat_templates_last_eos_is_dropped() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+    prompts = Prompts(["The movie"], tokenizer, 64)
+    assert tokenizer.decode(prompts[0].token_ids) == "[user]The movie"
+    assert tokenizer.decode(prompts.make([{"role": "user", "content": "I"}] * 2).token_ids) == "[user]I<eos>[user]I"
