@@ -11,6 +11,7 @@ tokens in the vocabulary; k of the n rows, where a method works on some of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gymnasium as gym
@@ -20,8 +21,9 @@ from numpy.typing import NDArray
 
 from text_env.action_spaces import Tokens
 from text_env.constraints import Constraint, Contexts, MinimumLength, all_of, allowed_tokens, make_constraint
+from text_env.finished_texts import FinishedTexts, LoggedByRewards, TrainerState
 from text_env.prompts import Prompt, Prompts, check_text, checked_ids
-from text_env.rewards import FinishedTexts, make_reward, score, score_parts
+from text_env.rewards import make_reward, score, score_parts
 from text_env.settings import EpisodeSettings, check_integer
 from text_env.shaping import PotentialShaping, make_shaping
 from text_env.streams import TokenStream
@@ -128,6 +130,7 @@ class Episodes:
         options = dict(settings.reward_kwargs or {})
         self.reward = make_reward(settings.reward, **options)
         self.metrics = {name: make_reward(metric, **options) for name, metric in (settings.metrics or {}).items()}
+        self.trainer_state = TrainerState()
         self.shaping: PotentialShaping | None = make_shaping(settings.shaping, **options)
         if clash := sorted(name for name in self.metrics if name in RESERVED_INFO or name.startswith(("_", "reward/"))):
             raise ValueError(f"Expected metrics to have names that the final info does not use yet, got {clash}.")
@@ -385,7 +388,9 @@ class Episodes:
         :return: scores float64 [k], and the final info of each row.
         :raises text_env.rewards.RewardError: if a reward fails.
         """
-        texts = self._texts(rows, self._streams(rows, tokens))
+        logged = LoggedByRewards(len(rows), {*RESERVED_INFO, *self.metrics})
+        extras = {"trainer_state": self.trainer_state, "log_metric": logged.metric, "log_extra": logged.extra}
+        texts = replace(self._texts(rows, self._streams(rows, tokens)), extras=extras)
         numbers = score_parts(self.reward, texts)
         numbers |= {name: score(metric, texts) for name, metric in self.metrics.items()}
         infos = [
@@ -393,7 +398,9 @@ class Episodes:
                 "prompt": texts.prompts[index],
                 "completion": texts.completions[index],
                 "finish_reason": reason,
-                **{name: float(values[index]) for name, values in numbers.items()},
+                # A part of a weighted sum that does not apply to a text has no number there.
+                **{name: float(values[index]) for name, values in numbers.items() if not np.isnan(values[index])},
+                **logged.of(index),
             }
             for index, reason in enumerate(reasons)
         ]

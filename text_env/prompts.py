@@ -202,7 +202,9 @@ class Prompts(Sequence[Prompt]):
         # Rewards get the same columns whatever the batch holds, so a row that lacks one has None there.
         self.columns = tuple(dict.fromkeys(key for row in rows for key in row if key != "prompt"))
         prompts = [row["prompt"] for row in rows]
-        self._appended = appended_ids(tokenizer)
+        self._appended: list[int] = []
+        if not self.conversational and (text := next(filter(None, prompts), None)) is not None:
+            self._appended = appended_ids(tokenizer, text)
         self._prompts = [
             self._made(*encoded, {column: row.get(column) for column in self.columns})
             for encoded, row in zip(self._encode(prompts), rows, strict=True)

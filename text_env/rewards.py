@@ -2,8 +2,9 @@
 
 A reward is any callable that takes a whole batch by keyword and returns one number per text. This is the signature of
 TRL's reward functions: ``reward(prompts=[str], completions=[str], completion_ids=[list[int]], **columns)``. Prompts and
-completions of conversations are lists of messages, as in TRL. Every reward is called through :func:`score`, so that a
-NaN, a wrong length or an exception never becomes a silent 0.
+completions of conversations are lists of messages, as in TRL. A reward that takes ``trainer_state``, ``log_metric`` or
+``log_extra`` is given these as well, and an ``async def`` is run. Every reward is called through :func:`score`, so that
+a NaN, a wrong length or an exception never becomes a silent 0.
 
 Notation: B texts in a batch.
 """
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +27,8 @@ from text_env.classifier_reward import (
     reward_normalization,
     shared_classifier,
 )
-from text_env.finished_texts import FinishedTexts, Messages, assistant_texts
+from text_env.coroutines import run_coroutine
+from text_env.finished_texts import TRL_EXTRAS, FinishedTexts, Messages, TrainerState, assistant_texts
 from text_env.imports import import_object, is_object_name
 
 __all__ = [
@@ -45,20 +48,21 @@ __all__ = [
     "reward_normalization",
     "score",
     "score_parts",
+    "score_where_it_applies",
 ]
 
 
 class Reward(Protocol):
     """The call that every reward takes. A function that names only some of the keywords needs ``**kwargs`` as well."""
 
-    def __call__(self, **batch: Any) -> Iterable[float]:
+    def __call__(self, **batch: Any) -> Iterable[float | None] | Awaitable[Iterable[float | None]]:
         """
         :param prompts: B texts, or B conversations.
         :param completions: what the policy wrote after each prompt: B texts, or for conversations B lists of a single
             assistant's message. If a prompt ends with an assistant's message, the completion continues that message.
         :param completion_ids: B lists of token ids of the environment's tokenizer, EOS included.
         :param columns: the other columns of the prompts, B values each.
-        :return: B finite numbers.
+        :return: B finite numbers. None in place of one says that the reward does not apply to that text.
         """
         ...
 
@@ -83,9 +87,29 @@ def score(reward: Any, texts: FinishedTexts) -> NDArray[np.float64]:
     :return: the scores, float64 [B], finite.
     :raises RewardError: if the reward fails. The error names the reward, the text and what was wrong.
     """
+    scores = score_where_it_applies(reward, texts)
+    if (missing := np.flatnonzero(np.isnan(scores))).size:
+        raise RewardError(
+            f"Reward {reward_name(reward)!r} must return numbers, but returned None for: "
+            f"{texts.show(int(missing[0]))}. None says that a reward does not apply to a text; some reward has to: in "
+            f"a weighted sum, another part."
+        )
+    return scores
+
+
+def score_where_it_applies(reward: Any, texts: FinishedTexts) -> NDArray[np.float64]:
+    """As :func:`score`, but a reward may return None for a text that it does not apply to, as in TRL.
+
+    :param reward: any reward.
+    :param texts: B finished texts.
+    :return: the scores, float64 [B], finite; NaN for None.
+    :raises RewardError: if the reward fails.
+    """
     name, expected = reward_name(reward), len(texts.prompts)
     try:
-        returned = reward(**texts.as_keywords())
+        returned = reward(**texts.as_keywords(), **_extras(reward, texts))
+        if inspect.isawaitable(returned):
+            returned = run_coroutine(returned)
     except RewardError:
         raise  # the error of a part of a weighted sum names that part already
     except Exception as error:
@@ -94,31 +118,72 @@ def score(reward: Any, texts: FinishedTexts) -> NDArray[np.float64]:
             f"Reward {name!r} raised {type(error).__name__}: {error}.{hint} It was called with {expected} texts, "
             f"the first being: {texts.show(0)}."
         ) from error
+    values = _listed(name, returned, texts)
+    if len(values) != expected:
+        got = "more" if len(values) > expected else str(len(values))
+        raise RewardError(
+            f"Reward {name!r} must return one number per text: expected {expected}, got {got}. The first text was: "
+            f"{texts.show(0)}."
+        )
+    return np.array([_number(name, value, texts, index) for index, value in enumerate(values)], np.float64)
+
+
+def _extras(reward: Any, texts: FinishedTexts) -> dict[str, Any]:
+    """Those of TRL's extra keywords that a reward takes, by name or by ``**kwargs``."""
     try:
-        values = list(returned)
-    except TypeError as error:
+        parameters = inspect.signature(reward).parameters.values()
+    except (TypeError, ValueError):  # some functions that are not written in Python
+        return {}
+    names = {parameter.name for parameter in parameters}
+    if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
+        names |= set(TRL_EXTRAS)
+    unheard = {"trainer_state": TrainerState(), "log_metric": lambda *_: None, "log_extra": lambda *_: None}
+    return {name: value for name, value in {**unheard, **texts.extras}.items() if name in names}
+
+
+def _listed(name: str, returned: Any, texts: FinishedTexts) -> list[Any]:
+    """What a reward returned, as a list of at most one value more than there are texts."""
+    expected, values = len(texts.prompts), list[Any]()
+    # These would be read as their keys, in any order, or as their characters.
+    if isinstance(returned, Mapping | AbstractSet | str | bytes | bytearray) or not hasattr(returned, "__iter__"):
         raise RewardError(
             f"Reward {name!r} must return a list of {expected} numbers, one per text, but returned {returned!r} for: "
             f"{texts.show(0)}."
-        ) from error
-    if len(values) != expected:
-        raise RewardError(
-            f"Reward {name!r} must return one number per text: expected {expected}, got {len(values)}. The first text "
-            f"was: {texts.show(0)}."
         )
-    scores = np.empty(expected)
-    for index, value in enumerate(values):
-        try:
-            scores[index] = number = float(value)
-        except (TypeError, ValueError) as error:
-            raise RewardError(
-                f"Reward {name!r} must return numbers, but returned {value!r} for: {texts.show(index)}."
-            ) from error
-        if not math.isfinite(number):
-            raise RewardError(
-                f"Reward {name!r} must return finite numbers, but returned {number} for: {texts.show(index)}."
-            )
-    return scores
+    try:
+        for value in returned:
+            values.append(value)
+            if len(values) > expected:
+                break
+    except RewardError:
+        raise
+    except Exception as error:
+        if not values and isinstance(error, TypeError):  # an array of no dimension has __iter__ all the same
+            reason = f"must return a list of {expected} numbers, one per text, but returned {returned!r}"
+        else:
+            reason = f"raised {type(error).__name__} after {len(values)} of {expected} numbers: {error}"
+        raise RewardError(f"Reward {name!r} {reason} for: {texts.show(min(len(values), expected - 1))}.") from error
+    return values
+
+
+def _number(name: str, value: Any, texts: FinishedTexts, index: int) -> float:
+    if value is None:
+        return math.nan
+    try:
+        # float() takes the string "1", and some arrays of one number too.
+        if isinstance(value, str | bytes | bytearray) or getattr(value, "shape", None):
+            raise TypeError("no number")
+        number = float(value.detach() if hasattr(value, "detach") else value)
+    except OverflowError:
+        number = math.inf
+    except Exception as error:  # whatever somebody's __float__ raises
+        raise RewardError(
+            f"Reward {name!r} must return numbers, but returned {value!r} for: {texts.show(index)}."
+        ) from error
+    if not math.isfinite(number):
+        shown = number if isinstance(value, float) or not isinstance(value, int) else "an integer beyond every float"
+        raise RewardError(f"Reward {name!r} must return finite numbers, but returned {shown} for: {texts.show(index)}.")
+    return number
 
 
 def score_parts(reward: Any, texts: FinishedTexts) -> dict[str, NDArray[np.float64]]:
@@ -127,17 +192,23 @@ def score_parts(reward: Any, texts: FinishedTexts) -> dict[str, NDArray[np.float
     :param reward: any reward.
     :param texts: B finished texts.
     :return: ``{"score": float64 [B]}``, and for a weighted sum also ``"reward/<name>"``, the unweighted scores of each
-        part.
+        part, NaN where the part does not apply to a text.
     :raises RewardError: if a reward fails, as in :func:`score`.
     """
     if not isinstance(reward, WeightedSum):
         return {"score": score(reward, texts)}
-    parts = {name: score(part, texts) for name, part in reward.rewards.items()}
-    return {"score": reward.combine(parts)} | {f"reward/{name}": values for name, values in parts.items()}
+    parts: dict[str, NDArray[np.float64]] = {}
+
+    def add_up(**batch: Any) -> list[float | None]:
+        parts.update(reward.scores(batch))
+        return reward.combine(parts)
+
+    add_up.name = reward.name  # type: ignore[attr-defined]
+    return {"score": score(add_up, texts)} | {f"reward/{name}": values for name, values in parts.items()}
 
 
 class WeightedSum:
-    """The weighted sum of several rewards.
+    """The weighted sum of several rewards. A part that returns None for a text is left out of the sum of that text.
 
     :param parts: each part by its name, as a pair of a reward and its weight. The names appear in the final info as
         ``reward/<name>``.
@@ -153,16 +224,26 @@ class WeightedSum:
             raise ValueError(f"Expected finite weights, got {wrong}.")
         self.name = "+".join(f"{weight:g}*{name}" for name, weight in self.weights.items())
 
-    def __call__(self, **batch: Any) -> list[float]:
-        texts = FinishedTexts.from_keywords(**batch)
-        return self.combine({name: score(part, texts) for name, part in self.rewards.items()}).tolist()
+    def __call__(self, **batch: Any) -> list[float | None]:
+        return self.combine(self.scores(batch))
 
-    def combine(self, parts: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
+    def scores(self, batch: Mapping[str, Any]) -> dict[str, NDArray[np.float64]]:
         """
-        :param parts: the unweighted scores of each part by its name, float64 [B] each.
-        :return: the weighted sums, float64 [B].
+        :param batch: the keyword arguments of a reward.
+        :return: the unweighted scores of each part by its name, float64 [B] each; NaN for None.
         """
-        return np.sum([self.weights[name] * values for name, values in parts.items()], axis=0)
+        texts = FinishedTexts.from_keywords(**batch)
+        return {name: score_where_it_applies(part, texts) for name, part in self.rewards.items()}
+
+    def combine(self, parts: Mapping[str, NDArray[np.float64]]) -> list[float | None]:
+        """
+        :param parts: what :meth:`scores` returns.
+        :return: B weighted sums; None where no part applies.
+        """
+        weighted = np.array([self.weights[name] * values for name, values in parts.items()])
+        sums = np.where(np.isnan(weighted), 0.0, weighted).sum(axis=0)
+        nothing = np.isnan(weighted).all(axis=0)
+        return [None if none else total for none, total in zip(nothing.tolist(), sums.tolist(), strict=True)]
 
 
 class Normalized:
@@ -181,9 +262,9 @@ class Normalized:
         self.mean, self.std = mean, std
         self.name = f"normalized({reward_name(self.reward)})"
 
-    def __call__(self, **batch: Any) -> list[float]:
-        values = score(self.reward, FinishedTexts.from_keywords(**batch))
-        return ((values - self.mean) / self.std).tolist()
+    def __call__(self, **batch: Any) -> list[float | None]:
+        values = score_where_it_applies(self.reward, FinishedTexts.from_keywords(**batch))
+        return [None if math.isnan(value) else (value - self.mean) / self.std for value in values.tolist()]
 
 
 class Sentiment:
@@ -232,7 +313,7 @@ def make_reward(spec: Any, **kwargs: Any) -> Any:
         is made by name. They mean nothing to other rewards.
     :return: a callable with the signature of :class:`Reward`.
     :raises ValueError: for an unknown name or keyword; the error lists the known ones.
-    :raises TypeError: if the reward is not callable, or is a coroutine function.
+    :raises TypeError: if the reward is not callable.
     """
     if unknown := sorted(set(kwargs) - set(REWARD_KWARGS)):
         raise ValueError(f"Unknown reward_kwargs {unknown}; known are {', '.join(map(repr, REWARD_KWARGS))}.")
@@ -248,8 +329,6 @@ def make_reward(spec: Any, **kwargs: Any) -> Any:
         return _make_by_name(str(spec), kwargs)
     if not callable(spec):
         raise TypeError(f"Expected a reward to be a callable, a name or a mapping of names to weights, got {spec!r}.")
-    if inspect.iscoroutinefunction(spec) or inspect.iscoroutinefunction(getattr(spec, "__call__", None)):  # noqa: B004
-        raise TypeError(f"Expected reward {reward_name(spec)!r} to be an ordinary function, got a coroutine function.")
     return spec
 
 

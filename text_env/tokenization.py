@@ -116,12 +116,12 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max([*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder], default=-1) + 1
 
 
-def appended_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def appended_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """
     :param tokenizer: any tokenizer.
+    :param text: a text that it can encode, not empty.
     :return: the special tokens that it writes behind a text, such as EOS or ``[SEP]``.
     """
-    text = "a"
     bare, whole = (list(tokenizer(text, add_special_tokens=special)["input_ids"]) for special in (False, True))
     for end in range(len(whole), len(bare) - 1, -1):
         if bare and whole[end - len(bare) : end] == bare:
