@@ -42,7 +42,7 @@ __all__ = [
 register(
     id="TextRLHF-v0",
     entry_point="text_env.env:TextEnv",
-    vector_entry_point="text_env.vector_env:TextVectorEnv",
+    vector_entry_point="text_env.vector_env:make_vector_env",
 )
 register(
     id=CONTINUOUS_ID,

@@ -25,7 +25,7 @@ from text_env.episodes import NO_ACTION, Observation
 from text_env.rewards import FinishedTexts, score
 from text_env.shaping import PotentialShaping
 from text_env.streams import TokenStream
-from text_env.tokenization import decode, decode_completions
+from text_env.tokenization import decode, decode_completions, vocabulary_size
 
 # The last digits of a model's score may depend on the other texts in the batch.
 _TOLERANCE = 1e-4
@@ -92,7 +92,7 @@ def check_text_vector_env(
 
 
 def _check_spaces(face: Any, observation: spaces.Space[Any], action: spaces.Space[Any]) -> None:
-    columns, vocabulary = face.max_prompt_tokens + face.max_new_tokens, len(face.tokenizer)
+    columns, vocabulary = face.max_prompt_tokens + face.max_new_tokens, vocabulary_size(face.tokenizer)
     expected = spaces.Dict(
         input_ids=spaces.Box(0, vocabulary - 1, (columns,), np.int64),
         attention_mask=spaces.Box(0, 1, (columns,), np.int8),
@@ -128,7 +128,7 @@ def _check_observation(face: Any, obs: Any, space: spaces.Space[Any]) -> None:
 def _ordinary_tokens(face: Any, count: int) -> list[int]:
     """Tokens that end no text by themselves; the same ones at every call."""
     special = {face.eos_token_id, face.pad_token_id, *face.tokenizer.all_special_ids}
-    candidates = [token for token in range(len(face.tokenizer)) if token not in special]
+    candidates = [token for token in range(vocabulary_size(face.tokenizer)) if token not in special]
     return [int(token) for token in np.random.default_rng(0).choice(candidates, count)]
 
 
@@ -305,7 +305,7 @@ def _check_refusals(env: gym.Env[Any, Any]) -> None:
     face: Any = env.unwrapped
     token, finished = _ordinary_tokens(face, 1)[0], [face.eos_token_id] * face.max_new_tokens
     obs = deepcopy(env.reset(seed=3)[0])
-    for wrong in (-1, len(face.tokenizer)):
+    for wrong in (-1, vocabulary_size(face.tokenizer)):
         _check_raises(
             ValueError, partial(env.step, wrong), f"The action {wrong}, which is no token, must raise ValueError."
         )
@@ -465,7 +465,7 @@ def _check_batch_refusals(env: VectorEnv[Any, Any, Any]) -> None:
     face: Any = env.unwrapped
     before = deepcopy(env.reset(seed=51)[0])
     token = _ordinary_tokens(face, 1)[0]
-    for wrong in (-2, len(face.tokenizer)):
+    for wrong in (-2, vocabulary_size(face.tokenizer)):
         actions = _only(env, {0: token, 1: wrong})
         _check_raises(
             ValueError, partial(env.step, actions), f"The action {wrong}, which is no token, must raise ValueError."
@@ -486,7 +486,7 @@ def _check_against_singles(env: VectorEnv[Any, Any, Any], make_single: Callable[
         )
     generator = np.random.default_rng(0)
     for _ in range(3 * face.max_new_tokens):
-        actions = generator.integers(len(face.tokenizer), size=env.num_envs)
+        actions = generator.integers(vocabulary_size(face.tokenizer), size=env.num_envs)
         actions[generator.random(env.num_envs) < 0.2] = face.eos_token_id
         obs, rewards, terminated, _, infos = env.step(actions)
         for row, single in enumerate(singles):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.wrappers import TimeLimit
 from numpy.typing import NDArray
 
-from text_env.episodes import Episodes, EpisodesFace, Observation
+from text_env.episodes import Episodes, EpisodesFace, Observation, checked_options, checked_seed, unpaid
 from text_env.rendering import METADATA, check_render_mode, render
 from text_env.settings import EpisodeSettings, takes_settings
 
@@ -18,10 +21,11 @@ class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
 
     **Observation**: a ``Dict`` of ``input_ids`` int64 [L] (prompt, response so far, padding), ``attention_mask`` int8
     [L] and ``prompt_length`` int64 [1], with L = ``max_prompt_tokens + max_new_tokens``.
-    **Action**: ``Discrete(V)``, the next token, with V = ``len(tokenizer)``.
+    **Action**: ``Discrete(V)``, the next token, with V = the largest token id + 1.
     **Reward**: the score of the text at the last step, 0 before it; ``shaping`` pays the earlier steps too.
     **End**: EOS, a stop string and a spent budget all *terminate* the episode, since the budget is part of the task.
-    The environment never truncates.
+    The environment never truncates. A ``TimeLimit`` around it, which is what ``gym.make(..., max_episode_steps=)``
+    puts there, cuts episodes whose score is then never paid; the first time this happens, the environment warns.
     **Info**: after a reset ``prompt``; after the last step ``score``, ``prompt``, ``completion``, ``finish_reason``
     (``"eos"``, ``"stop"`` or ``"length"``), the ``metrics``, and ``reward/<name>`` for each part of a weighted sum.
 
@@ -42,6 +46,9 @@ class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
         self.episodes = Episodes(1, EpisodeSettings(**settings))
         self.observation_space = self.episodes.observation_space()
         self.action_space = self.episodes.action_space()
+        self._time_limit: int | None = None  # of the wrappers around this environment
+        self._steps = 0
+        self._warned = False
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -52,11 +59,14 @@ class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
         :param options: ``"prompt"`` (text or token ids) is used instead of a drawn prompt. ``"response"`` (text or
             token ids) is the beginning of the response: it counts against the budget and belongs to the completion.
         :return: observation, and info with ``prompt``.
-        :raises ValueError: if the prompt or the response cannot be used. The running episode is then as it was.
+        :raises ValueError: if the seed or an option cannot be used. The running episode is then as it was.
         """
-        asked = {name: None if value is None else [value] for name, value in (options or {}).items()}
+        asked = {name: None if value is None else [value] for name, value in checked_options(options).items()}
         openings = self.episodes.openings(1, asked)
-        super().reset(seed=seed)
+        super().reset(seed=checked_seed(seed))
+        self._steps = 0
+        if not self._warned:
+            self._time_limit = self._outer_time_limit()
         [info] = self.episodes.start([0], [self.np_random], openings, new_group=seed is not None)
         return self.episodes.observe(0), info
 
@@ -70,6 +80,10 @@ class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
         :raises text_env.rewards.RewardError: if the reward fails. The step has then not happened and can be repeated.
         """
         rewards, terminated, infos = self.episodes.append(np.zeros(1, np.int64), self.episodes.tokens([action]))
+        self._steps += 1
+        if self._time_limit is not None and self._steps >= self._time_limit and not (terminated[0] or self._warned):
+            self._warned = True
+            warnings.warn(unpaid(self._time_limit, self.max_new_tokens), stacklevel=2)
         return (
             self.episodes.observe(0),
             float(rewards[0]),
@@ -77,6 +91,20 @@ class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
             False,
             infos[0] if infos else {},
         )
+
+    def _outer_time_limit(self) -> int | None:
+        """The number of steps after which a wrapper cuts the episode that is being reset; None: no wrapper does.
+
+        An environment does not know its wrappers, but at a reset each of them is somewhere above on the call stack.
+        """
+        limits = []
+        frame = sys._getframe(1)
+        while (caller := frame.f_back) is not None:
+            frame = caller
+            wrapper = frame.f_locals.get("self")
+            if isinstance(wrapper, TimeLimit) and wrapper.unwrapped is self:
+                limits.append(int(wrapper._max_episode_steps))
+        return min(limits, default=None)
 
     def action_masks(self) -> NDArray[np.bool_]:
         """The tokens that may come next. The name of the method is the one that sb3-contrib's ``MaskablePPO`` calls.

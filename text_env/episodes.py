@@ -11,6 +11,7 @@ tokens in the vocabulary; k of the n rows, where a method works on some of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gymnasium as gym
@@ -20,12 +21,13 @@ from numpy.typing import NDArray
 
 from text_env.action_spaces import Tokens
 from text_env.constraints import Constraint, Contexts, MinimumLength, all_of, allowed_tokens, make_constraint
-from text_env.prompts import Prompt, Prompts, checked_ids
-from text_env.rewards import FinishedTexts, make_reward, score, score_parts
+from text_env.finished_texts import FinishedTexts, LoggedByRewards, TrainerState
+from text_env.prompts import Prompt, Prompts, check_text, checked_ids
+from text_env.rewards import make_reward, score, score_parts
 from text_env.settings import EpisodeSettings, check_integer
 from text_env.shaping import PotentialShaping, make_shaping
 from text_env.streams import TokenStream
-from text_env.tokenization import decode, decode_completions, load_tokenizer
+from text_env.tokenization import decode, decode_completions, load_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,8 +37,47 @@ NO_ACTION = -1
 
 Observation = dict[str, NDArray[Any]]
 
+
+def unpaid(max_episode_steps: int, max_new_tokens: int) -> str:
+    """
+    :param max_episode_steps: the number of steps after which episodes are cut from outside.
+    :param max_new_tokens: the response budget, which is greater.
+    :return: why that is a mistake, as a message for the user.
+    """
+    return (
+        f"max_episode_steps={max_episode_steps} cuts episodes from outside, before their text is finished, which the "
+        f"budget of max_new_tokens={max_new_tokens} allows. The score of an unfinished text is never paid, so the "
+        f"reward of such an episode is 0. Leave max_episode_steps out (in gym.make, in register, and as "
+        f"gymnasium.wrappers.TimeLimit), and make the budget smaller instead: max_new_tokens={max_episode_steps}."
+    )
+
+
 # The keys that the final info has already; a metric of the same name would overwrite one of them.
 RESERVED_INFO = frozenset({"score", "prompt", "completion", "finish_reason", "final_obs", "final_info"})
+
+
+def checked_seed(seed: Any) -> int | None:
+    """
+    :param seed: an integer of at least 0, or None.
+    :return: the same as a plain ``int``, or None.
+    :raises ValueError: if it is neither.
+    """
+    if seed is None:
+        return None
+    if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or seed < 0:
+        raise ValueError(f"Expected a seed to be an integer of at least 0, or None, got {seed!r}.")
+    return int(seed)
+
+
+def checked_options(options: Any) -> dict[str, Any]:
+    """
+    :param options: the options of a reset: a mapping, or None.
+    :return: the same as a dictionary of its own.
+    :raises ValueError: if it is neither.
+    """
+    if not isinstance(options, Mapping | None):
+        raise ValueError(f"Expected the reset options to be a mapping from names to values, got {options!r}.")
+    return dict(options or {})
 
 
 class Opening(NamedTuple):
@@ -63,7 +104,7 @@ class Episodes:
         settings.check()
         self.n = n
         self.tokenizer = load_tokenizer(settings.tokenizer)
-        self.vocabulary = len(self.tokenizer)
+        self.vocabulary = vocabulary_size(self.tokenizer)
         self.eos_token_id = int(self.tokenizer.eos_token_id)
         pad = self.tokenizer.pad_token_id
         self.pad_token_id = self.eos_token_id if pad is None else int(pad)
@@ -89,6 +130,7 @@ class Episodes:
         options = dict(settings.reward_kwargs or {})
         self.reward = make_reward(settings.reward, **options)
         self.metrics = {name: make_reward(metric, **options) for name, metric in (settings.metrics or {}).items()}
+        self.trainer_state = TrainerState()
         self.shaping: PotentialShaping | None = make_shaping(settings.shaping, **options)
         if clash := sorted(name for name in self.metrics if name in RESERVED_INFO or name.startswith(("_", "reward/"))):
             raise ValueError(f"Expected metrics to have names that the final info does not use yet, got {clash}.")
@@ -186,7 +228,7 @@ class Episodes:
         :raises ValueError: for another option or another number of entries, if a prompt is empty or overlong, or if a
             response is finished already.
         """
-        if unknown := sorted(set(options) - {"prompt", "response"}):
+        if unknown := sorted(set(options) - {"prompt", "response"}, key=str):
             raise ValueError(
                 f"Unknown reset options {unknown}; known are 'prompt', 'response' and, for n rows, 'reset_mask'."
             )
@@ -194,7 +236,8 @@ class Episodes:
         for name in ("prompt", "response"):
             values = options.get(name)
             entries[name] = [None] * count if values is None else values
-            if isinstance(values, str) or len(entries[name]) != count:
+            unordered = isinstance(values, str | bytes | Mapping) or not hasattr(entries[name], "__getitem__")
+            if unordered or getattr(values, "ndim", 1) == 0 or len(entries[name]) != count:
                 raise ValueError(
                     f"Expected options[{name!r}] to be a list with one entry for each of the {count} rows that are "
                     f"reset (None: nothing special), got {values!r}."
@@ -212,6 +255,7 @@ class Episodes:
         if response is None:
             return []
         if isinstance(response, str):
+            check_text(response, "the response")
             ids = list(self.tokenizer(response, add_special_tokens=False)["input_ids"])
         else:
             ids = checked_ids(response, self.vocabulary, "response")
@@ -344,7 +388,9 @@ class Episodes:
         :return: scores float64 [k], and the final info of each row.
         :raises text_env.rewards.RewardError: if a reward fails.
         """
-        texts = self._texts(rows, self._streams(rows, tokens))
+        logged = LoggedByRewards(len(rows), {*RESERVED_INFO, *self.metrics})
+        extras = {"trainer_state": self.trainer_state, "log_metric": logged.metric, "log_extra": logged.extra}
+        texts = replace(self._texts(rows, self._streams(rows, tokens)), extras=extras)
         numbers = score_parts(self.reward, texts)
         numbers |= {name: score(metric, texts) for name, metric in self.metrics.items()}
         infos = [
@@ -352,7 +398,9 @@ class Episodes:
                 "prompt": texts.prompts[index],
                 "completion": texts.completions[index],
                 "finish_reason": reason,
-                **{name: float(values[index]) for name, values in numbers.items()},
+                # A part of a weighted sum that does not apply to a text has no number there.
+                **{name: float(values[index]) for name, values in numbers.items() if not np.isnan(values[index])},
+                **logged.of(index),
             }
             for index, reason in enumerate(reasons)
         ]

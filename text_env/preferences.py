@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from text_env.builtin import PREFERENCES
-from text_env.tables import FORMATS, BrokenRow, NumberedRow, read_table, table_format
+from text_env.tables import FORMATS, BrokenRow, NumberedRow, read_table, rows_of, table_format
 from text_env.tokenization import Message
 
 ROLES = ("system", "user", "assistant")
@@ -79,7 +79,8 @@ def load_preferences(spec: Any, max_malformed: float = 0.01, *, held_out: float 
     :param spec: ``"builtin"``; a ``.jsonl``, ``.json`` or ``.csv`` file, gzipped (``.gz``) or not, or a ``.parquet``
         file; a directory written by ``datasets``' ``save_to_disk``, or any name that ``datasets.load_dataset`` takes,
         with the name of a single split after a colon (``"owner/name:train_prefs"``); a list of mappings; a
-        ``datasets.Dataset``; or a mapping from split names to any of these tables, such as a ``DatasetDict``.
+        ``datasets.Dataset``, a data frame, an Arrow table or a mapping from names to columns; or a mapping from split
+        names to any of these tables, such as a ``DatasetDict``.
     :param max_malformed: the share of rows that may be malformed. Malformed rows are left out.
     :param held_out: the share of pairs to hold out, if the data has no splits (a column ``split``, or the keys of a
         mapping).
@@ -248,7 +249,7 @@ def _hold_out(pairs: list[Preference], share: float, seed: int) -> tuple[list[Pr
 def _rows(spec: Any) -> Iterator[tuple[str, str | None, Any]]:
     """The place of each row, the split that it was found in (None: the row itself may name it), and the row."""
     tables = _by_name(spec) if isinstance(spec, str | Path) else spec
-    if isinstance(tables, Mapping):
+    if isinstance(tables, Mapping) and not {"chosen", "rejected"} <= set(tables):
         if unknown := [name for name in tables if name not in SPLITS]:
             hint = f"; name the one to use after a colon: '{spec}:{unknown[0]}'" if isinstance(spec, str) else ""
             raise ValueError(f"Expected splits called {', '.join(SPLITS)}, got {list(tables)}{hint}.")
@@ -261,12 +262,7 @@ def _rows(spec: Any) -> Iterator[tuple[str, str | None, Any]]:
 
 
 def _numbered(table: Any) -> Iterator[NumberedRow]:
-    if isinstance(table, str | bytes) or not isinstance(table, Iterable):
-        raise ValueError(
-            "Expected preferences to be a name, a file, a datasets.Dataset, a list of mappings, or a mapping of splits "
-            f"to such; got {type(table).__name__}."
-        )
-    for index, row in enumerate(table):
+    for index, row in enumerate(rows_of(table, "preferences", ["chosen", "rejected"])):
         yield row if isinstance(row, NumberedRow) else NumberedRow(f"row {index}", row)
 
 

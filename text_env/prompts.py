@@ -2,34 +2,50 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
+import numpy as np
+
 from text_env.imports import import_object, is_object_name
-from text_env.tables import FORMATS, read_rows, table_format
-from text_env.tokenization import Message, chat_ids, decode, is_conversation
+from text_env.tables import FORMATS, read_rows, rows_of, table_format
+from text_env.tokenization import (
+    Message,
+    appended_ids,
+    chat_prompt,
+    decode,
+    is_conversation,
+    vocabulary_size,
+    without_end,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OverlongPrompts = Literal["error", "truncate_left"]
 
-# Rewards are called with these keywords already ("completion" is TRL's name for a column of completions), so no column
-# of the prompts may have one of these names.
-RESERVED_COLUMNS = frozenset({"prompts", "completions", "completion_ids", "completion"})
+# Rewards are called with these keywords already ("completion" is TRL's name for a column of completions; the last three
+# are TRL's too), so no column of the prompts may have one of these names.
+RESERVED_COLUMNS = frozenset(
+    {"prompts", "completions", "completion_ids", "completion", "trainer_state", "log_extra", "log_metric"}
+)
+# No keyword of a method can be called so.
+METHOD_ARGUMENTS = frozenset({"self", "cls"})
 
 
 class Prompt(NamedTuple):
     """One prompt, ready to start an episode.
 
     :param text: the prompt as the user gave it, or what truncation has left of it; for a conversation, the contents of
-        its messages.
+        its messages. An EOS at its end is no part of it.
     :param token_ids: the prompt's tokens, at least one and at most ``max_prompt_tokens``.
     :param decoded: the token ids decoded again, which need not equal ``text`` (a tokenizer may change case or spaces).
     :param columns: the other columns that the data set has for this prompt; rewards are given them by keyword.
-    :param messages: the conversation that ``token_ids`` encode in the chat template; None if the prompt is a plain
-        text. Rewards are given the messages if there are any, else ``text``.
+    :param messages: the conversation that ``token_ids`` encode in the chat template, as the template has written it
+        (many trim spaces); None if the prompt is a plain text. Rewards are given the messages if there are any, else
+        ``text``, so that they judge what the policy has seen.
     """
 
     text: str
@@ -60,23 +76,23 @@ def load_prompts(spec: str | Path | Iterable[str | Mapping[str, Any]]) -> list[d
 
     :param spec: ``"builtin"`` (the training split) or ``"builtin:eval"``; a ``.jsonl``, ``.json``, ``.csv`` or
         ``.txt`` file, gzipped (``.gz``) or not, or a ``.parquet`` file; ``"module:function"``, which is called without
-        arguments; a list of strings; a list of mappings with the key ``"prompt"``, or a ``datasets.Dataset``, which
-        iterates as such a list. A prompt is a string or, as in TRL's conversational format, a list of messages
-        ``{"role": ..., "content": ...}``.
+        arguments; a list of strings; a list of mappings with the key ``"prompt"``; a ``datasets.Dataset``, a data
+        frame, an Arrow table or a mapping from names to columns, with a column ``"prompt"``. A prompt is a string or,
+        as in TRL's conversational format, a list of messages ``{"role": ..., "content": ...}``.
     :return: mappings with the key ``"prompt"``.
-    :raises ValueError: for an unknown name or file, an empty list, an entry without a prompt, or a list with both plain
-        and conversational prompts.
+    :raises ValueError: for an unknown name or file, an empty list, an entry without a prompt, a column whose name
+        cannot be a keyword of a reward, a prompt that is not Unicode text, or a list with both plain and conversational
+        prompts.
     """
     entries: Any = spec
     if isinstance(spec, str | Path):
         entries = _load_by_name(spec)
-    if isinstance(entries, Mapping) or not isinstance(entries, Iterable):
-        raise ValueError(
-            f"Expected prompts to be a name, a file, or a list of strings or of mappings with the key 'prompt'; "
-            f"{spec!r} gives {type(entries).__name__}."
-        )
     prompts: list[dict[str, Any]] = []
-    for number, entry in enumerate(entries):
+    try:
+        rows = rows_of(entries, "prompts", ["prompt"])
+    except ValueError as error:
+        raise ValueError(f"{error} ({spec!r} gives {type(entries).__name__}.)") from error
+    for number, entry in enumerate(rows):
         row = {"prompt": entry} if isinstance(entry, str) or is_conversation(entry) else entry
         prompt = row.get("prompt") if isinstance(row, Mapping) else None
         if not isinstance(prompt, str) and not is_conversation(prompt):
@@ -84,10 +100,8 @@ def load_prompts(spec: str | Path | Iterable[str | Mapping[str, Any]]) -> list[d
                 f"Expected prompt {number} to be a string or a mapping with a string 'prompt' (or, in place of the "
                 f"string, a list of messages {{'role': ..., 'content': ...}}), got {entry!r}."
             )
-        if clash := RESERVED_COLUMNS.intersection(row):
-            raise ValueError(
-                f"Prompt {number} has the column {min(clash)!r}, which rewards are given already: rename it."
-            )
+        _check_columns(number, row)
+        check_text(prompt, f"prompt {number}")
         prompts.append(dict(row))
     if not prompts:
         raise ValueError(f"Expected at least one prompt, got none from {spec!r}.")
@@ -97,6 +111,38 @@ def load_prompts(spec: str | Path | Iterable[str | Mapping[str, Any]]) -> list[d
             "[{'role': 'user', 'content': string}]."
         )
     return prompts
+
+
+def _check_columns(number: int, row: Mapping[Any, Any]) -> None:
+    for column in row:
+        if column is None:
+            raise ValueError(
+                f"Expected prompt {number} to have a value for each column, got more: {row[None]!r}. In a CSV file, "
+                "put texts with commas in quotes."
+            )
+        if not isinstance(column, str) or column in METHOD_ARGUMENTS:
+            raise ValueError(
+                f"Prompt {number} has the column {column!r}, but rewards are given columns by keyword, and no keyword "
+                "of theirs can be called so: rename it."
+            )
+        if column in RESERVED_COLUMNS:
+            raise ValueError(f"Prompt {number} has the column {column!r}, which rewards are given already: rename it.")
+
+
+def check_text(prompt: Any, what: str) -> None:
+    """
+    :param prompt: a text, or messages.
+    :param what: what it is, for the error message, for example ``"prompt 3"``.
+    :raises ValueError: if the text, or the content of a message, is not Unicode text.
+    """
+    for text in [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"Expected {what} to be Unicode text, got {text!r}, which has half of a surrogate pair at "
+                f"{error.start}: mend it where it was decoded, or drop it, text.encode(errors='ignore').decode()."
+            ) from error
 
 
 def _load_by_name(spec: str | Path) -> Any:
@@ -115,6 +161,10 @@ def _load_by_name(spec: str | Path) -> Any:
 
 class Prompts(Sequence[Prompt]):
     """A set of prompts, tokenised.
+
+    A prompt never ends in EOS, after which a policy has nothing to write. Whatever tokens the tokenizer itself appends
+    to a text (EOS, ``[SEP]``) are dropped, and so are EOS tokens at the end of the text, of the chat template or of
+    given token ids.
 
     :param spec: the set of prompts, as :func:`load_prompts` takes it.
     :param tokenizer: the tokenizer. It is called on the plain text, so that it adds its BOS if it has one.
@@ -152,9 +202,12 @@ class Prompts(Sequence[Prompt]):
         # Rewards get the same columns whatever the batch holds, so a row that lacks one has None there.
         self.columns = tuple(dict.fromkeys(key for row in rows for key in row if key != "prompt"))
         prompts = [row["prompt"] for row in rows]
+        self._appended: list[int] = []
+        if not self.conversational and (text := next(filter(None, prompts), None)) is not None:
+            self._appended = appended_ids(tokenizer, text)
         self._prompts = [
-            self._made(prompt, ids, {column: row.get(column) for column in self.columns})
-            for prompt, ids, row in zip(prompts, self._encode(prompts), rows, strict=True)
+            self._made(*encoded, {column: row.get(column) for column in self.columns})
+            for encoded, row in zip(self._encode(prompts), rows, strict=True)
         ]
 
     def __len__(self) -> int:
@@ -173,24 +226,41 @@ class Prompts(Sequence[Prompt]):
         """
         columns = dict.fromkeys(self.columns)
         if isinstance(prompt, str) or is_conversation(prompt):
-            return self._made(prompt, self._encode([prompt])[0], columns)
-        ids = checked_ids(prompt, len(self.tokenizer), "prompt")  # type: ignore[arg-type]
-        return self._made(decode(self.tokenizer, [ids])[0], ids, columns)
+            check_text(prompt, "the prompt")
+            return self._made(*self._encode([prompt])[0], columns)
+        ids = without_end(self.tokenizer, checked_ids(prompt, vocabulary_size(self.tokenizer), "prompt"))  # type: ignore[arg-type]
+        text = decode(self.tokenizer, [ids])[0]
+        return self._made(text, ids, _messages(text) if self.conversational else None, columns)
 
-    def _encode(self, prompts: Sequence[Any]) -> list[list[int]]:
+    def _encode(self, prompts: Sequence[Any]) -> list[tuple[str, list[int], list[Message] | None]]:
+        """For each prompt its text, its token ids, and its messages if it is a conversation."""
         if self.conversational:
-            return [chat_ids(self.tokenizer, _messages(prompt)) if prompt else [] for prompt in prompts]
+            return [self._encode_chat(_messages(prompt)) if prompt else ("", [], None) for prompt in prompts]
         if conversations := [prompt for prompt in prompts if not isinstance(prompt, str)]:
             raise ValueError(
                 f"Expected a string or token ids as a prompt, since the others are plain texts; got {conversations[0]}."
             )
-        # An empty text is refused even if the tokenizer adds a BOS to it. The BOS alone can be given as a token id.
         encoded = self.tokenizer(list(prompts))["input_ids"]
-        return [list(ids) if prompt else [] for prompt, ids in zip(prompts, encoded, strict=True)]
+        return [self._ended(prompt, list(ids)) for prompt, ids in zip(prompts, encoded, strict=True)]
 
-    def _made(self, prompt: Any, ids: list[int], columns: Mapping[str, Any]) -> Prompt:
-        messages = _messages(prompt) if self.conversational else None
-        text = prompt if messages is None else _said(messages)
+    def _encode_chat(self, messages: list[Message]) -> tuple[str, list[int], list[Message] | None]:
+        ids, seen = chat_prompt(self.tokenizer, messages)
+        return _said(seen), without_end(self.tokenizer, ids), seen
+
+    def _ended(self, text: str, ids: list[int]) -> tuple[str, list[int], None]:
+        """A plain text and its token ids, without what the tokenizer appends and without EOS at the end."""
+        if self._appended and ids[-len(self._appended) :] == self._appended:
+            ids = ids[: -len(self._appended)]
+        kept = without_end(self.tokenizer, ids)
+        if len(kept) < len(ids):  # the text itself ends with EOS, which the policy is not shown
+            eos = str(self.tokenizer.eos_token)
+            while text.rstrip().endswith(eos):
+                text = text.rstrip().removesuffix(eos)
+            text = text if text.strip() else ""
+        # An empty text is refused even if the tokenizer adds a BOS to it. The BOS alone can be given as a token id.
+        return text, kept if text else [], None
+
+    def _made(self, text: str, ids: list[int], messages: list[Message] | None, columns: Mapping[str, Any]) -> Prompt:
         text, ids = self._fit(text, ids)
         return Prompt(text, ids, decode(self.tokenizer, [ids])[0], columns, messages)
 
@@ -228,9 +298,19 @@ def checked_ids(token_ids: Sequence[int], vocabulary: int, what: str) -> list[in
     :param vocabulary: the number of tokens in the vocabulary.
     :param what: what the token ids belong to, for the error message.
     :return: the token ids as a plain list.
-    :raises ValueError: if one of them is outside the vocabulary.
+    :raises ValueError: if they are no integers, or one of them is outside the vocabulary.
     """
-    ids = [int(token) for token in token_ids]
+    # Not int(): it takes 1.5 and "5" too. And not a buffer of bytes: its items are integers, but hardly token ids.
+    try:
+        if isinstance(token_ids, str | bytes | bytearray | Mapping):
+            raise TypeError
+        ids = [operator.index(token) for token in token_ids if not isinstance(token, bool | np.bool_)]
+        if len(ids) != len(token_ids):
+            raise TypeError
+    except (TypeError, ValueError) as error:  # ValueError: an array with several numbers in each entry
+        raise ValueError(
+            f"Expected the {what} to be a text, or token ids, which are a list of integers; got {token_ids!r}."
+        ) from error
     if wrong := [token for token in ids if not 0 <= token < vocabulary]:
         raise ValueError(f"Expected the {what}'s token ids to lie in [0, {vocabulary}), got {wrong}.")
     return ids

@@ -1,15 +1,18 @@
-"""Reading tables of prompts and of preferences from files: JSON lines, JSON, CSV, Parquet and plain lines.
+"""Reading tables of prompts and of preferences: from files (JSON lines, JSON, CSV, Parquet, plain lines), and from live
+objects (data frames, Arrow tables, columns).
 
-All formats but Parquet may be gzipped (``.gz`` after the name).
+All file formats but Parquet may be gzipped (``.gz`` after the name).
 """
 
 from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -140,3 +143,59 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
         raise ImportError(f'Reading {str(path)!r} needs pyarrow: pip install "textrlhf[reward]"') from error
     rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
     return rows
+
+
+def rows_of(table: Any, what: str, columns: Iterable[str]) -> Iterable[Any]:
+    """The rows of a live table. Many kinds of table iterate over the names or the contents of their columns instead.
+
+    :param table: a data frame (pandas, polars, or another with Arrow's ``__arrow_c_stream__``), an Arrow table or
+        array, a mapping from the names of columns to columns of equal length, or anything that iterates over its rows,
+        such as a list or a ``datasets.Dataset``.
+    :param what: what the table holds, for error messages, for example ``"prompts"``.
+    :param columns: names of columns, all of which are there if a mapping holds columns.
+    :return: the rows. Those of tables with columns are mappings from the columns' names.
+    :raises ValueError: if the object has no rows, or has them in no order that is the same in every process.
+    """
+    kind = f"{type(table).__module__.partition('.')[0]}.{type(table).__name__}"
+    if hasattr(table, "to_dicts"):  # polars.DataFrame
+        return list(table.to_dicts())
+    if hasattr(table, "to_pylist"):  # pyarrow's tables, record batches and arrays
+        return list(table.to_pylist())
+    if hasattr(table, "to_dict") and hasattr(table, "columns") and hasattr(table, "iloc"):  # pandas.DataFrame
+        return list(table.to_dict("records"))
+    if isinstance(table, Mapping):
+        return _rows_of_columns(table, what, list(columns))
+    # A datasets.Dataset has a column_names too, and iterates over its rows.
+    if hasattr(table, "__arrow_c_stream__") and not hasattr(table, "column_names"):
+        try:
+            import pyarrow
+        except ImportError as error:
+            raise ImportError(f'Reading {what} from {kind} needs pyarrow: pip install "textrlhf[reward]"') from error
+        return list(pyarrow.table(table).to_pylist())
+    if isinstance(table, str | bytes | bytearray | io.IOBase) or not isinstance(table, Iterable):
+        raise ValueError(
+            f"Expected {what} to be a name, a file's path, a table or a list of rows, got {type(table).__name__}."
+        )
+    if isinstance(table, AbstractSet):
+        raise ValueError(
+            f"Expected {what} in an order, got {kind}, whose order differs from process to process: use a list."
+        )
+    if hasattr(table, "columns") and not callable(table.columns):
+        raise ValueError(
+            f"Expected {what} as rows, got {kind}, a table of an unknown kind: turn it into a list of mappings, one "
+            "for each row."
+        )
+    return table
+
+
+def _rows_of_columns(table: Mapping[Any, Any], what: str, columns: list[str]) -> list[dict[Any, Any]]:
+    values = {name: column.tolist() if hasattr(column, "tolist") else column for name, column in dict(table).items()}
+    lengths = {name: len(column) for name, column in values.items() if isinstance(column, list | tuple)}
+    if not set(columns) <= set(lengths) or len(lengths) < len(values) or len(set(lengths.values())) != 1:
+        named = " and ".join(map(repr, columns))
+        raise ValueError(
+            f"Expected {what} to be a list of rows, or a mapping from names to columns of equal length, {named} among "
+            f"them; got {type(table).__name__} with {', '.join(f'{k!r}: {type(v).__name__}' for k, v in table.items())}"
+            f". A data set with splits is given as one of them, data[{next(iter(table), 'train')!r}]."
+        )
+    return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]

@@ -108,12 +108,47 @@ def is_conversation(prompt: Any) -> bool:
     )
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """
+    :param tokenizer: any tokenizer.
+    :return: V, the largest token id + 1. That is ``len(tokenizer)`` unless some ids below it belong to no token.
+    """
+    return max([*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder], default=-1) + 1
+
+
+def appended_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """
+    :param tokenizer: any tokenizer.
+    :param text: a text that it can encode, not empty.
+    :return: the special tokens that it writes behind a text, such as EOS or ``[SEP]``.
+    """
+    bare, whole = (list(tokenizer(text, add_special_tokens=special)["input_ids"]) for special in (False, True))
+    for end in range(len(whole), len(bare) - 1, -1):
+        if bare and whole[end - len(bare) : end] == bare:
+            return whole[end:]
+    return []
+
+
+def without_end(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[int]:
+    """
+    :param tokenizer: the tokenizer of the token ids, which has an eos token.
+    :param token_ids: the tokens of a prompt.
+    :return: the tokens without the EOS tokens at their end: a policy has learnt that nothing follows these. A single
+        token that is the tokenizer's BOS as well, as in GPT-2, is left: it is the beginning of a text.
+    """
+    ids = list(token_ids)
+    while ids and ids[-1] == tokenizer.eos_token_id and not (len(ids) == 1 and ids[0] == tokenizer.bos_token_id):
+        ids.pop()
+    return ids
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[list[int], list[Message]]:
     """
     :param tokenizer: a tokenizer with a chat template.
     :param messages: a conversation. If the last message is the assistant's, its content is the beginning of the
         response; otherwise the template opens the assistant's turn.
-    :return: the token ids of the conversation in the tokenizer's chat template.
+    :return: the token ids of the conversation in the tokenizer's chat template, and the messages as the template has
+        written them: where it trims spaces, the contents are trimmed.
     :raises ValueError: if the tokenizer has no chat template, or the template refuses these messages.
     """
     if tokenizer.chat_template is None:
@@ -123,12 +158,31 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> lis
         )
     begun = messages[-1]["role"] == "assistant"
     try:
-        encoded: Any = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=not begun, continue_final_message=begun, return_dict=True
+        written: Any = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=not begun, continue_final_message=begun, tokenize=False
         )
     except Exception as error:  # a template is a program and may raise what it likes
         raise ValueError(f"The chat template of {tokenizer.name_or_path!r} refuses {messages!r}: {error}") from error
-    return list(encoded["input_ids"])
+    seen = []
+    for number, message in enumerate(messages, 1):
+        last = begun and number == len(messages)
+        content = _as_written(message["content"], written, last)
+        if content is None and last:
+            raise ValueError(
+                f"Expected the chat template of {tokenizer.name_or_path!r} to end with the beginning of the response, "
+                f"{message['content']!r}, but it writes {written!r}: leave the assistant's last message out."
+            )
+        seen.append({**message, "content": message["content"] if content is None else content})
+    # The template has written all special tokens.
+    return list(tokenizer(written, add_special_tokens=False)["input_ids"]), seen
+
+
+def _as_written(content: str, written: str, at_the_end: bool) -> str | None:
+    """The content, or what trimming has left of it, whichever is in the text; None: neither is."""
+    for variant in (content, content.rstrip(), content.lstrip(), content.strip()):
+        if written.endswith(variant) if at_the_end else variant in written:
+            return variant
+    return None
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[Sequence[int]]) -> list[str]:

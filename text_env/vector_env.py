@@ -13,9 +13,9 @@ from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from text_env.episodes import NO_ACTION, Episodes, EpisodesFace, Observation
+from text_env.episodes import NO_ACTION, Episodes, EpisodesFace, Observation, checked_options, checked_seed, unpaid
 from text_env.rendering import METADATA, check_render_mode, render
-from text_env.settings import EpisodeSettings, takes_settings
+from text_env.settings import EpisodeSettings, check_integer, takes_settings
 
 
 class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDArray[Any]]):
@@ -92,7 +92,7 @@ class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDAr
         :return: observations of all rows, and infos with ``prompt`` for the rows that were reset.
         :raises ValueError: if an option or a seed cannot be used. Nothing has then changed.
         """
-        options = dict(options or {})
+        options = checked_options(options)
         rows = self._masked_rows(options.pop("reset_mask", None))
         openings = self.episodes.openings(len(rows), options)
         seeds = self._seeds(seed)
@@ -178,11 +178,31 @@ class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDAr
     def _seeds(self, seed: int | Sequence[int | None] | None) -> list[int | None]:
         if seed is None:
             return [None] * self.num_envs
-        if isinstance(seed, int | np.integer):
-            return [int(seed) + row for row in range(self.num_envs)]
-        if len(seed) != self.num_envs:
-            raise ValueError(f"Expected one seed, or a list of num_envs={self.num_envs} seeds, got {seed!r}.")
-        return list(seed)
+        if isinstance(seed, list | tuple | np.ndarray):
+            if len(seed) != self.num_envs:
+                raise ValueError(f"Expected one seed, or a list of num_envs={self.num_envs} seeds, got {seed!r}.")
+            return [checked_seed(entry) for entry in seed]
+        first = checked_seed(seed)
+        assert first is not None
+        return [first + row for row in range(self.num_envs)]
+
+
+def make_vector_env(num_envs: int = 1, max_episode_steps: int | None = None, **kwargs: Any) -> TextVectorEnv:
+    """The function that ``gym.make_vec("TextRLHF-v0")`` calls.
+
+    :param num_envs: number of rows.
+    :param max_episode_steps: Gymnasium's argument. Nothing cuts an episode here, so it must not be below
+        ``max_new_tokens``; None and -1 mean no limit.
+    :param kwargs: the other arguments of :class:`TextVectorEnv`.
+    :return: the vector environment.
+    :raises ValueError: if episodes would be cut.
+    """
+    env = TextVectorEnv(num_envs, **kwargs)
+    if max_episode_steps is not None and max_episode_steps != -1:
+        check_integer("max_episode_steps", max_episode_steps, 1)
+        if max_episode_steps < env.max_new_tokens:
+            raise ValueError(unpaid(max_episode_steps, env.max_new_tokens))
+    return env
 
 
 def plain(env: Any) -> TextVectorEnv:

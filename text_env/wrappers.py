@@ -20,11 +20,11 @@ from gymnasium.vector import VectorActionWrapper, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
+from text_env import vector_env
 from text_env.action_spaces import EmbeddingPoints
 from text_env.env import TextEnv
 from text_env.episodes import NO_ACTION, EpisodesFace, Observation
-from text_env.tokenization import load_tokenizer
-from text_env.vector_env import TextVectorEnv
+from text_env.tokenization import load_tokenizer, vocabulary_size
 
 NO_POINT = -np.inf
 """In the vector environment, a row filled with this value means :data:`~text_env.episodes.NO_ACTION`. The value lies
@@ -58,7 +58,7 @@ class NearestToken:
             matrix = _input_embeddings(embeddings, tokenizer)
         else:
             matrix = np.asarray(embeddings)
-        n_tokens = len(tokenizer)
+        n_tokens = vocabulary_size(tokenizer)
         if matrix.ndim != 2 or len(matrix) < n_tokens or not matrix.shape[1]:
             raise ValueError(
                 f"Expected embeddings of shape [V, H] with a row for each of the V={n_tokens} tokens of the "
@@ -184,10 +184,10 @@ def make_vector_env(
 
     :param num_envs: number of rows.
     :param embeddings: as for :class:`NearestToken`.
-    :param kwargs: the arguments of :class:`text_env.vector_env.TextVectorEnv`.
+    :param kwargs: the arguments of :func:`text_env.vector_env.make_vector_env`.
     :return: the vector environment.
     """
-    return VectorEmbeddingAction(TextVectorEnv(num_envs, **kwargs), embeddings)
+    return VectorEmbeddingAction(vector_env.make_vector_env(num_envs, **kwargs), embeddings)
 
 
 def _text(env: Any) -> Any:

@@ -428,9 +428,10 @@ class OnPolicyAlgorithm(Resumable):
         record("objective/kl_coef", self.kl.coef)
         record("objective/rlhf_reward", mean(buffer.episode_sums(buffer.rewards)))
         record("objective/entropy", -mean(buffer.log_probs))
-        named = {k for k, v in episodes[0].items() if isinstance(v, float | np.floating) and k != "score"}
+        named = {k for e in episodes for k, v in e.items() if isinstance(v, float | np.floating) and k != "score"}
         for name in sorted(named):
-            record(f"objective/{name}", mean(np.array([episode[name] for episode in episodes])))
+            # A part of the reward that does not apply to a text has no number there.
+            record(f"objective/{name}", mean(np.array([episode[name] for episode in episodes if name in episode])))
         record("completions/mean_length", mean(buffer.lengths))
         record("completions/clipped_ratio", mean(cut))
         record("time/tokens_per_second", self.engine.total(buffer.n_tokens) / seconds)

@@ -125,7 +125,11 @@ def write(policy: CausalLMPolicy, reference: Reference, env: TextVectorEnv, prom
     :return: the texts and their scores.
     """
     buffer, infos = collect_texts(policy, env, len(prompts), reference, prompts=prompts)
-    scores = {name: np.array([info[name] for info in infos]) for name in metrics_of(infos[0])}
+    scores = {
+        name: np.array([info[name] for info in infos])
+        for name in metrics_of(infos[0])
+        if all(name in info for info in infos)
+    }
     figures = describe(buffer, infos)
     kl, _ = figures.pop("kl"), figures.pop("score_std")
     return Written(figures, kl, scores, infos)
@@ -191,7 +195,9 @@ def describe(buffer: EpisodeBuffer, episodes: list[dict[str, Any]]) -> dict[str,
         reference in nats per episode.
     """
     buffer.finalize()
-    means = {name: float(np.mean([episode[name] for episode in episodes])) for name in metrics_of(episodes[0])}
+    # A part of the reward that does not apply to a text has no number there.
+    metrics = sorted({name for episode in episodes for name in metrics_of(episode)})
+    means = {name: float(np.mean([episode[name] for episode in episodes if name in episode])) for name in metrics}
     ref_log_probs = buffer.log_probs - buffer.log_ratio
     texts = [episode["completion"] for episode in episodes]
     return {

@@ -42,9 +42,9 @@ from agents.policies.causal_lm_policy import load_policy
 from agents.reward_models.report import describe_margins, plot_calibration, plot_margins
 from agents.rollouts.sampling import sample_texts
 from text_env.builtin import LANGUAGE_MODEL
+from text_env.classifier_reward import SequenceClassifierReward, pool_by_attention_mask
 from text_env.preferences import Preference, Preferences, load_preferences
 from text_env.prompts import Prompts, load_prompts
-from text_env.rewards import SequenceClassifierReward
 from text_env.tokenization import Message, base_of_adapter, load_tokenizer, pretrained_name
 from text_env.vector_env import TextVectorEnv
 
@@ -300,7 +300,8 @@ def load_base(base: str, dtype: str, conversational: bool) -> tuple[PreTrainedMo
     :param dtype: the floating-point type of the weights.
     :param conversational: whether the tokenizer must have a chat template.
     :return: a classifier with one label, whose head is new unless the base has one of this form; and its tokenizer,
-        which has a pad token.
+        which has a pad token. A classifier made from a decoder judges a text by the last token that the attention mask
+        covers.
     :raises ValueError: if there is no such model, or if its tokenizer can't be used.
     """
     name = str(LANGUAGE_MODEL) if base == "builtin" else base
@@ -328,6 +329,10 @@ def load_base(base: str, dtype: str, conversational: bool) -> tuple[PreTrainedMo
         if tokenizer.eos_token is None:
             raise ValueError(f"Expected the tokenizer of base {base!r} to have a pad or an eos token; it has none.")
         tokenizer.pad_token = tokenizer.eos_token
+    # Whoever loads the directory without the environment pads with the tokenizer's pad token.
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    # The pad token may be EOS, with which most conversations end: transformers would judge these by the token before.
+    pool_by_attention_mask(model)
     for name in ("reward_mean", "reward_std"):  # a reward model whose training goes on has them
         if hasattr(model.config, name):
             delattr(model.config, name)

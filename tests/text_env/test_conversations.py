@@ -245,3 +245,45 @@ def finish_by(env: TextVectorEnv, tokens: list[int]) -> tuple[Any, dict[str, Any
     observation, _, terminated, _, infos = env.step(tokens[-1:])
     assert terminated.all()
     return observation, infos["final_info"]
+
+
+TRIMS = TEMPLATE.replace("message['content'] }}", "message['content'] | trim }}")
+
+
+@pytest.mark.parametrize(
+    ("template", "opening", "shown"),
+    [
+        (TRIMS, "Sure,\n", "Sure,"),
+        (TRIMS, "  Sure, ", "Sure,"),
+        (TRIMS, "\n", ""),
+        (TEMPLATE, "Sure,\n", "Sure,\n"),
+        (TEMPLATE, "  Sure,\n", "  Sure,\n"),
+        (TEMPLATE.replace("message['content'] }}", "message['content'].rstrip() }}"), " Sure, ", " Sure,"),
+    ],
+)
+def test_rewards_are_shown_the_opening_words_that_the_policy_was_shown(
+    tokenizer: Any, template: str, opening: str, shown: str
+) -> None:
+    tokenizer.chat_template = template
+    conversation = [{"role": "user", "content": "The movie? "}, {"role": "assistant", "content": opening}]
+    calls: list[dict[str, Any]] = []
+    env = TextVectorEnv(
+        1,
+        tokenizer=tokenizer,
+        prompts=[conversation],
+        reward=recording(calls),
+        max_prompt_tokens=64,
+        max_new_tokens=16,
+    )
+    for options in ({}, {"prompt": [conversation]}):
+        first, final = finish(env, "it was", tokenizer, **options)
+        asked = "The movie?" if template is TRIMS else "The movie? " if template is TEMPLATE else "The movie?"
+        assert spelt(tokenizer, first) == f"[user]{asked}<eos>[assistant]{shown}"
+        assert calls[-1]["prompts"] == [[{"role": "user", "content": asked}, {"role": "assistant", "content": shown}]]
+        assert final["prompt"][0] == f"{asked}\n{shown}"
+
+
+def test_a_template_that_rewrites_the_opening_words_is_refused(tokenizer: Any) -> None:
+    tokenizer.chat_template = TEMPLATE.replace("message['content'] }}", "message['content'] | replace('Sure', 'No') }}")
+    with pytest.raises(ValueError, match="Sure"):
+        Prompts([[*ASKED, {"role": "assistant", "content": "Sure"}]], tokenizer, 64)

@@ -30,6 +30,57 @@ def kwargs(tokenizer: Any) -> dict[str, Any]:
     }
 
 
+UNPAID = "max_episode_steps=3 cuts episodes from outside.*never paid.*max_new_tokens=3"
+
+
+class Passive(gym.Wrapper[Any, Any, Any, Any]):
+    """Somebody's wrapper."""
+
+
+@pytest.mark.parametrize("how", ["make", "spec", "wrapper", "continuous", "sync"])
+def test_the_first_episode_that_a_time_limit_cuts_is_warned_of(how: str, kwargs: dict[str, Any]) -> None:
+    env: Any
+    if how == "wrapper":
+        env = gym.wrappers.TimeLimit(Passive(gym.make("TextRLHF-v0", **kwargs)), 3)
+    elif how == "sync":
+        env = gym.make_vec("TextRLHF-v0", 1, "sync", max_episode_steps=3, **kwargs)
+    elif how == "continuous":
+        env = gym.make("TextRLHFContinuous-v0", max_episode_steps=3, **{**kwargs, "tokenizer": "builtin"})
+    else:
+        env = gym.make("TextRLHF-v0", max_episode_steps=3, **kwargs)
+        env = gym.make(env.spec) if how == "spec" else env
+    action = np.zeros(env.action_space.shape, np.float32) + 0.5 if how == "continuous" else 50
+    action = np.array([50]) if how == "sync" else action
+    env.reset(seed=0)
+    env.step(action)
+    env.step(action)
+    with pytest.warns(UserWarning, match=UNPAID):
+        assert env.step(action)[3]
+    env.reset()
+    for _ in range(3):
+        env.step(action)  # once is enough: a second warning would be an error here
+
+
+def test_a_time_limit_that_cuts_nothing_is_no_reason_to_warn(kwargs: dict[str, Any]) -> None:
+    for limit in (3, 6):
+        env = gym.make("TextRLHF-v0", max_episode_steps=limit, **kwargs)
+        env.reset(seed=0)
+        for token in [50] * (limit - 1) + [0]:
+            _, reward, terminated, _, info = env.step(token)
+        assert terminated
+        assert reward == info["score"]
+    for limit in (6, 7, -1, None):
+        assert gym.make_vec("TextRLHF-v0", 2, max_episode_steps=limit, **kwargs).num_envs == 2
+
+
+@pytest.mark.parametrize("name", ["TextRLHF-v0", "TextRLHFContinuous-v0"])
+def test_the_vector_environment_refuses_a_time_limit_in_the_same_words(name: str, kwargs: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=UNPAID):
+        gym.make_vec(name, 2, max_episode_steps=3, **{**kwargs, "tokenizer": "builtin"})
+    with pytest.raises(ValueError, match="Expected max_episode_steps to be an integer of at least 1, got 0"):
+        gym.make_vec(name, 2, max_episode_steps=0, **{**kwargs, "tokenizer": "builtin"})
+
+
 def test_importing_text_env_imports_neither_torch_nor_stable_baselines3() -> None:
     heavy = "{'torch', 'stable_baselines3', 'sb3_contrib'}"
     code = f"import sys, text_env, text_env.checker; print({heavy} & set(sys.modules))"

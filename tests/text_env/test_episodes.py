@@ -12,7 +12,8 @@ from tiny import RecordingReward, ids_score, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from text_env import RewardError, TextEnv, TextVectorEnv
+from text_env import EmbeddingAction, RewardError, TextEnv, TextVectorEnv
+from text_env.checker import check_text_env, check_text_vector_env
 
 PROMPTS = ["The movie", "I loved", "The film was", "The music"]
 TOKENIZERS = {pad: tiny_tokenizer(pad) for pad in (True, False)}  # without a pad token, eos serves as one
@@ -258,3 +259,30 @@ def test_a_truncated_prompt_is_what_is_seen_reported_and_scored(tokenizer: Any) 
     assert obs["input_ids"][:3].tolist() == ids[-3:]
     assert info["prompt"] == tokenizer.decode(ids[-3:])
     assert write(env, [EOS])[-1][4]["prompt"] == info["prompt"]
+
+
+def tokenizer_with_holes() -> PreTrainedTokenizerFast:
+    inner = Tokenizer(models.WordLevel({"a": 0, "b": 2, "<unk>": 3, "<eos>": 9}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", unk_token="<unk>")
+
+
+def test_a_vocabulary_with_holes_ends_at_its_largest_id() -> None:
+    tokenizer = tokenizer_with_holes()
+    assert len(tokenizer) == 4
+    settings: Any = {"tokenizer": tokenizer, "prompts": ["a b"], "reward": RecordingReward(), "max_new_tokens": 4}
+    env = TextEnv(**settings)
+    assert env.action_space.n == 10  # type: ignore[attr-defined]
+    check_text_env(env)
+    check_text_vector_env(TextVectorEnv(2, **settings), lambda: TextEnv(**settings))
+    obs, _ = env.reset(options={"prompt": [9, 2]})
+    assert obs in env.observation_space
+    *_, info = write(env, [1, 8, 2, 9])[-1]  # two ids of no token say nothing
+    assert (info["completion"].strip(), info["finish_reason"]) == ("b", "eos")
+    with pytest.raises(ValueError, match=r"lie in \[0, 10\), got \[10\]"):
+        env.reset(options={"prompt": [10]})
+    points = np.random.default_rng(0).normal(size=(10, 3))
+    continuous = EmbeddingAction(TextEnv(**settings), points)
+    continuous.reset()
+    *_, info = continuous.step(continuous.nearest_token.points[9])
+    assert info["finish_reason"] == "eos"

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas
+import pyarrow
 import pytest
 
 from text_env.preferences import Preference, load_preferences, parse_preference
@@ -365,3 +367,12 @@ def test_another_seed_holds_out_others_and_the_same_seed_the_same() -> None:
     assert first == again
     assert first.held_out != other.held_out
     assert len(first.held_out) == len(other.held_out) == 8
+
+
+def test_a_table_gives_pairs_and_not_columns() -> None:
+    rows = [{"prompt": "The", "chosen": f" good {i}", "rejected": f" bad {i}"} for i in range(40)]
+    expected = load_preferences(rows)
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    for table in (pandas.DataFrame(rows), pyarrow.Table.from_pylist(rows), columns):
+        assert load_preferences(table) == expected
+    assert load_preferences({"train": pandas.DataFrame(rows), "test": columns}).split_by == "given"

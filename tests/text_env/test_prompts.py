@@ -8,8 +8,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas
+import pyarrow
 import pytest
+from tiny import tiny_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
+from text_env.env import TextEnv
 from text_env.prompts import Prompts, load_prompts
 
 ROWS = [{"prompt": "The movie", "answer": "a"}, {"prompt": "I loved, really", "answer": "b"}]
@@ -47,6 +54,93 @@ def test_a_file_of_rows_gives_prompts_and_columns(tmp_path: Path, name: str, wri
 def test_a_text_file_gives_a_prompt_per_line(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("The movie\n\n Naïve \r\n", encoding="utf-8")
     assert [row["prompt"] for row in load_prompts(tmp_path / "p.txt")] == ["The movie", " Naïve "]
+
+
+class ArrowStream:
+    """A table of a library that is not known by name, such as duckdb's or modin's."""
+
+    def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
+        return pyarrow.Table.from_pylist(ROWS).__arrow_c_stream__(requested_schema)
+
+
+class LikePolars:
+    columns = ("prompt", "answer")
+
+    def __iter__(self) -> Any:
+        return iter([["The movie", "I loved, really"], ["a", "b"]])  # a polars.DataFrame iterates over its columns
+
+    def to_dicts(self) -> list[dict[str, str]]:
+        return ROWS
+
+
+COLUMNS = {name: [row[name] for row in ROWS] for name in ("prompt", "answer")}
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        pandas.DataFrame(ROWS),
+        pandas.DataFrame(ROWS, index=[7, 3]),
+        pyarrow.Table.from_pylist(ROWS),
+        pyarrow.RecordBatch.from_pylist(ROWS),
+        ArrowStream(),
+        LikePolars(),
+        COLUMNS,
+        {name: np.array(column) for name, column in COLUMNS.items()},
+        {name: pandas.Series(column) for name, column in COLUMNS.items()},
+        {name: tuple(column) for name, column in COLUMNS.items()},
+        iter(ROWS),
+    ],
+    ids=lambda table: type(table).__name__,
+)
+def test_a_table_gives_its_rows_and_not_its_columns(table: Any) -> None:
+    assert load_prompts(table) == ROWS
+
+
+@pytest.mark.parametrize("wrap", [pandas.Series, np.array, pyarrow.array, lambda texts: pyarrow.chunked_array([texts])])
+def test_a_column_of_texts_gives_its_texts(wrap: Any) -> None:
+    assert load_prompts(wrap(COLUMNS["prompt"])) == [{"prompt": prompt} for prompt in COLUMNS["prompt"]]
+
+
+class UnknownTable:
+    columns = ("prompt",)
+
+    def __iter__(self) -> Any:
+        return iter(["prompt"])
+
+
+def test_what_has_no_rows_in_an_order_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("The movie\n")
+    with (tmp_path / "p.txt").open() as file:
+        for spec, message in [
+            (file, "a file's path, a table or a list of rows, got TextIOWrapper"),
+            ({"The movie", "I"}, "in an order, got builtins.set, whose order differs from process to process"),
+            (b"The movie", "got bytes"),
+            (UnknownTable(), r"UnknownTable, a table of an unknown kind: turn it into a list of mappings"),
+            (pandas.DataFrame({"text": ["The movie"]}), "Expected prompt 0 to be a string or a mapping with a string"),
+            ({"prompt": ["a", "b"], "answer": ["c"]}, "to columns of equal length"),
+            ({"train": ROWS, "test": ROWS}, r"A data set with splits is given as one of them, data\['train'\]"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                load_prompts(spec)
+
+
+@pytest.mark.parametrize("column", ["self", "cls", 1, ("a", "b"), "log_metric", "trainer_state", "log_extra"])
+def test_a_column_that_can_be_no_keyword_of_a_reward_is_refused_at_once(column: Any) -> None:
+    with pytest.raises(ValueError, match=r"Prompt 1 has the column .*: rename it"):
+        load_prompts([{"prompt": "The movie"}, {"prompt": "I", column: 3}])
+
+
+def test_a_csv_row_with_more_fields_than_columns_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("prompt,answer\nThe movie,a\nI loved, really,b\n")
+    with pytest.raises(ValueError, match=r"Expected prompt 1 to have a value for each column, got more: \['b'\]"):
+        load_prompts(tmp_path / "p.csv")
+
+
+@pytest.mark.parametrize("prompt", ["ok \ud800", [{"role": "user", "content": "\udc00"}], {"prompt": "\ud83d"}])
+def test_a_prompt_with_half_of_a_surrogate_pair_is_named_by_its_number(prompt: Any) -> None:
+    with pytest.raises(ValueError, match=r"Expected prompt 2 to be Unicode text, got .* half of a surrogate pair at"):
+        load_prompts(["a", "b", prompt])
 
 
 def test_a_datasets_dataset_is_taken_as_it_is() -> None:
@@ -119,3 +213,69 @@ def test_a_row_without_a_column_that_others_have_has_none_there(tokenizer: Any) 
     prompts = Prompts([{"prompt": "The", "a": 1}, {"prompt": "movie", "b": 2}], tokenizer, 8)
     assert [dict(prompt.columns) for prompt in prompts] == [{"a": 1, "b": None}, {"a": None, "b": 2}]
     assert dict(prompts.make("I").columns) == {"a": None, "b": None}
+
+
+# The end of a prompt
+
+
+def ending_tokenizer(template: str, eos: str = "[SEP]", bos: str | None = None) -> PreTrainedTokenizerFast:
+    """Whole words, and special tokens around them as the template says."""
+    words = ["[CLS]", "[SEP]", "[EOS]", "[UNK]", "The", "movie"]
+    ids = {word: index for index, word in enumerate(words)}
+    inner = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = [(word, ids[word]) for word in ("[CLS]", "[SEP]", "[EOS]")]
+    inner.post_processor = processors.TemplateProcessing(template, None, special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token=eos, bos_token=bos, unk_token="[UNK]", extra_special_tokens=["[CLS]", "[SEP]"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "kept"),
+    [
+        ("$A [SEP]", "[SEP]", [4, 5]),
+        ("[CLS] $A [SEP]", "[SEP]", [0, 4, 5]),
+        ("[CLS] $A [SEP]", "[EOS]", [0, 4, 5]),
+        ("[CLS] $A [SEP] [EOS]", "[EOS]", [0, 4, 5]),
+        ("[CLS] $A [EOS] [SEP]", "[EOS]", [0, 4, 5]),
+        ("[SEP] $A", "[SEP]", [1, 4, 5]),
+        ("$A", "[SEP]", [4, 5]),
+    ],
+)
+def test_a_prompt_never_ends_in_what_a_tokenizer_appends(template: str, eos: str, kept: list[int]) -> None:
+    tokenizer = ending_tokenizer(template, eos)
+    prompts = Prompts(["The movie", f"The movie {eos} {eos}"], tokenizer, 8)
+    assert [prompt.token_ids for prompt in prompts] == [kept, kept]
+    assert [prompt.text.strip() for prompt in prompts] == ["The movie"] * 2
+    assert prompts.make("The movie").token_ids == kept
+    assert prompts.make([4, 5, tokenizer.eos_token_id, tokenizer.eos_token_id]).token_ids == [4, 5]
+    env = TextEnv(tokenizer=tokenizer, prompts=["The movie"], reward=len, max_prompt_tokens=8)
+    for given in ("The movie", [*kept, tokenizer.eos_token_id]):
+        observation, _ = env.reset(options={"prompt": given})
+        assert observation["input_ids"][: observation["prompt_length"][0]].tolist() == kept
+
+
+@pytest.mark.parametrize("prompt", ["[SEP]", "[SEP] [SEP]", [1], [1, 1]])
+def test_a_prompt_of_nothing_but_ends_is_empty(prompt: Any) -> None:
+    prompts = Prompts(["The"], ending_tokenizer("[CLS] $A [SEP]"), 8)
+    with pytest.raises(ValueError, match="Expected a prompt of at least one token"):
+        prompts.make(prompt)
+
+
+def test_a_lone_bos_begins_a_text_although_it_is_eos_as_well() -> None:
+    prompts = Prompts(["The"], ending_tokenizer("$A", bos="[SEP]"), 8)
+    assert prompts.make([1]).token_ids == prompts.make([1, 1]).token_ids == [1]
+
+
+def test_a_cut_prompt_keeps_its_last_words_and_not_the_end_behind_them() -> None:
+    prompts = Prompts(["The The movie"], ending_tokenizer("[CLS] $A [SEP]"), 2, "truncate_left")
+    assert prompts[0].token_ids == [4, 5]
+
+
+def test_a_chat_templates_last_eos_is_dropped() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+    prompts = Prompts(["The movie"], tokenizer, 64)
+    assert tokenizer.decode(prompts[0].token_ids) == "[user]The movie"
+    assert tokenizer.decode(prompts.make([{"role": "user", "content": "I"}] * 2).token_ids) == "[user]I<eos>[user]I"

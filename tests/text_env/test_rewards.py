@@ -5,17 +5,21 @@ Conversations reach them as messages, and what a reward model reads of one is it
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import functools
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
-from learners import make_policy, save_model
+from learners import make_env, make_model, make_policy, make_ppo, save_model
 from tiny import RecordingReward, tiny_classifier, tiny_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
@@ -28,7 +32,7 @@ from transformers import (
 
 from agents.cli import main
 from agents.rollouts.sampling import sample_texts
-from text_env import TextVectorEnv
+from text_env import NO_ACTION, TextVectorEnv
 from text_env.rewards import (
     FinishedTexts,
     Normalized,
@@ -38,6 +42,7 @@ from text_env.rewards import (
     make_reward,
     reward_name,
     score,
+    score_parts,
 )
 
 TEXTS = FinishedTexts(
@@ -75,7 +80,18 @@ def test_a_function_written_for_trl_works_unchanged() -> None:
 
 
 @pytest.mark.parametrize(
-    "returned", [[1, 2.5, True], (1, 2.5, 1), np.array([1, 2.5, 1]), torch.tensor([1, 2.5, 1], dtype=torch.bfloat16)]
+    "returned",
+    [
+        [1, 2.5, True],
+        (1, 2.5, 1),
+        np.array([1, 2.5, 1]),
+        torch.tensor([1, 2.5, 1], dtype=torch.bfloat16),
+        torch.tensor([1, 2.5, 1], requires_grad=True),
+        (x for x in [1, 2.5, 1]),
+        pandas.Series([1, 2.5, 1], index=[4, 3, 2]),
+        [np.float32(1), Decimal("2.5"), np.True_],
+        {"a": 1, "b": 2.5, "c": 1}.values(),
+    ],
 )
 def test_a_reward_may_return_any_sequence_of_numbers(returned: Any) -> None:
     scores = score(lambda **_: returned, TEXTS)
@@ -94,6 +110,25 @@ def test_a_reward_may_return_any_sequence_of_numbers(returned: Any) -> None:
         ([], "expected 3, got 0"),
         (0.5, r"return a list of 3 numbers, one per text, but returned 0.5"),
         (None, r"return a list of 3 numbers, one per text, but returned None"),
+        ({0: 1.0, 1: 2.0, 2: 3.0}, r"return a list of 3 numbers, one per text, but returned \{0: 1.0"),
+        ({1.0, 2.0, 3.0}, r"return a list of 3 numbers, one per text, but returned \{1.0"),
+        ({1: 1.0, 2: 2.0, 3: 3.0}.keys(), r"return a list of 3 numbers, one per text, but returned dict_keys"),
+        ("123", "return a list of 3 numbers, one per text, but returned '123'"),
+        (b"123", "return a list of 3 numbers, one per text, but returned b'123'"),
+        (["1", "2", "3"], "return numbers, but returned '1' for: prompt 'The movie'"),
+        (np.array(["1", "2", "3"]), r"return numbers, but returned .*'1'.* for: prompt 'The movie'"),
+        ([0.0, b"1", 0.0], "return numbers, but returned b'1' for: prompt 'I loved'"),
+        (torch.zeros(3, 1), r"return numbers, but returned tensor\(\[0.\]\) for: prompt 'The movie'"),
+        (np.zeros((3, 1)), r"return numbers, but returned array\(\[0.\]\) for: prompt 'The movie'"),
+        (torch.tensor(1.0), r"return a list of 3 numbers, one per text, but returned tensor\(1.\)"),
+        (np.float64(1.0), "return a list of 3 numbers, one per text, but returned"),
+        (
+            [0.0, 10**400, 0.0],
+            "return finite numbers, but returned an integer beyond every float for: prompt 'I",
+        ),
+        ([0.0, 1j, 0.0], r"return numbers, but returned 1j for: prompt 'I loved'"),
+        (itertools.count(), "return one number per text: expected 3, got more"),
+        (pandas.DataFrame({"a": [1.0], "b": [2.0], "c": [3.0]}), "return numbers, but returned 'a'"),
     ],
 )
 def test_anything_but_one_finite_number_per_text_is_an_error_naming_reward_and_text(
@@ -103,6 +138,15 @@ def test_anything_but_one_finite_number_per_text_is_an_error_naming_reward_and_t
         return returned
 
     with pytest.raises(RewardError, match=f"'my_reward' must .*{message}"):
+        score(my_reward, TEXTS)
+
+
+def test_a_generator_that_raises_names_the_reward_and_the_text() -> None:
+    def my_reward(completions: list[str], **_: Any) -> Iterator[float]:
+        yield 1.0
+        raise KeyError("answer")
+
+    with pytest.raises(RewardError, match=r"'my_reward' raised KeyError after 1 of 3 numbers: 'answer' for: prompt 'I"):
         score(my_reward, TEXTS)
 
 
@@ -175,12 +219,142 @@ def test_what_is_no_reward_is_refused_with_what_was_expected(spec: Any, error: t
         make_reward(spec)
 
 
-def test_a_coroutine_function_is_refused() -> None:
-    async def slow(**_: Any) -> list[float]:
-        return []
+class Client:
+    """What a reward keeps between its calls. It belongs to the event loop that it was made in, as HTTP clients do."""
 
-    with pytest.raises(TypeError, match="'slow' to be an ordinary function, got a coroutine function"):
-        make_reward(slow)
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.loop = asyncio.get_running_loop()
+
+
+def test_a_coroutine_function_is_run() -> None:
+    clients: list[Client] = []
+
+    async def slow(completions: list[str], **_: Any) -> list[float]:
+        if not clients:
+            clients.append(Client())
+        async with clients[0].lock:
+            await asyncio.sleep(0.001)
+            assert asyncio.get_running_loop() is clients[0].loop
+        return [float(len(completion)) for completion in completions]
+
+    class Judge:
+        async def __call__(self, **batch: Any) -> list[float]:
+            return await slow(**batch)
+
+    async def in_a_notebook() -> list[float]:
+        return score(slow, TEXTS).tolist()
+
+    expected = [9.0, 36.0, 20.0]
+    for reward in (slow, Judge(), functools.partial(slow, unused=1)):
+        assert score(make_reward(reward), TEXTS).tolist() == expected
+    assert score(make_reward({slow: 2.0}), TEXTS).tolist() == [2 * value for value in expected]
+    assert asyncio.run(in_a_notebook()) == expected
+
+
+def test_a_coroutine_functions_failure_names_it() -> None:
+    async def judge(**_: Any) -> list[float]:
+        raise ConnectionError("no answer")
+
+    with pytest.raises(RewardError, match=r"Reward 'judge' raised ConnectionError: no answer.*'The movie'"):
+        score(judge, TEXTS)
+
+
+# What TRL's trainers do beyond the call
+
+
+def test_a_text_that_a_part_does_not_apply_to_is_scored_by_the_others() -> None:
+    def maths(**_: Any) -> list[float | None]:
+        return [1.0, None, None]
+
+    def style(**_: Any) -> list[float | None]:
+        return [10.0, 20.0, None]
+
+    def length(**_: Any) -> list[float | None]:
+        return [None, None, 5.0]
+
+    both = make_reward({maths: 2.0, style: 0.5})
+    with pytest.raises(RewardError, match=r"numbers, but returned None for: prompt 'The film'.*another part"):
+        score(both, TEXTS)
+    everything = make_reward({both: 1.0, length: 3.0})
+    assert score(everything, TEXTS).tolist() == [7.0, 10.0, 15.0]
+    parts = score_parts(make_reward({maths: 2.0, style: 0.5, length: 3.0}), TEXTS)
+    assert parts["score"].tolist() == [7.0, 10.0, 15.0]
+    assert np.isnan(parts["reward/maths"]).tolist() == [False, True, True]
+    assert score(make_reward({Normalized(style, 10.0, 2.0): 1.0, length: 1.0}), TEXTS).tolist() == [0.0, 5.0, 5.0]
+
+
+def test_a_part_that_does_not_apply_is_missing_from_the_info_and_from_the_means() -> None:
+    def short(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+        return [1.0 if len(ids) < 3 else None for ids in completion_ids]
+
+    def always(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [0.25 for _ in completion_ids]
+
+    env = TextVectorEnv(2, tokenizer=tiny_tokenizer(), prompts=["The"], reward={short: 1.0, always: 1.0})
+    env.reset(seed=0)
+    env.step(np.array([50, 50]))
+    env.step(np.array([50, 0]))
+    *_, infos = env.step(np.array([0, NO_ACTION]))
+    final = infos["final_info"]
+    assert final["score"][0] == 0.25
+    assert "reward/short" not in final
+    ppo = make_ppo(make_env(reward={short: 1.0, always: 1.0}), make_model(ends=0.3))
+    ppo.learn(100, log_interval=0)
+    assert ppo.logger.name_to_value["objective/reward/short"] == 1.0
+    assert ppo.logger.name_to_value["objective/reward/always"] == 0.25
+
+
+def test_what_trls_rewards_log_reaches_the_final_info() -> None:
+    def graded(completions: list[str], log_metric: Any, log_extra: Any, trainer_state: Any, **_: Any) -> list[float]:
+        log_metric("accuracy", 0.25)
+        log_metric("accuracy", 0.75)
+        log_extra("extracted", [completion[:1] for completion in completions])
+        log_metric("step", trainer_state.global_step)
+        return [1.0] * len(completions)
+
+    def by_kwargs(completions: list[str], **kwargs: Any) -> list[float]:
+        kwargs["log_metric"]("inner", 3)
+        return [float(kwargs["trainer_state"].global_step)] * len(completions)
+
+    def strict(prompts: list[str], completions: list[str], completion_ids: list[list[int]]) -> list[float]:
+        return [0.0] * len(prompts)
+
+    reward = {graded: 1.0, Normalized(by_kwargs, 0.0, 2.0): 1.0, strict: 1.0}
+    env = TextVectorEnv(3, tokenizer=tiny_tokenizer(), prompts=["The"], reward=reward, shaping=graded)
+    env.episodes.trainer_state.global_step = 6
+    env.reset(seed=0)
+    env.step(np.array([50, 51, 52]))
+    *_, infos = env.step(np.array([0, 53, 0]))
+    final = infos["final_info"]
+    first, _, third = env.tokenizer.batch_decode([[50], [51], [52]])
+    assert [final["extracted"][row] for row in (0, 2)] == [first, third]
+    assert final["_extracted"].tolist() == [True, False, True]
+    for name, value in (("accuracy", 0.5), ("inner", 3.0), ("step", 6.0), ("score", 4.0)):
+        assert [final[name][row] for row in (0, 2)] == [value, value]
+    assert score(graded, TEXTS).tolist() == [1.0] * 3  # also outside an environment
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda metric, extra: metric("score", 1.0), "a name that the final info does not use yet, got 'score'"),
+        (lambda metric, extra: metric("gold", 1.0), "a name that the final info does not use yet, got 'gold'"),
+        (lambda metric, extra: metric("reward/x", 1.0), "got 'reward/x'"),
+        (lambda metric, extra: metric("x", "1"), r"log_metric\('x', ...\) to be given a number, got '1'"),
+        (lambda metric, extra: extra("x", [1, 2]), "one value for each of the 1 texts"),
+        (lambda metric, extra: extra("prompt", ["a"]), "got 'prompt'"),
+    ],
+)
+def test_a_log_that_would_be_lost_or_overwrite_something_is_an_error(call: Any, message: str) -> None:
+    def my_reward(log_metric: Any, log_extra: Any, **_: Any) -> list[float]:
+        call(log_metric, log_extra)
+        return [0.0]
+
+    env = TextVectorEnv(1, tokenizer=tiny_tokenizer(), prompts=["The"], reward=my_reward, metrics={"gold": "sentiment"})
+    env.reset(seed=0)
+    with pytest.raises(RewardError, match=f"'my_reward' raised ValueError: .*{message}"):
+        env.step(np.array([0]))
 
 
 def test_a_directory_without_a_classifier_is_refused_with_its_name(tmp_path: Path) -> None:
@@ -286,7 +460,7 @@ def test_a_tokenizer_without_pad_pads_with_eos() -> None:
     together = score(reward, TEXTS)
     alone = SequenceClassifierReward(model, tokenizer, batch_size=1)
     assert together == pytest.approx(score(alone, TEXTS), abs=1e-5)
-    assert model.config.pad_token_id == tokenizer.eos_token_id
+    assert (model.config.pad_token_id, tokenizer.pad_token_id) == (None, None)  # whose they are may need them so
     nothing = tiny_tokenizer(pad=False)
     nothing.eos_token = None
     with pytest.raises(ValueError, match="to have a pad or an eos token"):

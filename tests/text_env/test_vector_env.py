@@ -319,3 +319,57 @@ def test_the_environment_itself_is_plain_and_one_in_wrappers_is_refused_with_the
     assert "reward=, shaping= or constraint=" in str(refused.value)
     with pytest.raises(ValueError, match="Expected a text vector environment"):
         plain(TransformReward(gym.make_vec("CartPole-v1", num_envs=2), abs))
+
+
+@pytest.mark.parametrize("face", ["scalar", "vector"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": [5.0]}, r"the prompt to be a text, or token ids, which are a list of integers; got \[5.0\]"),
+        ({"prompt": b"The movie"}, "the prompt to be a text, or token ids"),
+        ({"prompt": ["5", "6"]}, "the prompt to be a text, or token ids"),
+        ({"prompt": [True, False]}, "the prompt to be a text, or token ids"),
+        ({"prompt": 5}, "the prompt to be a text, or token ids"),
+        ({"prompt": [[5], [6]]}, "the prompt to be a text, or token ids"),
+        ({"prompt": np.ones((2, 2), np.int64)}, "the prompt to be a text, or token ids"),
+        ({"prompt": np.array([5.0, 6.0])}, "the prompt to be a text, or token ids"),
+        ({"prompt": {"prompt": "The movie"}}, "the prompt to be a text, or token ids"),
+        ({"prompt": "half \ud800"}, "the prompt to be Unicode text"),
+        ({"response": [2.5]}, "the response to be a text, or token ids"),
+        ({"response": b"ab"}, "the response to be a text, or token ids"),
+        ({"response": "half \udfff"}, "the response to be Unicode text"),
+        ({1: "The movie", "propmt": "x"}, r"Unknown reset options \[1, 'propmt'\]"),
+    ],
+)
+def test_an_option_of_the_wrong_type_is_refused_with_what_it_may_be(
+    make: Make, tokenizer: Any, face: str, options: dict[Any, Any], message: str
+) -> None:
+    env: Any = make(num_envs=1)
+    if face == "scalar":
+        env = TextEnv(tokenizer=tokenizer, prompts=PROMPTS, reward=RecordingReward())
+        given = options
+    else:
+        given = {name: [value] for name, value in options.items()}
+    env.reset(seed=0)
+    before = deepcopy(env.stream())
+    with pytest.raises(ValueError, match=message):
+        env.reset(options=given)
+    assert env.stream() == before
+
+
+def test_seeds_and_options_of_the_wrong_type_are_refused(make: Make, tokenizer: Any) -> None:
+    scalar = TextEnv(tokenizer=tokenizer, prompts=PROMPTS, reward=RecordingReward())
+    for env in (make(), scalar):
+        for seed in ("3", 3.0, -1, b"3", {"seed": 3}, True, np.float64(3)):
+            with pytest.raises(ValueError, match="Expected a seed to be an integer of at least 0, or None, got"):
+                env.reset(seed=seed)  # type: ignore[arg-type]
+        for options in (["prompt"], "prompt", 3):
+            with pytest.raises(ValueError, match="Expected the reset options to be a mapping"):
+                env.reset(options=options)  # type: ignore[arg-type]
+    for prompts in (3, "The movie", b"abcd", {"prompt": "x"}, np.int64(3), iter(PROMPTS)):
+        with pytest.raises(ValueError, match=r"Expected options\['prompt'\] to be a list with one entry for each"):
+            make().reset(options={"prompt": prompts})
+    with pytest.raises(ValueError, match="Expected a seed to be an integer"):
+        make().reset(seed=[0, 1, "2", None])  # type: ignore[list-item]
+    assert scalar.reset(seed=np.int64(3))[1] == scalar.reset(seed=3)[1]  # type: ignore[arg-type]
+    assert data_equivalence(make().reset(seed=np.arange(4)), make().reset(seed=0))  # type: ignore[arg-type]
