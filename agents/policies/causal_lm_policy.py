@@ -26,7 +26,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from agents.models.adapter import unwrapped
 from agents.models.causal_lm import CausalLM
-from agents.models.contexts import Contexts, contexts_of, packed_positions, share_prefixes
+from agents.models.contexts import Contexts, check_spaces, contexts_of, packed_positions, share_prefixes
 from agents.models.critic import make_critic
 from agents.models.distribution import TokenDistribution, sample
 from agents.models.prefix_cache import PrefixCache
@@ -89,7 +89,7 @@ class CausalLMActorCritic(BasePolicy):
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        _check_spaces(observation_space, action_space)
+        check_spaces(observation_space, action_space, type(self).__name__)
         if use_sde:
             raise ValueError("use_sde=True is for continuous actions; tokens are discrete. Use use_sde=False.")
         if optimizer_class is torch.optim.Adam:
@@ -359,20 +359,6 @@ def is_actor(name: str, parameter: nn.Parameter) -> bool:
     :return: whether the actor trains it: neither frozen nor the critic's.
     """
     return parameter.requires_grad and not name.startswith(("value_head.", "critic."))
-
-
-def _check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
-    expected = {"input_ids", "attention_mask", "prompt_length"}
-    names = set(observation_space.spaces) if isinstance(observation_space, spaces.Dict) else set()
-    if not expected <= names:
-        raise ValueError(
-            f"CausalLMPolicy reads token contexts: expected a Dict observation space with {sorted(expected)} (as "
-            f"TextRLHF-v0 has it), got {observation_space}."
-        )
-    if not isinstance(action_space, spaces.Discrete) or action_space.start != 0:
-        raise ValueError(
-            f"CausalLMPolicy chooses tokens: expected a Discrete action space starting at 0, got {action_space}."
-        )
 
 
 def load_policy(

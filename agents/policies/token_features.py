@@ -21,12 +21,9 @@ from transformers import PreTrainedModel
 
 from agents.models.adapter import unwrapped
 from agents.models.causal_lm import full_forward
-from agents.models.contexts import Contexts, contexts_of, share_prefixes
+from agents.models.contexts import NAMES, Contexts, check_spaces, contexts_of, share_prefixes
 from agents.models.prefix_cache import PrefixCache
 from agents.models.pretrained import check_positions, load_causal_lm
-
-# The observations' entries, in the order in which Gymnasium flattens them.
-NAMES = ("attention_mask", "input_ids", "prompt_length")
 
 # Answers of one frozen model that are remembered: 350,000 contexts of the built-in one.
 MEMORY_BYTES = 2**28
@@ -78,6 +75,7 @@ class TokenFeatures(BaseFeaturesExtractor):
         if isinstance(observations, torch.Tensor):
             parts = observations.split([self.columns, self.columns, 1], dim=1)
             observations = dict(zip(NAMES, parts, strict=True))
+        contexts_of(observations)  # raises for what is none: learned embeddings would take whatever comes for tokens
         prompt_length = observations["prompt_length"].float()
         spent = (observations["attention_mask"].float().sum(dim=1, keepdim=True) - prompt_length) / self.budget
         features: torch.Tensor = self.linear(torch.cat([self.encoder(observations), spent], dim=1))
@@ -88,10 +86,12 @@ def _sizes(observation_space: spaces.Space[Any]) -> tuple[int, int, int]:
     """L, V and the longest prompt of the text environment's observations, as they are or flattened."""
     space: Any = observation_space
     if isinstance(space, spaces.Dict) and set(NAMES) <= set(space.spaces):
+        check_spaces(space, reader="TokenFeatures")
         entries: Any = space.spaces
         ids, prompt_length = entries["input_ids"], entries["prompt_length"]
         return ids.shape[0], int(ids.high[0]) + 1, int(prompt_length.high[0])
-    if isinstance(space, spaces.Box) and len(space.shape) == 1 and space.shape[0] >= 3 and space.shape[0] % 2:
+    whole = isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.integer)
+    if whole and len(space.shape) == 1 and space.shape[0] >= 3 and space.shape[0] % 2:
         columns = space.shape[0] // 2
         if (space.high[:columns] == 1).all() and (space.low[:-1] == 0).all() and space.low[-1] == 1:
             return columns, int(space.high[columns]) + 1, int(space.high[-1])

@@ -23,7 +23,7 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 
-from agents.models.contexts import contexts_of
+from agents.models.contexts import check_spaces, contexts_of
 from agents.models.distribution import TokenDistribution
 from agents.models.reference import Reference
 from agents.objectives.advantages import gae
@@ -104,7 +104,7 @@ class EpisodeBuffer(RolloutBuffer):
     :param kl_estimator: k, the estimator of each token's KL that the reward pays for: ``"k1"``, ``"k2"`` or ``"k3"``
         (see ``agents.objectives.kl``); None where the reward pays for none. Only k1 makes the policy gradient that of
         the KL (``docs/ppo.md``).
-    :raises ValueError: for another estimator.
+    :raises ValueError: for another estimator, or spaces that are not the text environment's.
     """
 
     def __init__(
@@ -120,6 +120,7 @@ class EpisodeBuffer(RolloutBuffer):
         kl_coef: float | KLController = 0.04,
         kl_estimator: KLEstimator | None = "k1",
     ) -> None:
+        check_spaces(observation_space, action_space, "EpisodeBuffer")
         if kl_estimator is not None and kl_estimator not in KL_ESTIMATORS:
             raise ValueError(f"Expected kl_estimator to be one of {sorted(KL_ESTIMATORS)}, got {kl_estimator!r}.")
         if isinstance(reference, str):
