@@ -25,6 +25,7 @@ from transformers.activations import NewGELUActivation
 
 from agents.models.adapter import Adapter, unwrapped
 from agents.models.distribution import LogProbAndEntropy, TokenDistribution
+from agents.models.head import decoder_of, find_logit_map
 from text_env.constraints import Constraint, Contexts, all_of, allowed_tokens
 
 # Logits of one chunk in float32: 2^22 values are 16 MB, large enough for full-speed matrix products.
@@ -52,6 +53,7 @@ class CausalLM(nn.Module):
         padded embeddings are fine.
     :param compile_forward: run whole sequences through ``torch.compile``; needs a C++ compiler on CPUs.
     :raises ValueError: if the model has fewer than V logits, or a head that is not a function of the last hidden state.
+    :raises FloatingPointError: if the model's logits are not numbers.
     """
 
     def __init__(
@@ -75,11 +77,8 @@ class CausalLM(nn.Module):
         self.model = model.eval()
         self.distribution = distribution
         self.compile_forward = compile_forward
-        config = model.config.get_text_config()
-        self._logit_scale = float(getattr(config, "logit_scale", None) or 1.0)
-        self._logit_scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-        self._logit_softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self._check_head()
+        # The head is applied apart from the model, only where it is needed.
+        self._logit_map = find_logit_map(model, n_tokens)
 
     def save_pretrained(self, directory: Path) -> None:
         """Write a directory that plain transformers loads: the model, or the adapter that was trained.
@@ -94,7 +93,7 @@ class CausalLM(nn.Module):
     @property
     def backbone(self) -> nn.Module:
         """The decoder below the language-model head: token ids in, last hidden states out."""
-        return self.model.base_model
+        return decoder_of(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -222,24 +221,7 @@ class CausalLM(nn.Module):
         return log_prob, entropy, hidden
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
-        if self._logit_scale != 1.0:
-            logits = logits * self._logit_scale
-        if self._logit_softcap is not None:
-            logits = torch.tanh(logits / self._logit_softcap) * self._logit_softcap
-        return logits
-
-    @torch.no_grad()
-    def _check_head(self) -> None:
-        """The head is applied apart from the model, only where it is needed: prove that this is the same."""
-        probe = torch.arange(4, device=self.device)[None] % self.distribution.n_tokens
-        expected = self.model(input_ids=probe, use_cache=False).logits
-        actual = self._head(full_forward(self.backbone, probe))
-        if not torch.allclose(actual, expected, rtol=1e-2, atol=1e-3):
-            raise ValueError(
-                f"Expected the logits of {type(self.model).__name__} to be its output embeddings applied to the last "
-                "hidden state; they are not, so this architecture is not supported."
-            )
+        return self._logit_map(self.model.get_output_embeddings(), hidden)
 
 
 def action_masks_given(masks: np.ndarray) -> Constraint:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from agents.models.adapter import unwrapped
 from agents.models.causal_lm import full_forward
 from agents.models.contexts import NAMES, Contexts, check_spaces, contexts_of, share_prefixes
+from agents.models.head import decoder_of
 from agents.models.prefix_cache import PrefixCache
 from agents.models.pretrained import check_positions, load_causal_lm
 
@@ -163,7 +164,7 @@ class _FrozenLM:
                 f"Expected a language model with at least {n_tokens} tokens, as the environment has them; "
                 f"{type(loaded).__name__} has {config.vocab_size}. Use the model whose tokenizer the environment has."
             )
-        self._backbone: nn.Module = loaded.base_model
+        self._backbone: nn.Module = loaded if loaded.get_output_embeddings() is None else decoder_of(loaded)
         self._memo = PrefixCache(self._backbone)
         self.dimensions: int = config.hidden_size
         self._row_of: dict[bytes, int] = {}
