@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -177,16 +178,39 @@ def add_lora(model: PreTrainedModel | PeftModel, lora: dict[str, Any], name: Any
 def check_positions(model: PreTrainedModel, longest: int) -> None:
     """Learned position embeddings end somewhere; rotary ones only get worse beyond what they were trained on.
 
+    Some rotary ones switch to other frequencies when a sequence of the batch gets long, for all sequences in it. What
+    such a model says of a context depends on the batch, so contexts must stay below the length at which it switches.
+
     :param model: any.
     :param longest: tokens of a context.
-    :raises ValueError: if the model has fewer positions.
+    :raises ValueError: if the model has fewer positions, or switches at fewer.
     """
-    available = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config: Any = model.config.get_text_config()
+    available = getattr(config, "max_position_embeddings", None)
     if available is not None and longest > available:
         raise ValueError(
             f"Expected a model with at least {longest} positions (max_prompt_tokens + max_new_tokens of the "
             f"environment); {type(model).__name__} has {available}. Make the environment's budgets smaller."
         )
+    for kind, switch in _frequency_switches(config):
+        if switch is not None and longest > switch:
+            raise ValueError(
+                f"Expected contexts of at most {switch} tokens, the original length of the rotary embeddings "
+                f"({kind!r}) of {type(model).__name__}, got max_prompt_tokens + max_new_tokens = {longest}: a longer "
+                "sequence changes the frequencies of the whole batch, so that log-probabilities would depend on their "
+                "neighbours. Make the environment's budgets smaller, or change the model's config.rope_parameters to "
+                "a rope_type that is the same for all lengths, such as 'yarn' or 'linear'."
+            )
+
+
+def _frequency_switches(config: Any) -> Iterator[tuple[str, int | None]]:
+    """The rotary embeddings whose frequencies depend on the longest sequence of a batch, and from which length on."""
+    given = getattr(config, "rope_parameters", None) or {}
+    for parameters in (given, *given.values()):  # models with several kinds of layers have one for each kind
+        kind = parameters.get("rope_type") if isinstance(parameters, dict) else None
+        if kind is not None and (kind == "longrope" or "dynamic" in kind):
+            own = None if kind != "longrope" else parameters.get("original_max_position_embeddings")
+            yield kind, own or getattr(config, "max_position_embeddings", None)
 
 
 def check_tokenizers(given: PreTrainedTokenizerBase | None, own: PreTrainedTokenizerBase | None, model: object) -> None:
