@@ -25,7 +25,9 @@ from transformers.activations import NewGELUActivation
 
 from agents.models.adapter import Adapter, unwrapped
 from agents.models.distribution import LogProbAndEntropy, TokenDistribution
+from agents.models.finite import check_numbers
 from agents.models.head import decoder_of, find_logit_map
+from agents.models.recompute import check_recomputable, layers_to_recompute, recomputed
 from text_env.constraints import Constraint, Contexts, all_of, allowed_tokens
 
 # Logits of one chunk in float32: 2^22 values are 16 MB, large enough for full-speed matrix products.
@@ -52,12 +54,19 @@ class CausalLM(nn.Module):
     :param distribution: the distribution that is sampled and scored; says how many of the model's logits are used, so
         padded embeddings are fine.
     :param compile_forward: run whole sequences through ``torch.compile``; needs a C++ compiler on CPUs.
-    :raises ValueError: if the model has fewer than V logits, or a head that is not a function of the last hidden state.
+    :param gradient_checkpointing: compute the layers of whole sequences once more in the backward pass: less memory,
+        the same gradient. Without it, that is done where the model says so (``gradient_checkpointing_enable()``).
+    :raises ValueError: if the model has fewer than V logits, or a head that is not a function of the last hidden state;
+        if it depends on more than a context; if it can't be checkpointed.
     :raises FloatingPointError: if the model's logits are not numbers.
     """
 
     def __init__(
-        self, model: PreTrainedModel | PeftModel, distribution: TokenDistribution, compile_forward: bool = False
+        self,
+        model: PreTrainedModel | PeftModel,
+        distribution: TokenDistribution,
+        compile_forward: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.adapter = Adapter(model) if isinstance(model, PeftModel) else None
@@ -77,6 +86,8 @@ class CausalLM(nn.Module):
         self.model = model.eval()
         self.distribution = distribution
         self.compile_forward = compile_forward
+        self.gradient_checkpointing = gradient_checkpointing
+        check_recomputable(model, self.backbone, gradient_checkpointing, compile_forward)
         # The head is applied apart from the model, only where it is needed.
         self._logit_map = find_logit_map(model, n_tokens)
         self._check_causality()
@@ -115,14 +126,15 @@ class CausalLM(nn.Module):
         return self.run(self.backbone, input_ids)
 
     def run(self, backbone: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-        """:func:`full_forward` as this model is to be run: autocast and compiled, if it was asked for.
+        """:func:`full_forward` as this model is to be run: autocast, compiled, checkpointed, if it was asked for.
 
         :param backbone: this model's, or a separate critic's.
         :param input_ids: int64 [B, T].
         :return: [B, T, H].
         """
         forward = _compiled_forward() if self.compile_forward else full_forward
-        with self.precision():
+        layers = layers_to_recompute(backbone, self.gradient_checkpointing) if torch.is_grad_enabled() else []
+        with self.precision(), recomputed(layers):
             return forward(backbone, input_ids)
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
@@ -207,19 +219,30 @@ class CausalLM(nn.Module):
         :param actions: int64 [N].
         :param action_masks: further masks, true where allowed, [N, V].
         :return: log-probabilities [N], entropies [N], hidden states [N, H].
+        :raises FloatingPointError: if a log-probability is NaN.
         """
         hidden = self.hidden_states(input_ids)[at.row, at.column]
+        log_prob, entropy = self._score(hidden, input_ids, at, actions, action_masks)
+        check_numbers(log_prob, "log-probabilities", lambda i: input_ids[at.row[i], : at.column[i] + 1].tolist(), self)
+        return log_prob, entropy, hidden
+
+    def _score(
+        self,
+        hidden: torch.Tensor,
+        input_ids: torch.Tensor,
+        at: Positions,
+        actions: torch.Tensor,
+        action_masks: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if action_masks is None and not self.distribution.needs_masks:
-            log_prob, entropy = self.log_prob_and_entropy(hidden, at.step, actions)
-            return log_prob, entropy, hidden
+            return self.log_prob_and_entropy(hidden, at.step, actions)
         ids, row, column, step = (x.cpu().numpy() for x in (input_ids, *at))
 
         def allowed(part: slice) -> torch.Tensor | None:
             contexts = Contexts(ids[row[part]], column[part] + 1, step[part])
             return self.allowed(contexts, None if action_masks is None else action_masks[part])
 
-        log_prob, entropy = self.log_prob_and_entropy(hidden, at.step, actions, allowed)
-        return log_prob, entropy, hidden
+        return self.log_prob_and_entropy(hidden, at.step, actions, allowed)
 
     @torch.no_grad()
     def _check_causality(self) -> None:

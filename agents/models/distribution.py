@@ -186,11 +186,13 @@ def sample(probs: torch.Tensor) -> torch.Tensor:
     A token of probability 0 is never returned: the first cumulative sum *above* u·total is never at one.
 
     :param probs: [N, V], 0 where forbidden; rows need not sum to exactly 1.
-    :return: int64 [N].
+    :return: int64 [N]. Where the probabilities are NaN it is some token, so that a device can go on until somebody
+        looks at the log-probability, which is NaN too.
     """
     # Sums in float64: over a large vocabulary, float32 would lose the rare tokens at the far end.
     cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     target = torch.rand(len(probs), 1, dtype=torch.float64, device=probs.device) * total
     below_total = torch.nextafter(total, torch.zeros_like(total))
-    return torch.searchsorted(cumulative, torch.minimum(target, below_total), right=True).squeeze(-1)
+    chosen = torch.searchsorted(cumulative, torch.minimum(target, below_total), right=True).squeeze(-1)
+    return chosen.clamp(max=probs.shape[1] - 1)

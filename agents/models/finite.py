@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import nn
+
+SHOWN = 8  # tokens of a context in an error
 
 
 def not_a_number(what: str, model: nn.Module) -> FloatingPointError:
@@ -24,3 +28,24 @@ def not_a_number(what: str, model: nn.Module) -> FloatingPointError:
             "Use a dtype of a wider range: 'bfloat16' or 'float32' in place of 'float16'"
         )
     return FloatingPointError(f"Expected finite numbers, but {what} are NaN: {cause}.")
+
+
+def check_numbers(answers: torch.Tensor, what: str, context: Callable[[int], Iterable[int]], model: nn.Module) -> None:
+    """One device-to-host copy of one truth value, as long as all is well.
+
+    :param answers: [N] or [N, 1], what the model says after each of N contexts.
+    :param what: what they are, in the plural: ``"values"``.
+    :param context: the token ids of the context with a number.
+    :param model: the model that gave them.
+    :raises FloatingPointError: if one of them is NaN, naming the first such context and the first broken parameter.
+    """
+    broken = answers.detach().isnan().reshape(len(answers), -1).any(dim=1)
+    if bool(broken.any()):
+        row = int(broken.nonzero()[0])
+        ids = [int(token) for token in context(row)]
+        shown = f"{ids[-SHOWN:]}" if len(ids) <= SHOWN else f"... {ids[-SHOWN:]}"
+        raise not_a_number(
+            f"{what} after {int(broken.sum())} of {len(answers)} contexts, the first of which is number {row} with "
+            f"{len(ids)} tokens, {shown},",
+            model,
+        )

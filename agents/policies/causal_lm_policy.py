@@ -29,6 +29,7 @@ from agents.models.causal_lm import CausalLM
 from agents.models.contexts import Contexts, check_spaces, contexts_of, packed_positions, share_prefixes
 from agents.models.critic import make_critic
 from agents.models.distribution import TokenDistribution, sample
+from agents.models.finite import check_numbers
 from agents.models.prefix_cache import PrefixCache
 from agents.models.pretrained import add_lora, check_positions, check_tokenizers, load_causal_lm, tokenizer_beside
 from text_env.vector_env import TextVectorEnv
@@ -57,6 +58,9 @@ class CausalLMActorCritic(BasePolicy):
     :param prefix_cache: remember keys and values of contexts already seen. The results are the same without.
     :param autocast: ``"bfloat16"``: matrix products in that type, weights in theirs.
     :param compile_forward: training through ``torch.compile`` (minutes to compile; for long trainings).
+    :param gradient_checkpointing: compute the layers once more in the backward pass instead of keeping what is inside
+        them: less memory, about a third more time, the same gradient. A live model for which it was switched on by
+        transformers' ``gradient_checkpointing_enable()`` needs no such argument.
     :param constraint: which tokens may follow a context: a callable ``(contexts, n_tokens) -> bool [B, n_tokens]``, its
         name as ``"module:function"``, or a list of these (see :mod:`text_env.constraints`). The others have probability
         0, in rollout, update and reference alike. Our algorithms take it from the environment when it isn't given.
@@ -83,6 +87,7 @@ class CausalLMActorCritic(BasePolicy):
         prefix_cache: bool = True,
         autocast: str | None = None,
         compile_forward: bool = False,
+        gradient_checkpointing: bool = False,
         constraint: Any = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         use_sde: bool = False,
@@ -118,6 +123,7 @@ class CausalLMActorCritic(BasePolicy):
             "prefix_cache": prefix_cache,
             "autocast": autocast,
             "compile_forward": compile_forward,
+            "gradient_checkpointing": gradient_checkpointing,
             "constraint": constraint,
         }
         own_tokenizer = tokenizer_beside(model)
@@ -143,7 +149,7 @@ class CausalLMActorCritic(BasePolicy):
             constraint=constraint,
             autocast=autocast,
         )
-        self.lm = CausalLM(loaded, distribution, compile_forward)
+        self.lm = CausalLM(loaded, distribution, compile_forward, gradient_checkpointing)
         self.critic = critic
         self.value_head = value_head
         if self.lm.model.dtype == torch.float64:
@@ -166,14 +172,20 @@ class CausalLMActorCritic(BasePolicy):
         :param obs: a batch of B observations.
         :param deterministic: the most probable token instead of a sampled one.
         :param action_masks: what the environment's ``action_masks()`` says, [B, V], true where a token is allowed.
-        :return: actions int64 [B], values [B, 1], log-probabilities [B].
+        :return: actions int64 [B], values [B, 1], log-probabilities [B]. On a CPU they are numbers; on another device
+            NaN is found by whoever copies them, as :func:`agents.rollouts.collector.collect_episodes` does once a
+            token.
+        :raises FloatingPointError: if the policy runs on a CPU and its answers are NaN.
         """
         contexts = contexts_of(obs)
         hidden = self._last_hidden(contexts)
         probs = torch.softmax(self._logits(hidden, contexts, action_masks), dim=-1)
         actions = probs.argmax(dim=-1) if deterministic else sample(probs)
         log_prob = probs.gather(-1, actions[:, None]).squeeze(-1).log()
-        return actions, self._last_values(contexts, hidden), log_prob
+        values = self._last_values(contexts, hidden)
+        if self.lm.device.type == "cpu":
+            self.check_numbers(contexts, log_prob, values)
+        return actions, values, log_prob
 
     def evaluate_actions(
         self, obs: PyTorchObs, actions: torch.Tensor, action_masks: torch.Tensor | None = None
@@ -196,7 +208,9 @@ class CausalLMActorCritic(BasePolicy):
         log_prob, entropy, hidden = self.lm.evaluate(input_ids, at, actions.long().flatten(), action_masks)
         if self.critic is not None:
             hidden = self.lm.run(self.critic, input_ids)[at.row, at.column]
-        return self._values(hidden), log_prob, entropy
+        values = self._values(hidden)
+        check_numbers(values, "values", lambda i: input_ids[at.row[i], : at.column[i] + 1].tolist(), self)
+        return values, log_prob, entropy
 
     def predict_values(self, obs: PyTorchObs) -> torch.Tensor:
         """
@@ -204,7 +218,9 @@ class CausalLMActorCritic(BasePolicy):
         :return: values [B, 1], float32.
         """
         contexts = contexts_of(obs)
-        return self._last_values(contexts, None)
+        values = self._last_values(contexts, None)
+        self.check_numbers(contexts, None, values)
+        return values
 
     def _predict(
         self,
@@ -212,7 +228,22 @@ class CausalLMActorCritic(BasePolicy):
         deterministic: bool = False,
         action_masks: np.ndarray | torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self.forward(observation, deterministic, action_masks)[0]
+        actions, values, log_prob = self.forward(observation, deterministic, action_masks)
+        # SB3 copies the actions to the host next: a NaN comes with the same copy.
+        host = torch.stack([actions.double(), log_prob.double(), values.flatten().double()]).cpu()
+        self.check_numbers(contexts_of(observation), host[1], host[2])
+        return host[0].long()
+
+    def check_numbers(self, contexts: Contexts, log_prob: torch.Tensor | None, values: torch.Tensor | None) -> None:
+        """
+        :param contexts: B contexts.
+        :param log_prob: what :meth:`forward` said of them [B]; None: not looked at.
+        :param values: likewise, [B] or [B, 1].
+        :raises FloatingPointError: if one of the numbers is NaN, naming the context and the first broken parameter.
+        """
+        for what, answers in (("log-probabilities", log_prob), ("values", values)):
+            if answers is not None:
+                check_numbers(answers, what, lambda row: contexts.input_ids[row, : contexts.length[row]], self)
 
     def train(self, mode: bool = True) -> Self:
         if mode:  # opens SB3's `train`: the weights are about to change
@@ -320,7 +351,9 @@ class CausalLMActorCritic(BasePolicy):
         twice = sdpa_kernel(SDPBackend.MATH) if torch.is_grad_enabled() else contextlib.nullcontext()
         with twice:
             hidden = self._last_hidden(contexts)
-        return self._logits(hidden, contexts, action_masks).clamp(min=FORBIDDEN_LOGIT)
+        logits = self._logits(hidden, contexts, action_masks)
+        self.check_numbers(contexts, 0 * logits.detach().amax(dim=-1), None)  # NaN where a logit is NaN or infinite
+        return logits.clamp(min=FORBIDDEN_LOGIT)
 
     def _steps(self, contexts: Contexts) -> torch.Tensor:
         return torch.from_numpy(contexts.step).to(self.lm.device)

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from agents.models.adapter import unwrapped
 from agents.models.causal_lm import full_forward
 from agents.models.contexts import NAMES, Contexts, check_spaces, contexts_of, share_prefixes
+from agents.models.finite import check_numbers
 from agents.models.head import decoder_of
 from agents.models.prefix_cache import PrefixCache
 from agents.models.pretrained import check_positions, load_causal_lm
@@ -194,6 +195,12 @@ class _FrozenLM:
             acting = not torch.is_grad_enabled() and 2 * len(new) > len(keys)
             answers[torch.from_numpy(new).to(device)] = fresh = self._read(
                 Contexts(*(array[new] for array in contexts)), acting
+            )
+            check_numbers(
+                fresh,
+                "hidden states",
+                lambda i: contexts.input_ids[new[i], : contexts.length[new[i]]],
+                self._model,
             )
             if len(self._row_of) + len(new) > len(self._answers):
                 self._row_of.clear()

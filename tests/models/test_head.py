@@ -147,9 +147,7 @@ def test_a_layer_between_the_decoder_and_the_output_embeddings_is_refused_by_nam
     with pytest.raises(ValueError, match=r"logits of BertLMHeadModel .* does something else on the way"):
         own_map(bert)
     electra = AutoModelForCausalLM.from_config(CONFIG_MAPPING["electra"](**sizes, is_decoder=True)).eval()
-    with pytest.raises(
-        ValueError, match=r"decoder of ElectraForCausalLM to give hidden states of 128 units, .* 32"
-    ):
+    with pytest.raises(ValueError, match=r"decoder of ElectraForCausalLM to give hidden states of 128 units, .* 32"):
         own_map(electra)
 
 
