@@ -45,6 +45,13 @@ class Engine:
         """
         return float(values.mean())
 
+    def largest(self, value: float) -> float:
+        """
+        :param value: this process's number.
+        :return: the largest of everybody's.
+        """
+        return float(value)
+
     def micro_batches(self, parts: Sequence[np.ndarray]) -> list[tuple[np.ndarray, float]]:
         """
         :param parts: this process's micro-batches of a minibatch, int [E] each, at least one.
