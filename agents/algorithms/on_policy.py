@@ -24,9 +24,10 @@ from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from stable_baselines3.common.vec_env import VecEnv
 
 from agents.algorithms.engine import Engine
+from agents.algorithms.environments import options_by_name
 from agents.algorithms.progress_bar import ProgressBar
 from agents.algorithms.resumable import Resumable
-from agents.models.pretrained import check_tokenizers
+from agents.models.pretrained import check_tokenizers, lora_arguments
 from agents.models.reference import Reference
 from agents.objectives.advantages import variance, whiten
 from agents.objectives.kl import AdaptiveKL, FixedKL, KLController, KLEstimator
@@ -48,7 +49,9 @@ class OnPolicyAlgorithm(Resumable):
     """What PPO, A2C, REINFORCE and their kin have in common.
 
     :param policy: ``"CausalLMPolicy"`` or a class that takes packed batches of episodes.
-    :param env: a registered name, a ``TextVectorEnv``, or the SB3 environment that ``make_vec_env`` returns.
+    :param env: a registered name, a ``TextVectorEnv``, or the SB3 environment that ``make_vec_env`` returns. By its
+        name it gets the tokenizer of ``policy_kwargs["model"]`` and, where that is not the built-in one, room for the
+        longest prompt in it, unless the registered name says otherwise.
     :param learning_rate: a number, a ``LearningRate`` or another function of the remaining progress (1 → 0), which a
         checkpoint can't hold.
     :param n_episodes: episodes of a rollout; all are started and finished under one set of weights.
@@ -117,7 +120,10 @@ class OnPolicyAlgorithm(Resumable):
                 f"kl_estimator={kl_estimator!r} chooses the KL penalty in the reward, where {type(self).__name__} has "
                 "none: its penalty is a term of its loss. Leave kl_estimator out."
             )
-        vec_env = _as_vec_env(env, n_episodes, self.default_group_size)
+        policy_kwargs = dict(policy_kwargs or {})
+        if policy_kwargs.get("lora") is not None:  # in a form that a checkpoint can hold
+            policy_kwargs["lora"] = lora_arguments(policy_kwargs["lora"])
+        vec_env = _as_vec_env(env, n_episodes, self.default_group_size, policy_kwargs)
         if self.default_group_size > 1:
             _check_groups(type(self).__name__, vec_env.vector_env, n_episodes)
         super().__init__(
@@ -246,6 +252,7 @@ class OnPolicyAlgorithm(Resumable):
         :param progress_bar: tokens so far, with the latest score and KL.
         :return: self.
         """
+        _ = self._text_env  # raises where there is no environment to learn in
         bar = ProgressBar()
         if progress_bar:
             # Not SB3's own bar, which adds every row of the environment at every step.
@@ -449,10 +456,14 @@ class OnPolicyAlgorithm(Resumable):
         self.logger.dump(step=self.num_timesteps)
 
 
-def _as_vec_env(env: str | VecEnv | TextVectorEnv, n_episodes: int, group_size: int) -> TextVecEnv:
+def _as_vec_env(
+    env: str | VecEnv | TextVectorEnv, n_episodes: int, group_size: int, policy_kwargs: dict[str, Any]
+) -> TextVecEnv:
     if isinstance(env, str):
-        grouped = {"group_size": group_size} if group_size > 1 else {}
-        env = make_vec_env(env, n_envs=default_rows(n_episodes, group_size), env_kwargs=grouped)
+        options = options_by_name(env, policy_kwargs)
+        if group_size > 1:
+            options["group_size"] = group_size
+        env = make_vec_env(env, n_envs=default_rows(n_episodes, group_size), env_kwargs=options)
     if isinstance(env, TextVecEnv):
         plain(env.outermost)  # the loop drives the environment itself: wrappers would never apply
         return env

@@ -153,11 +153,29 @@ def tokenizer_beside(model: Any) -> PreTrainedTokenizerBase | None:
         return None  # a directory with weights only: saved again without a tokenizer
 
 
-def add_lora(model: PreTrainedModel | PeftModel, lora: dict[str, Any], name: Any = None) -> PeftModel:
+def lora_arguments(lora: dict[str, Any] | LoraConfig) -> dict[str, Any]:
+    """
+    :param lora: arguments of ``peft.LoraConfig``, or one that is made already.
+    :return: the arguments that differ from PEFT's defaults, with lists in place of sets, so that JSON can hold them.
+    :raises ValueError: for anything else, such as the config of another kind of adapter.
+    """
+    if isinstance(lora, dict):
+        return lora
+    if type(lora) is not LoraConfig:
+        raise ValueError(
+            "Expected lora to be arguments of peft.LoraConfig ({'r': 16, 'target_modules': 'all-linear'}) or a "
+            f"LoraConfig, got {lora!r}. Another kind of adapter can be put on a live model, by peft.get_peft_model."
+        )
+    defaults, given = vars(LoraConfig()), vars(lora)
+    changed = {name: value for name, value in given.items() if name in defaults and value != defaults[name]}
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in changed.items()}
+
+
+def add_lora(model: PreTrainedModel | PeftModel, lora: dict[str, Any] | LoraConfig, name: Any = None) -> PeftModel:
     """Add trainable low-rank adapters in place and freeze everything else.
 
     :param model: the base model.
-    :param lora: arguments of ``peft.LoraConfig``, for example ``{"r": 16, "target_modules": "all-linear"}``.
+    :param lora: arguments of ``peft.LoraConfig``, for example ``{"r": 16, "target_modules": "all-linear"}``, or one.
     :param name: what :func:`load_causal_lm` loaded the base by; a saved adapter refers to it.
     :return: the PEFT model around it (``get_base_model()`` is the same object, with adapters inside).
     :raises ValueError: if the model has an adapter already, or this one trains weights of the base as well.
@@ -168,7 +186,8 @@ def add_lora(model: PreTrainedModel | PeftModel, lora: dict[str, Any], name: Any
             "adapter on top, merge the old one into its base (PEFT's merge_and_unload) and save that."
         )
     with quiet_peft():
-        adapted = get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **lora}), adapter_name=ADAPTER)
+        config = LoraConfig(**{"task_type": "CAUSAL_LM", **lora_arguments(lora)})
+        adapted = get_peft_model(model, config, adapter_name=ADAPTER)
     if adapted.peft_config[ADAPTER].task_type == "CAUSAL_LM":
         check_adapter(adapted)  # a classifier's new head is trained too, and has no reference
     adapted.peft_config[ADAPTER].base_model_name_or_path = _plain_name(name)

@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from gymnasium import spaces
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
@@ -51,7 +52,7 @@ class CausalLMActorCritic(BasePolicy):
     :param min_new_tokens: EOS has probability 0 before so many response tokens. Our algorithms take it from the
         environment when it isn't given.
     :param eos_token_id: the token that ends an episode; by default the tokenizer's, else the model config's.
-    :param lora: arguments of ``peft.LoraConfig``; only the adapter and the critic are then trained.
+    :param lora: arguments of ``peft.LoraConfig``, or one; only the adapter and the critic are then trained.
     :param separate_critic: True: the value gets a decoder of its own, a copy, instead of sharing the actor's. A
         directory or hub name of a reward model with the same tokenizer (``"builtin"``: the built-in one): the critic
         starts as that, as in Stiennon et al. 2020 (https://arxiv.org/abs/2009.01325).
@@ -82,7 +83,7 @@ class CausalLMActorCritic(BasePolicy):
         temperature: float = 1.0,
         min_new_tokens: int = 0,
         eos_token_id: int | None = None,
-        lora: dict[str, Any] | None = None,
+        lora: dict[str, Any] | LoraConfig | None = None,
         separate_critic: bool | str | Path = False,
         prefix_cache: bool = True,
         autocast: str | None = None,
