@@ -126,12 +126,13 @@ def randomize_value_head(policy: CausalLMPolicy) -> CausalLMPolicy:
     return policy
 
 
-def make_ppo(env: TextVectorEnv | None = None, model: Any = None, **kwargs: Any) -> PPO:
-    """PPO with eight episodes a rollout on a tiny model whose texts are of different lengths."""
+def make_ppo(env: TextVectorEnv | None = None, model: Any = None, algorithm: Any = PPO, **kwargs: Any) -> PPO:
+    """PPO, or another, with eight episodes a rollout on a tiny model whose texts are of different lengths."""
     env = make_env() if env is None else env
     policy_kwargs = {"model": make_model(ends=0.2) if model is None else model, **kwargs.pop("policy_kwargs", {})}
     defaults = {"n_episodes": 8, "batch_size": 4, "n_epochs": 2, "seed": 0, "device": "cpu"}
-    return PPO("CausalLMPolicy", env, policy_kwargs=policy_kwargs, **{**defaults, **kwargs})
+    made: PPO = algorithm("CausalLMPolicy", env, policy_kwargs=policy_kwargs, **{**defaults, **kwargs})
+    return made
 
 
 def observation_of(contexts: Sequence[Sequence[int]], prompt_lengths: Sequence[int], width: int = 24) -> Observation:

@@ -124,6 +124,10 @@ def assistant_texts(prompts: Sequence[str | Messages], completions: Sequence[str
 
 
 def written(completions: Sequence[str | Messages]) -> list[str]:
+    """
+    :param completions: B texts, or B lists of the assistant's messages.
+    :return: B texts.
+    """
     return [text if isinstance(text, str) else "".join(_contents(text)) for text in completions]
 
 

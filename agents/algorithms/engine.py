@@ -47,6 +47,13 @@ class Engine:
         """
         return float(values.mean())
 
+    def largest(self, value: float) -> float:
+        """
+        :param value: this process's number.
+        :return: the largest of everybody's.
+        """
+        return float(value)
+
     def micro_batches(self, parts: Sequence[np.ndarray]) -> list[tuple[np.ndarray, float]]:
         """Make the number of micro-batches the same in all processes.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from abc import abstractmethod
 from collections import defaultdict
 from typing import Any, ClassVar, Self
@@ -24,9 +25,10 @@ from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from stable_baselines3.common.vec_env import VecEnv
 
 from agents.algorithms.engine import Engine
+from agents.algorithms.environments import options_by_name
 from agents.algorithms.progress_bar import ProgressBar
 from agents.algorithms.resumable import Resumable
-from agents.models.pretrained import check_tokenizers
+from agents.models.pretrained import check_tokenizers, lora_arguments
 from agents.models.reference import Reference
 from agents.objectives.advantages import variance, whiten
 from agents.objectives.kl import KLController, KLEstimator, kl_controller
@@ -38,12 +40,19 @@ from text_env.vector_env import TextVectorEnv, plain
 
 MAX_ROWS = 64  # the largest number of rows of an environment that is given by name
 
+# How far from 1 a ratio π / π_old may be before anything has been learned from a rollout: half of the usual clip range.
+# Only rounding can make it differ from 1, by about 1e-5 in float32. What rounding has moved half-way to the edge of the
+# clip range is clipped, or not, for no reason; and as many tokens count more or less than they should.
+FIRST_RATIO_BOUND = 0.1
+
 
 class OnPolicyAlgorithm(Resumable):
     """The base class of PPO, A2C, REINFORCE, RLOO and GRPO.
 
     :param policy: ``"CausalLMPolicy"``, or a class of policies that take packed batches of episodes.
     :param env: a registered name, a ``TextVectorEnv``, or the SB3 environment that ``make_vec_env`` returns.
+        An environment given by name gets the tokenizer of ``policy_kwargs["model"]`` and, where that is not the
+        built-in one, room for the longest prompt in it, unless the registered name says otherwise.
     :param learning_rate: a number, a ``LearningRate``, or another function of the remaining progress, which goes from 1
         to 0. A checkpoint can't hold such a function.
     :param n_episodes: the number of episodes of a rollout. All of them are started and finished under the same weights.
@@ -117,7 +126,10 @@ class OnPolicyAlgorithm(Resumable):
                 f"kl_estimator={kl_estimator!r} chooses the KL penalty in the reward, where {type(self).__name__} has "
                 "none: its penalty is a term of its loss. Leave kl_estimator out."
             )
-        vec_env = _as_vec_env(env, n_episodes, self.default_group_size)
+        policy_kwargs = dict(policy_kwargs or {})
+        if policy_kwargs.get("lora") is not None:  # in a form that a checkpoint can hold
+            policy_kwargs["lora"] = lora_arguments(policy_kwargs["lora"])
+        vec_env = _as_vec_env(env, n_episodes, self.default_group_size, policy_kwargs)
         if self.default_group_size > 1:
             _check_groups(type(self).__name__, vec_env.vector_env, n_episodes)
         super().__init__(
@@ -145,6 +157,8 @@ class OnPolicyAlgorithm(Resumable):
         self.kl: KLController = kl_controller(kl_coef, kl_target)
         self.reference = reference
         self.reference_was_given = reference is not None
+        self._warned_of_first_ratio = False
+        self._first_ratio: float | None = None  # largest distance from 1 so far; None once a step has been taken
         self._setup_model()
 
     def _setup_model(self) -> None:
@@ -202,7 +216,8 @@ class OnPolicyAlgorithm(Resumable):
         self.kl = kl_controller(self.kl.coef, target)
 
     def set_env(self, env: Any, force_reset: bool = True) -> None:
-        super().set_env(_as_vec_env(env, self.n_episodes, self.default_group_size), force_reset)
+        adapted = _as_vec_env(env, self.n_episodes, self.default_group_size, self.policy_kwargs)
+        super().set_env(adapted, force_reset)
         self.policy.distribution.check_environment(self.vector_env)
 
     @property
@@ -270,6 +285,7 @@ class OnPolicyAlgorithm(Resumable):
         :param progress_bar: whether to show a progress bar with the latest score and KL divergence.
         :return: the algorithm.
         """
+        _ = self._text_env  # raises where there is no environment to learn in
         bar = ProgressBar()
         if progress_bar:
             # Not SB3's bar, which counts one token for every row of the environment at every step.
@@ -310,10 +326,11 @@ class OnPolicyAlgorithm(Resumable):
         before = self.num_timesteps
         callback.on_rollout_start()
 
-        def on_step(n_tokens: int, infos: dict[str, Any]) -> bool:
+        def on_step(n_tokens: int, step: dict[str, Any]) -> bool:
             self.num_timesteps += n_tokens
-            callback.update_locals({"infos": [], "n_tokens": n_tokens, "vector_infos": infos, "self": self})
-            return callback.on_step()
+            callback.update_locals({**step, "n_tokens": n_tokens, "self": self, "env": self.env})
+            with self._text_env.left_as_it_was():  # a callback may evaluate the policy in the very same environment
+                return callback.on_step()
 
         start = time.perf_counter()
         episodes = []
@@ -360,11 +377,15 @@ class OnPolicyAlgorithm(Resumable):
         start = time.perf_counter()
         history: dict[str, list[float]] = defaultdict(list)
         stopped, used = False, 0
+        self._first_ratio = 0.0
         for _ in range(self.n_epochs):
             order = np.random.permutation(self.n_episodes)
             for minibatch in np.split(order, range(self.batch_size, self.n_episodes, self.batch_size)):
                 used += int(buffer.lengths[minibatch].sum())
                 means = self._backward(minibatch)
+                if self._first_ratio is not None:
+                    self._report_first_ratio(self.engine.largest(self._first_ratio))
+                    self._first_ratio = None
                 means["grad_norm"] = self.engine.clip(self.max_grad_norm)
                 for name, value in means.items():
                     history[name].append(value)
@@ -399,12 +420,31 @@ class OnPolicyAlgorithm(Resumable):
             samples = self.buffer.pack(part)
             values, log_prob, entropy = self.policy.evaluate_actions(samples.observations, samples.actions)
             assert entropy is not None
+            if self._first_ratio is not None:
+                ratio = torch.exp(log_prob.detach() - samples.old_log_prob)
+                self._first_ratio = max(self._first_ratio, float((ratio - 1).abs().max()))
             loss, logged = self.loss(samples, values.flatten(), log_prob, entropy)
             weight = torch.from_numpy(factor * np.repeat(weights[part], lengths[part])).to(loss)
             self.engine.backward((weight * loss).sum() / total_weight, last=number == len(parts))
             for name, per_token in {"loss": loss, **logged}.items():
                 means[name] += float((weight * per_token.detach()).sum()) / total_weight
         return {name: self.engine.total(mean) for name, mean in means.items()}
+
+    def _report_first_ratio(self, distance: float) -> None:
+        """
+        :param distance: the largest distance from 1 of the ratios at the first minibatch of the first epoch.
+        """
+        self.logger.record("train/ratio_first_max", distance)
+        if distance > FIRST_RATIO_BOUND and not self._warned_of_first_ratio:
+            self._warned_of_first_ratio = True
+            warnings.warn(
+                "Expected the policy that is trained to be the one that sampled, with every ratio of their "
+                f"probabilities 1 before the first step of an update; one is off by {distance:.2g} (train/"
+                f"ratio_first_max; more than {FIRST_RATIO_BOUND}, half of the usual clip range). Sampling and training "
+                f"round differently in {self.policy.lm.model.dtype}, so that clipping and the gradient follow rounding "
+                "errors. Use policy_kwargs={'dtype': 'float32'}, without autocast.",
+                stacklevel=2,
+            )
 
     def _explained_variance(self) -> float:
         """The share of the variance of returns that the critic has predicted; NaN if all returns are the same."""
@@ -436,12 +476,20 @@ class OnPolicyAlgorithm(Resumable):
         record("completions/clipped_ratio", mean(cut))
         record("time/tokens_per_second", self.engine.total(buffer.n_tokens) / seconds)
 
+    def dump_logs(self, iteration: int = 0) -> None:
+        """Write the log, as SB3's ``LogEveryNTimesteps`` asks for at any time.
+
+        :param iteration: iterations so far.
+        """
+        self._dump_logs(iteration)
+
     def _dump_logs(self, iteration: int) -> None:
         assert self.ep_info_buffer is not None
         elapsed = max((time.time_ns() - self.start_time) / 1e9, 1e-9)
         record = self.logger.record
-        record("rollout/ep_rew_mean", self.engine.mean(np.array([info["r"] for info in self.ep_info_buffer])))
-        record("rollout/ep_len_mean", self.engine.mean(np.array([info["l"] for info in self.ep_info_buffer])))
+        if len(self.ep_info_buffer):
+            record("rollout/ep_rew_mean", self.engine.mean(np.array([info["r"] for info in self.ep_info_buffer])))
+            record("rollout/ep_len_mean", self.engine.mean(np.array([info["l"] for info in self.ep_info_buffer])))
         record("time/iterations", iteration, exclude="tensorboard")
         record("time/fps", int((self.num_timesteps - self._num_timesteps_at_start) / elapsed))
         record("time/time_elapsed", elapsed, exclude="tensorboard")
@@ -449,10 +497,14 @@ class OnPolicyAlgorithm(Resumable):
         self.logger.dump(step=self.num_timesteps)
 
 
-def _as_vec_env(env: str | VecEnv | TextVectorEnv, n_episodes: int, group_size: int) -> TextVecEnv:
+def _as_vec_env(
+    env: str | VecEnv | TextVectorEnv, n_episodes: int, group_size: int, policy_kwargs: dict[str, Any]
+) -> TextVecEnv:
     if isinstance(env, str):
-        grouped = {"group_size": group_size} if group_size > 1 else {}
-        env = make_vec_env(env, n_envs=default_rows(n_episodes, group_size), env_kwargs=grouped)
+        options = options_by_name(env, policy_kwargs)
+        if group_size > 1:
+            options["group_size"] = group_size
+        env = make_vec_env(env, n_envs=default_rows(n_episodes, group_size), env_kwargs=options)
     if isinstance(env, TextVecEnv):
         plain(env.outermost)  # the loop uses the innermost environment: wrappers would have no effect
         return env

@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Self
 
 from stable_baselines3.common.base_class import BaseAlgorithm
 
+from agents.algorithms.environments import check_facts, environment_facts, spaces_of
+from agents.algorithms.found import check_found
 from agents.models.reference import Reference
 from agents.objectives.kl import KLController
 from agents.policies.causal_lm_policy import CausalLMPolicy
@@ -69,19 +71,19 @@ class Resumable(BaseAlgorithm):
         """Load what :meth:`save` wrote. Training continues with ``learn(..., reset_num_timesteps=False)``.
 
         :param path: the directory.
-        :param env: the environment, as for the constructor; required.
+        :param env: the environment, as for the constructor, with the settings that it had; None: what is loaded can
+            only ``predict``.
         :param device: the device of the algorithm.
         :param policy: the class of the policy that was saved, or its name.
         :param kwargs: arguments of the constructor that should differ from the saved ones, and those that can't be
             saved (live objects, schedules other than ``LearningRate``, ``"module:function"`` names).
         :return: the algorithm as it was saved.
         :raises FileNotFoundError: if there is no checkpoint.
-        :raises ValueError: without an environment; if an algorithm or a policy of another class was saved; or if an
-            argument that can't be saved is missing.
+        :raises ValueError: if there is something else at the path; if an algorithm or a policy of another class was
+            saved; if an argument that can't be saved is missing; or if the environment is another.
         """
+        check_found(path, cls.__name__)
         state = checkpoint.load(path)
-        if env is None:
-            raise ValueError("Expected env: a checkpoint holds no environment. Pass load(path, env=...).")
         saved, ours = state["algorithm"], class_name(cls)
         if saved != ours:
             raise ValueError(
@@ -100,6 +102,8 @@ class Resumable(BaseAlgorithm):
         policy_kwargs = arguments_again(
             state["policy_kwargs"], live["policy_kwargs"], given, "policy_kwargs={{'{}': ...}}"
         )
+        if env is None:
+            return cls._without_environment(state, policy, policy_kwargs, device)
         arguments = arguments_again(state["arguments"], live["arguments"], kwargs, "{}=...")
         if isinstance(arguments.get("learning_rate"), dict):
             arguments["learning_rate"] = LearningRate.from_json(arguments["learning_rate"])
@@ -107,11 +111,55 @@ class Resumable(BaseAlgorithm):
         model.load_state(state)
         return model
 
+    @classmethod
+    def _without_environment(
+        cls, state: dict[str, Any], policy: Any, policy_kwargs: dict[str, Any], device: Any
+    ) -> Self:
+        """An algorithm that holds the policy of a checkpoint, and nothing to train it in."""
+        if (facts := state.get("environment")) is None:
+            raise ValueError(
+                "Expected env: this checkpoint is of an earlier version, which did not write down what its environment "
+                "was like. Pass load(path, env=...)."
+            )
+        if facts["constraint"] is not None and "constraint" not in policy_kwargs:
+            raise ValueError(
+                f"Expected the constraint {facts['constraint']}, under which the policy was trained and which no "
+                "checkpoint holds: give env=..., or policy_kwargs={'constraint': ...}."
+            )
+        model = cls.__new__(cls)
+        BaseAlgorithm.__init__(
+            model, policy, None, 0.0, policy_kwargs=policy_kwargs, device=device, support_multi_env=True
+        )
+        model.observation_space, model.action_space = spaces_of(facts)
+        model._setup_lr_schedule()
+        known = {"eos_token_id": facts["eos_token_id"], "min_new_tokens": facts["min_new_tokens"]}
+        model.policy = model.policy_class(  # type: ignore[assignment]
+            model.observation_space, model.action_space, model.lr_schedule, **{**known, **policy_kwargs}
+        )
+        model.policy.load_state_dict(state["policy"])
+        model.policy.to(model.device)
+        for name in COUNTERS:
+            setattr(model, name, state["counters"][name])
+        return model
+
+    def set_env(self, env: Any, force_reset: bool = True) -> None:
+        """As SB3's, for an environment of the same settings.
+
+        :param env: the SB3 environment that ``make_vec_env`` returns.
+        :param force_reset: as SB3's.
+        :raises ValueError: if this was loaded without an environment, or its settings are others.
+        """
+        before = self._text_env
+        if isinstance(env, TextVecEnv):
+            check_facts(environment_facts(before.vector_env), env.vector_env)
+        super().set_env(env, force_reset)
+
     def state(self) -> dict[str, Any]:
         """The state of the algorithm. In the middle of a rollout, it is the state in which this rollout is lost.
 
         :return: a tree for :mod:`agents.state.checkpoint`. Its tensors are not copies, so training changes them.
         """
+        facts = environment_facts(self._text_env.vector_env)
         arguments = kept_arguments(self, set(argument_defaults(type(self))) - NOT_KEPT)
         arguments["stats_window_size"] = self._stats_window_size
         if isinstance(self.learning_rate, LearningRate):
@@ -127,6 +175,7 @@ class Resumable(BaseAlgorithm):
             "arguments": arguments,
             "policy_kwargs": policy_kwargs,
             "given_again": {"arguments": live, "policy_kwargs": live_policy_kwargs},
+            "environment": facts,
             "counters": {name: getattr(self, name) for name in (*COUNTERS, *self.state_attributes)},
             "kl": {"coef": self.kl.coef},
             "latest_episodes": list(self.ep_info_buffer or []),
@@ -147,7 +196,8 @@ class Resumable(BaseAlgorithm):
         that this class lists, whatever the state contains.
 
         :param state: what :meth:`state` returned, copied or read from a checkpoint.
-        :raises ValueError: if its counters are others, or if its environment had another number of rows.
+        :raises ValueError: if its counters are others, or if its environment had other settings or another number of
+            rows.
         """
         counters = (*COUNTERS, *self.state_attributes)
         if set(state["counters"]) != set(counters):
@@ -155,6 +205,7 @@ class Resumable(BaseAlgorithm):
                 f"Expected the counters {sorted(counters)} of {type(self).__name__}, got {sorted(state['counters'])}: "
                 "another version of it has written them. Load them with that version."
             )
+        check_facts(state.get("environment", {}), self._text_env.vector_env)
         self.policy.load_state_dict(state["policy"])
         self.policy.clear_cache()
         assert self.reference is not None
@@ -178,6 +229,11 @@ class Resumable(BaseAlgorithm):
 
     @property
     def _text_env(self) -> TextVecEnv:
+        if self.env is None:
+            raise ValueError(
+                f"Expected an environment, but this {type(self).__name__} was loaded without one, which is enough for "
+                "predict alone: use load(path, env=...)."
+            )
         assert isinstance(self.env, TextVecEnv)
         return self.env
 

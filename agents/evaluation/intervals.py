@@ -10,6 +10,7 @@ Notation: n texts of C prompts.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -29,24 +30,53 @@ def wins(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
 
 
 def bootstrap_interval(values: np.ndarray, clusters: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """The percentile interval of a mean, by drawing prompts with replacement, each with all of its texts.
+    """The percentile interval of a mean, by drawing prompts with replacement, each with all of its texts. It is widened
+    for what few prompts don't show.
 
     Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 13; for clusters: Field & Welsh 2007,
     Bootstrapping clustered data, J. R. Statist. Soc. B 69.
 
+    Means that are drawn from C prompts vary by a factor √((C − 1) / C) too little, and their spread is itself an
+    estimate, for which Student's t makes up: the interval reaches t √(C / (C − 1)) / z times as far from the mean
+    (Hesterberg 2015, What Teachers Should Know About the Bootstrap, Am. Stat. 69, section 3.2). Of 8 prompts that is
+    1.29 times, of 64 it is 1.03 times. Where there are only a few different values, so are there of means, and the
+    percentiles fall on one of them; so the interval is never narrower than Student's own.
+
     :param values: [n].
     :param clusters: int [n], the number of each text's prompt.
     :param seed: the seed of the resampling.
-    :return: the low and the high end of the interval.
+    :return: the low and the high end of the interval; infinite where there is one text only, which says nothing of the
+        spread.
     """
     sums, sizes = _cluster_sums(values, clusters)
+    count, mean = len(sums), float(values.mean())
+    if count == 1:
+        return -math.inf, math.inf
     generator = np.random.default_rng(seed)
     means = np.empty(RESAMPLES)
     for i in range(RESAMPLES):
         drawn = generator.integers(len(sums), size=len(sums))
         means[i] = sums[drawn].sum() / sizes[drawn].sum()
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+    t = student_t(count - 1)
+    widening = t / Z * math.sqrt(count / (count - 1))
+    half = t * math.sqrt(count / (count - 1) * float(((sums - mean * sizes) ** 2).sum())) / len(values)
+    return min(mean - widening * (mean - low), mean - half), max(mean + widening * (high - mean), mean + half)
+
+
+@functools.cache
+def student_t(freedom: int) -> float:
+    """How far from 0, on either side, Student's t lies with probability 1 − LEVEL.
+
+    With t = √ν tan θ its density becomes proportional to cos^(ν − 1) θ, which is integrated here.
+
+    :param freedom: ν, at least 1.
+    :return: the quantile, to four digits at least.
+    """
+    theta = np.linspace(0, math.pi / 2, 100_001)
+    density = np.cos(theta) ** (freedom - 1)
+    area = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    return math.sqrt(freedom) * math.tan(float(np.interp(LEVEL * area[-1], area, theta)))
 
 
 def wilson_interval(outcomes: np.ndarray, clusters: np.ndarray) -> tuple[float, float]:

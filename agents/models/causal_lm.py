@@ -25,6 +25,9 @@ from transformers.activations import NewGELUActivation
 
 from agents.models.adapter import Adapter, unwrapped
 from agents.models.distribution import LogProbAndEntropy, TokenDistribution
+from agents.models.finite import check_numbers
+from agents.models.head import decoder_of, find_logit_map
+from agents.models.recompute import check_recomputable, layers_to_recompute, recomputed
 from text_env.constraints import Constraint, Contexts, all_of, allowed_tokens
 
 # Logits of one chunk. In float32 2^22 values are 16 MB, enough for matrix products to run at full speed.
@@ -54,12 +57,20 @@ class CausalLM(nn.Module):
         as models with padded embeddings have; the first V are used.
     :param compile_forward: whether to run whole sequences through ``torch.compile``, which needs a C++ compiler on
         CPUs.
-    :raises ValueError: if the model is no decoder with a head, if it has fewer than V logits, or if its logits are not
-        the head applied to the last hidden state.
+    :param gradient_checkpointing: whether to compute the layers of whole sequences once more in the backward pass,
+        which takes less memory and gives the same gradient. If False, this is done where the model was told so by
+        ``gradient_checkpointing_enable()``.
+    :raises ValueError: if the model is no decoder with a head, if it has fewer than V logits, if its logits are not a
+        function of the last hidden state, if it depends on more than a context, or if it can't be checkpointed.
+    :raises FloatingPointError: if the logits of the model are not numbers.
     """
 
     def __init__(
-        self, model: PreTrainedModel | PeftModel, distribution: TokenDistribution, compile_forward: bool = False
+        self,
+        model: PreTrainedModel | PeftModel,
+        distribution: TokenDistribution,
+        compile_forward: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.adapter = Adapter(model) if isinstance(model, PeftModel) else None
@@ -79,11 +90,11 @@ class CausalLM(nn.Module):
         self.model = model.eval()
         self.distribution = distribution
         self.compile_forward = compile_forward
-        config = model.config.get_text_config()
-        self._logit_scale = float(getattr(config, "logit_scale", None) or 1.0)
-        self._logit_scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-        self._logit_softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self._check_head()
+        self.gradient_checkpointing = gradient_checkpointing
+        check_recomputable(model, self.backbone, gradient_checkpointing, compile_forward)
+        # The head is applied apart from the model, only where it is needed.
+        self._logit_map = find_logit_map(model, n_tokens)
+        self._check_causality()
 
     def save_pretrained(self, directory: Path) -> None:
         """Write a directory that transformers loads without this package: the model, or the adapter that was trained.
@@ -97,8 +108,8 @@ class CausalLM(nn.Module):
 
     @property
     def backbone(self) -> nn.Module:
-        """The decoder below the language-model head, from token ids to last hidden states."""
-        return self.model.base_model
+        """The decoder below the language-model head: token ids in, last hidden states out."""
+        return decoder_of(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -124,14 +135,15 @@ class CausalLM(nn.Module):
         return self.run(self.backbone, input_ids)
 
     def run(self, backbone: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-        """Call :func:`full_forward` under this model's autocast, and compiled if ``compile_forward`` is set.
+        """Call :func:`full_forward` under this model's autocast, compiled or checkpointed as the arguments say.
 
         :param backbone: the decoder to run: this model's, or that of a separate critic.
         :param input_ids: int64 [B, T], right-padded.
         :return: last hidden states, [B, T, H].
         """
         forward = _compiled_forward() if self.compile_forward else full_forward
-        with self.precision():
+        layers = layers_to_recompute(backbone, self.gradient_checkpointing) if torch.is_grad_enabled() else []
+        with self.precision(), recomputed(layers):
             return forward(backbone, input_ids)
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
@@ -219,39 +231,49 @@ class CausalLM(nn.Module):
         :param actions: int64 [N], token ids.
         :param action_masks: further masks, [N, V], true where a token is allowed.
         :return: log-probabilities [N] and entropies [N], in nats, and last hidden states [N, H].
+        :raises FloatingPointError: if a log-probability is NaN.
         """
         hidden = self.hidden_states(input_ids)[at.row, at.column]
+        log_prob, entropy = self._score(hidden, input_ids, at, actions, action_masks)
+        check_numbers(log_prob, "log-probabilities", lambda i: input_ids[at.row[i], : at.column[i] + 1].tolist(), self)
+        return log_prob, entropy, hidden
+
+    def _score(
+        self,
+        hidden: torch.Tensor,
+        input_ids: torch.Tensor,
+        at: Positions,
+        actions: torch.Tensor,
+        action_masks: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if action_masks is None and not self.distribution.needs_masks:
-            log_prob, entropy = self.log_prob_and_entropy(hidden, at.step, actions)
-            return log_prob, entropy, hidden
+            return self.log_prob_and_entropy(hidden, at.step, actions)
         ids, row, column, step = (x.cpu().numpy() for x in (input_ids, *at))
 
         def allowed(part: slice) -> torch.Tensor | None:
             contexts = Contexts(ids[row[part]], column[part] + 1, step[part])
             return self.allowed(contexts, None if action_masks is None else action_masks[part])
 
-        log_prob, entropy = self.log_prob_and_entropy(hidden, at.step, actions, allowed)
-        return log_prob, entropy, hidden
-
-    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
-        if self._logit_scale != 1.0:
-            logits = logits * self._logit_scale
-        if self._logit_softcap is not None:
-            logits = torch.tanh(logits / self._logit_softcap) * self._logit_softcap
-        return logits
+        return self.log_prob_and_entropy(hidden, at.step, actions, allowed)
 
     @torch.no_grad()
-    def _check_head(self) -> None:
-        """Check that the head, applied apart from the model and only where needed, gives the model's logits."""
-        probe = torch.arange(4, device=self.device)[None] % self.distribution.n_tokens
-        expected = self.model(input_ids=probe, use_cache=False).logits
-        actual = self._head(full_forward(self.backbone, probe))
-        if not torch.allclose(actual, expected, rtol=1e-2, atol=1e-3):
+    def _check_causality(self) -> None:
+        """Sequences are padded on the right, and contexts of one text are read all at once: prove that a context's
+        answer depends neither on what follows it nor on its neighbours.
+        """
+        tokens = (torch.arange(24, device=self.device) * 7 + 1).reshape(3, 8) % self.distribution.n_tokens
+        alone, together = full_forward(self.backbone, tokens[:1, :4]), full_forward(self.backbone, tokens)[:1, :4]
+        tolerance = 1e-3 if alone.dtype.itemsize > 2 else 0.1
+        error = float((alone - together).abs().max() / alone.abs().max().clamp(min=1e-6))
+        if error > tolerance:
             raise ValueError(
-                f"Expected the logits of {type(self.model).__name__} to be its output embeddings applied to the last "
-                "hidden state; they are not, so this architecture is not supported."
+                f"Expected a causal language model, whose answer to a context depends on nothing else; what "
+                f"{type(self.model).__name__} says of four tokens changes by {error:.0e} of itself when others follow "
+                "them or stand in the same batch. It can't be trained here: take a decoder with causal attention."
             )
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._logit_map(self.model.get_output_embeddings(), hidden)
 
 
 def action_masks_given(masks: np.ndarray) -> Constraint:

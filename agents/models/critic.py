@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from agents.models.causal_lm import fuse_activations
+from agents.models.head import decoder_of
 from agents.models.pretrained import check_positions, check_tokenizers, resolve_dtype, tokenizer_beside
 from text_env.builtin import REWARD_MODEL
 from text_env.rewards import reward_normalization
@@ -76,7 +77,7 @@ def make_critic(
         hidden_size = 1 if embeddings is None else embeddings.weight.shape[1]  # `CausalLM` rejects such a model
         if not separate:
             return None, ValueHead(hidden_size)
-        critic = copy.deepcopy(base.base_model).eval()  # without dropout, as the policy
+        critic = copy.deepcopy(decoder_of(base)).eval()  # without dropout, like the policy
         fuse_activations(critic)
         return critic, ValueHead(hidden_size)
     name = str(REWARD_MODEL) if separate == "builtin" else str(separate)

@@ -246,11 +246,13 @@ def sample(probs: torch.Tensor) -> torch.Tensor:
     at such a token equals the one before it.
 
     :param probs: [N, V], 0 where a token is forbidden. Rows need not sum to exactly 1.
-    :return: int64 [N], token ids.
+    :return: int64 [N], token ids. Where the probabilities are NaN it is some token, so that a device can go on until
+        somebody looks at the log-probability, which is NaN too.
     """
     # In float32 the sums over a large vocabulary would lose the rare tokens at its end.
     cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     target = torch.rand(len(probs), 1, dtype=torch.float64, device=probs.device) * total
     below_total = torch.nextafter(total, torch.zeros_like(total))
-    return torch.searchsorted(cumulative, torch.minimum(target, below_total), right=True).squeeze(-1)
+    chosen = torch.searchsorted(cumulative, torch.minimum(target, below_total), right=True).squeeze(-1)
+    return chosen.clamp(max=probs.shape[1] - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -155,11 +156,30 @@ def tokenizer_beside(model: Any) -> PreTrainedTokenizerBase | None:
         return None  # a directory without a tokenizer
 
 
-def add_lora(model: PreTrainedModel | PeftModel, lora: dict[str, Any], name: Any = None) -> PeftModel:
+def lora_arguments(lora: dict[str, Any] | LoraConfig) -> dict[str, Any]:
+    """
+    :param lora: arguments of ``peft.LoraConfig``, or one that is made already.
+    :return: the arguments that differ from PEFT's defaults, with lists in place of sets, so that JSON can hold them.
+    :raises ValueError: for anything else, such as the config of another kind of adapter.
+    """
+    if isinstance(lora, dict):
+        return lora
+    if type(lora) is not LoraConfig:
+        raise ValueError(
+            "Expected lora to be arguments of peft.LoraConfig ({'r': 16, 'target_modules': 'all-linear'}) or a "
+            f"LoraConfig, got {lora!r}. Another kind of adapter can be put on a live model, by peft.get_peft_model."
+        )
+    defaults, given = vars(LoraConfig()), vars(lora)
+    changed = {name: value for name, value in given.items() if name in defaults and value != defaults[name]}
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in changed.items()}
+
+
+def add_lora(model: PreTrainedModel | PeftModel, lora: dict[str, Any] | LoraConfig, name: Any = None) -> PeftModel:
     """Add a trainable low-rank adapter to a model, in place, and freeze all other weights.
 
     :param model: the base model.
-    :param lora: the arguments of ``peft.LoraConfig``, for example ``{"r": 16, "target_modules": "all-linear"}``.
+    :param lora: the arguments of ``peft.LoraConfig``, for example ``{"r": 16, "target_modules": "all-linear"}``, or
+        one that is made already.
     :param name: the name that :func:`load_causal_lm` loaded the base by, which a saved adapter refers to; None: none.
     :return: PEFT's wrapper around the model. Its ``get_base_model()`` is ``model`` itself, with the adapter inside.
     :raises ValueError: if the model has an adapter already, or if the adapter would train weights of the base as well.
@@ -170,7 +190,8 @@ def add_lora(model: PreTrainedModel | PeftModel, lora: dict[str, Any], name: Any
             "adapter on top, merge the old one into its base (PEFT's merge_and_unload) and save that."
         )
     with quiet_peft():
-        adapted = get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **lora}), adapter_name=ADAPTER)
+        config = LoraConfig(**{"task_type": "CAUSAL_LM", **lora_arguments(lora)})
+        adapted = get_peft_model(model, config, adapter_name=ADAPTER)
     if adapted.peft_config[ADAPTER].task_type == "CAUSAL_LM":
         check_adapter(adapted)  # not for classifiers: their new head must be trained, and they need no reference
     adapted.peft_config[ADAPTER].base_model_name_or_path = _plain_name(name)
@@ -181,16 +202,40 @@ def check_positions(model: PreTrainedModel, longest: int) -> None:
     """Check that a model can read contexts of some length. Learned position embeddings are limited in number; rotary
     ones get worse beyond the positions of the training, so configs state a limit for both.
 
+    Some rotary position embeddings switch to other frequencies when a sequence of the batch gets long, for all
+    sequences in it. What such a model says of a context depends on the batch, so contexts must stay below the length at
+    which it switches.
+
     :param model: any model.
     :param longest: the length of the longest context, in tokens.
-    :raises ValueError: if the model has fewer positions.
+    :raises ValueError: if the model has fewer positions, or switches at fewer.
     """
-    available = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config: Any = model.config.get_text_config()
+    available = getattr(config, "max_position_embeddings", None)
     if available is not None and longest > available:
         raise ValueError(
             f"Expected a model with at least {longest} positions (max_prompt_tokens + max_new_tokens of the "
             f"environment); {type(model).__name__} has {available}. Make the environment's budgets smaller."
         )
+    for kind, switch in _frequency_switches(config):
+        if switch is not None and longest > switch:
+            raise ValueError(
+                f"Expected contexts of at most {switch} tokens, the original length of the rotary embeddings "
+                f"({kind!r}) of {type(model).__name__}, got max_prompt_tokens + max_new_tokens = {longest}: a longer "
+                "sequence changes the frequencies of the whole batch, so that log-probabilities would depend on their "
+                "neighbours. Make the environment's budgets smaller, or change the model's config.rope_parameters to "
+                "a rope_type that is the same for all lengths, such as 'yarn' or 'linear'."
+            )
+
+
+def _frequency_switches(config: Any) -> Iterator[tuple[str, int | None]]:
+    """The rotary embeddings whose frequencies depend on the longest sequence of a batch, and from which length on."""
+    given = getattr(config, "rope_parameters", None) or {}
+    for parameters in (given, *given.values()):  # models with several kinds of layers have one for each kind
+        kind = parameters.get("rope_type") if isinstance(parameters, dict) else None
+        if kind is not None and (kind == "longrope" or "dynamic" in kind):
+            own = None if kind != "longrope" else parameters.get("original_max_position_embeddings")
+            yield kind, own or getattr(config, "max_position_embeddings", None)
 
 
 def check_tokenizers(given: PreTrainedTokenizerBase | None, own: PreTrainedTokenizerBase | None, model: object) -> None:

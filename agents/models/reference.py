@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from agents.models.causal_lm import CausalLM
 from agents.models.contexts import packed_positions
 from agents.models.distribution import TokenDistribution
-from agents.models.pretrained import load_causal_lm, tokenizer_beside
+from agents.models.pretrained import check_positions, load_causal_lm, tokenizer_beside
 
 
 class Reference:
@@ -95,9 +95,11 @@ class Reference:
         :param observations: the observations of a packed batch (see ``EpisodeSamples``).
         :param actions: int64 [N], token ids.
         :return: log π_ref of each action, float32 [N].
+        :raises ValueError: if the frozen model has too few positions for the batch.
         """
         device = self.lm.device
         packed = {name: x.to(device) for name, x in observations.items()}
+        check_positions(self.lm.model, packed["input_ids"].shape[1])  # the policy's model may have more than this one
         with self._frozen():
             return self.lm.evaluate(packed["input_ids"], packed_positions(packed), actions.to(device))[0]
 

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from agents.models.adapter import unwrapped
 from agents.models.causal_lm import CHUNK_ELEMENTS, CausalLM
 from agents.models.distribution import TokenDistribution
+from agents.models.finite import not_a_number
 from agents.models.prefix_cache import PrefixCache
 from agents.models.pretrained import check_positions, load_causal_lm
 from text_env.constraints import Constraint, Contexts, all_of, allowed_tokens
@@ -119,7 +120,12 @@ class ReferenceTopP:
         n_tokens = fixed.shape[1]
         size = max(1, CHUNK_ELEMENTS // n_tokens)
         parts = zip(self._memo.last_hidden(contexts).split(size), torch.from_numpy(fixed).split(size), strict=True)
-        return np.concatenate([self._nucleus(hidden, part.to(hidden.device)) for hidden, part in parts])
+        nuclei = np.concatenate([self._nucleus(hidden, part.to(hidden.device)) for hidden, part in parts])
+        if (empty := ~nuclei.any(axis=1)).any():  # the most probable token is always in it, if there is one
+            row = int(np.flatnonzero(empty)[0])
+            ids = contexts.input_ids[row, : contexts.length[row]].tolist()
+            raise not_a_number(f"the probabilities of {self} after the tokens {ids}", self._lm)
+        return nuclei
 
     def _nucleus(self, hidden: torch.Tensor, fixed: torch.Tensor) -> np.ndarray:
         """

@@ -16,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from gymnasium import spaces
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
@@ -27,9 +28,10 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from agents.models.adapter import unwrapped
 from agents.models.causal_lm import CausalLM
-from agents.models.contexts import Contexts, contexts_of, packed_positions, share_prefixes
+from agents.models.contexts import Contexts, check_spaces, contexts_of, packed_positions, share_prefixes
 from agents.models.critic import make_critic
 from agents.models.distribution import TokenDistribution, sample
+from agents.models.finite import check_numbers
 from agents.models.prefix_cache import PrefixCache
 from agents.models.pretrained import add_lora, check_positions, check_tokenizers, load_causal_lm, tokenizer_beside
 from text_env.vector_env import TextVectorEnv
@@ -54,8 +56,8 @@ class CausalLMActorCritic(BasePolicy):
         package take it from the environment by default.
     :param eos_token_id: the token that ends an episode; None: the tokenizer's or, without a tokenizer, the model
         config's.
-    :param lora: the arguments of ``peft.LoraConfig``. Only the adapter and the critic are then trained. None: no new
-        adapter.
+    :param lora: the arguments of ``peft.LoraConfig``, or one that is made already. Only the adapter and the critic are
+        then trained. None: no new adapter.
     :param separate_critic: True: the value head is on a copy of the actor's decoder instead of sharing it. A directory
         or hub name of a reward model with the same tokenizer (``"builtin"``: the built-in one): the critic starts as
         that model, as in Stiennon et al. 2020 (https://arxiv.org/abs/2009.01325).
@@ -64,6 +66,9 @@ class CausalLMActorCritic(BasePolicy):
         keep theirs; None: the type of the weights.
     :param compile_forward: whether to run whole sequences through ``torch.compile``. Compiling takes minutes, so this
         pays in long trainings.
+    :param gradient_checkpointing: whether to compute the layers once more in the backward pass instead of keeping what
+        is inside them: less memory, about a third more time, the same gradient. A live model for which transformers'
+        ``gradient_checkpointing_enable()`` was called needs no such argument.
     :param constraint: which tokens may follow a context: a callable ``(contexts, n_tokens) -> bool [B, n_tokens]``, its
         name as ``"module:function"``, or a list of these (see :mod:`text_env.constraints`). All other tokens have
         probability 0, in the rollout, in the update and in the reference. The algorithms of this package take it from
@@ -86,18 +91,19 @@ class CausalLMActorCritic(BasePolicy):
         temperature: float = 1.0,
         min_new_tokens: int = 0,
         eos_token_id: int | None = None,
-        lora: dict[str, Any] | None = None,
+        lora: dict[str, Any] | LoraConfig | None = None,
         separate_critic: bool | str | Path = False,
         prefix_cache: bool = True,
         autocast: str | None = None,
         compile_forward: bool = False,
+        gradient_checkpointing: bool = False,
         constraint: Any = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         use_sde: bool = False,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        _check_spaces(observation_space, action_space)
+        check_spaces(observation_space, action_space, type(self).__name__)
         if use_sde:
             raise ValueError("use_sde=True is for continuous actions; tokens are discrete. Use use_sde=False.")
         if optimizer_class is torch.optim.Adam:
@@ -126,6 +132,7 @@ class CausalLMActorCritic(BasePolicy):
             "prefix_cache": prefix_cache,
             "autocast": autocast,
             "compile_forward": compile_forward,
+            "gradient_checkpointing": gradient_checkpointing,
             "constraint": constraint,
         }
         own_tokenizer = tokenizer_beside(model)
@@ -151,7 +158,7 @@ class CausalLMActorCritic(BasePolicy):
             constraint=constraint,
             autocast=autocast,
         )
-        self.lm = CausalLM(loaded, distribution, compile_forward)
+        self.lm = CausalLM(loaded, distribution, compile_forward, gradient_checkpointing)
         self.critic = critic
         self.value_head = value_head
         if self.lm.model.dtype == torch.float64:
@@ -175,14 +182,20 @@ class CausalLMActorCritic(BasePolicy):
         :param obs: a batch of B observations.
         :param deterministic: whether to choose the most probable token instead of sampling one.
         :param action_masks: what the environment's ``action_masks()`` returns, [B, V], true where a token is allowed.
-        :return: actions int64 [B], values [B, 1] and log-probabilities [B], in nats.
+        :return: actions int64 [B], values [B, 1] and log-probabilities [B], in nats. On a CPU they are numbers; on
+            another device NaN is found by whoever copies them, as
+            :func:`agents.rollouts.collector.collect_episodes` does once a token.
+        :raises FloatingPointError: if the policy runs on a CPU and its answers are NaN.
         """
         contexts = contexts_of(obs)
         hidden = self._last_hidden(contexts)
         probs = torch.softmax(self._logits(hidden, contexts, action_masks), dim=-1)
         actions = probs.argmax(dim=-1) if deterministic else sample(probs)
         log_prob = probs.gather(-1, actions[:, None]).squeeze(-1).log()
-        return actions, self._last_values(contexts, hidden), log_prob
+        values = self._last_values(contexts, hidden)
+        if self.lm.device.type == "cpu":
+            self.check_numbers(contexts, log_prob, values)
+        return actions, values, log_prob
 
     def evaluate_actions(
         self, obs: PyTorchObs, actions: torch.Tensor, action_masks: torch.Tensor | None = None
@@ -209,7 +222,9 @@ class CausalLMActorCritic(BasePolicy):
         log_prob, entropy, hidden = self.lm.evaluate(input_ids, at, actions.long().flatten(), action_masks)
         if self.critic is not None:
             hidden = self.lm.run(self.critic, input_ids)[at.row, at.column]
-        return self._values(hidden), log_prob, entropy
+        values = self._values(hidden)
+        check_numbers(values, "values", lambda i: input_ids[at.row[i], : at.column[i] + 1].tolist(), self)
+        return values, log_prob, entropy
 
     def predict_values(self, obs: PyTorchObs) -> torch.Tensor:
         """
@@ -217,7 +232,9 @@ class CausalLMActorCritic(BasePolicy):
         :return: values, [B, 1].
         """
         contexts = contexts_of(obs)
-        return self._last_values(contexts, None)
+        values = self._last_values(contexts, None)
+        self.check_numbers(contexts, None, values)
+        return values
 
     def _predict(
         self,
@@ -225,7 +242,22 @@ class CausalLMActorCritic(BasePolicy):
         deterministic: bool = False,
         action_masks: np.ndarray | torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self.forward(observation, deterministic, action_masks)[0]
+        actions, values, log_prob = self.forward(observation, deterministic, action_masks)
+        # SB3 copies the actions to the host next: a NaN comes with the same copy.
+        host = torch.stack([actions.double(), log_prob.double(), values.flatten().double()]).cpu()
+        self.check_numbers(contexts_of(observation), host[1], host[2])
+        return host[0].long()
+
+    def check_numbers(self, contexts: Contexts, log_prob: torch.Tensor | None, values: torch.Tensor | None) -> None:
+        """
+        :param contexts: B contexts.
+        :param log_prob: what :meth:`forward` said of them [B]; None: not looked at.
+        :param values: likewise, [B] or [B, 1].
+        :raises FloatingPointError: if one of the numbers is NaN, naming the context and the first broken parameter.
+        """
+        for what, answers in (("log-probabilities", log_prob), ("values", values)):
+            if answers is not None:
+                check_numbers(answers, what, lambda row: contexts.input_ids[row, : contexts.length[row]], self)
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode. SB3 calls this before it changes weights, so the cache is emptied. Dropout stays off.
@@ -358,7 +390,9 @@ class CausalLMActorCritic(BasePolicy):
         twice = sdpa_kernel(SDPBackend.MATH) if torch.is_grad_enabled() else contextlib.nullcontext()
         with twice:
             hidden = self._last_hidden(contexts)
-        return self._logits(hidden, contexts, action_masks).clamp(min=FORBIDDEN_LOGIT)
+        logits = self._logits(hidden, contexts, action_masks)
+        self.check_numbers(contexts, 0 * logits.detach().amax(dim=-1), None)  # NaN where a logit is NaN or infinite
+        return logits.clamp(min=FORBIDDEN_LOGIT)
 
     def _steps(self, contexts: Contexts) -> torch.Tensor:
         return torch.from_numpy(contexts.step).to(self.lm.device)
@@ -397,20 +431,6 @@ def is_actor(name: str, parameter: nn.Parameter) -> bool:
     :return: whether it is trained as a part of the actor: neither frozen nor the critic's.
     """
     return parameter.requires_grad and not name.startswith(("value_head.", "critic."))
-
-
-def _check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
-    expected = {"input_ids", "attention_mask", "prompt_length"}
-    names = set(observation_space.spaces) if isinstance(observation_space, spaces.Dict) else set()
-    if not expected <= names:
-        raise ValueError(
-            f"CausalLMPolicy reads token contexts: expected a Dict observation space with {sorted(expected)} (as "
-            f"TextRLHF-v0 has it), got {observation_space}."
-        )
-    if not isinstance(action_space, spaces.Discrete) or action_space.start != 0:
-        raise ValueError(
-            f"CausalLMPolicy chooses tokens: expected a Discrete action space starting at 0, got {action_space}."
-        )
 
 
 def load_policy(

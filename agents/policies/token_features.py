@@ -22,12 +22,11 @@ from transformers import PreTrainedModel
 
 from agents.models.adapter import unwrapped
 from agents.models.causal_lm import full_forward
-from agents.models.contexts import Contexts, contexts_of, share_prefixes
+from agents.models.contexts import NAMES, Contexts, check_spaces, contexts_of, share_prefixes
+from agents.models.finite import check_numbers
+from agents.models.head import decoder_of
 from agents.models.prefix_cache import PrefixCache
 from agents.models.pretrained import check_positions, load_causal_lm
-
-# The observations' entries, in the order in which Gymnasium flattens them.
-NAMES = ("attention_mask", "input_ids", "prompt_length")
 
 # The memory for hidden states of one frozen model, enough for 350,000 contexts of the built-in one.
 MEMORY_BYTES = 2**28
@@ -79,6 +78,7 @@ class TokenFeatures(BaseFeaturesExtractor):
         if isinstance(observations, torch.Tensor):
             parts = observations.split([self.columns, self.columns, 1], dim=1)
             observations = dict(zip(NAMES, parts, strict=True))
+        contexts_of(observations)  # raises for what is none: learned embeddings would take whatever comes for tokens
         prompt_length = observations["prompt_length"].float()
         spent = (observations["attention_mask"].float().sum(dim=1, keepdim=True) - prompt_length) / self.budget
         features: torch.Tensor = self.linear(torch.cat([self.encoder(observations), spent], dim=1))
@@ -89,10 +89,12 @@ def _sizes(observation_space: spaces.Space[Any]) -> tuple[int, int, int]:
     """L, V and the length of the longest prompt, from the text environment's observation space, flattened or not."""
     space: Any = observation_space
     if isinstance(space, spaces.Dict) and set(NAMES) <= set(space.spaces):
+        check_spaces(space, reader="TokenFeatures")
         entries: Any = space.spaces
         ids, prompt_length = entries["input_ids"], entries["prompt_length"]
         return ids.shape[0], int(ids.high[0]) + 1, int(prompt_length.high[0])
-    if isinstance(space, spaces.Box) and len(space.shape) == 1 and space.shape[0] >= 3 and space.shape[0] % 2:
+    whole = isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.integer)
+    if whole and len(space.shape) == 1 and space.shape[0] >= 3 and space.shape[0] % 2:
         columns = space.shape[0] // 2
         if (space.high[:columns] == 1).all() and (space.low[:-1] == 0).all() and space.low[-1] == 1:
             return columns, int(space.high[columns]) + 1, int(space.high[-1])
@@ -166,7 +168,7 @@ class _FrozenLM:
                 f"Expected a language model with at least {n_tokens} tokens, as the environment has them; "
                 f"{type(loaded).__name__} has {config.vocab_size}. Use the model whose tokenizer the environment has."
             )
-        self._backbone: nn.Module = loaded.base_model
+        self._backbone: nn.Module = loaded if loaded.get_output_embeddings() is None else decoder_of(loaded)
         self._memo = PrefixCache(self._backbone)
         self.dimensions: int = config.hidden_size
         self._row_of: dict[bytes, int] = {}
@@ -195,6 +197,12 @@ class _FrozenLM:
             acting = not torch.is_grad_enabled() and 2 * len(new) > len(keys)
             answers[torch.from_numpy(new).to(device)] = fresh = self._read(
                 Contexts(*(array[new] for array in contexts)), acting
+            )
+            check_numbers(
+                fresh,
+                "hidden states",
+                lambda i: contexts.input_ids[new[i], : contexts.length[new[i]]],
+                self._model,
             )
             if len(self._row_of) + len(new) > len(self._answers):
                 self._row_of.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.policies import ActorCriticPolicy
 
+from agents.models.contexts import contexts_of
+from agents.models.finite import check_numbers
 from agents.rollouts.episode_buffer import EpisodeBuffer
 from text_env.episodes import NO_ACTION
 from text_env.vector_env import TextVectorEnv
@@ -42,11 +45,14 @@ def collect_episodes(
     :param deterministic: whether the policy chooses the most probable token instead of sampling one.
     :param prompts: the prompts of the episodes, one per episode, each in a form that a reset takes (see
         :meth:`text_env.episodes.Episodes.openings`); None: the environment draws them.
-    :param on_step: a function that is called after each step with the number of live rows and the infos of the step; it
-        returns False to stop.
+    :param on_step: a function that is called after each step with the number of live rows and what SB3's own loop has
+        in its local variables then, for all rows of the environment (``new_obs``, ``actions``, ``rewards``, ``dones``,
+        ``infos``), with the environment's infos as ``vector_infos``; it returns False to stop. A row that isn't live
+        gets reward 0, and isn't done.
     :return: one dict per episode, in the order in which they were started: the environment's final info (``score``,
         ``completion``, …), and ``length``, the number of the tokens chosen.
     :raises Interrupted: if ``on_step`` returned False.
+    :raises FloatingPointError: if the policy's answers are NaN.
     """
     if env.autoreset_mode != AutoresetMode.DISABLED:
         env.autoreset_mode = AutoresetMode.DISABLED
@@ -58,6 +64,8 @@ def collect_episodes(
     observation, _ = env.reset(options={"prompt": given})
     starts = np.ones(len(live), dtype=bool)
     length = np.zeros(env.num_envs, dtype=np.int64)
+    returns = np.zeros(env.num_envs)
+    began = time.perf_counter()
     episodes: list[dict[str, Any]] = [{} for _ in range(n_episodes)]
     while len(live):
         batch = {name: array[live] for name, array in observation.items()}
@@ -65,13 +73,23 @@ def collect_episodes(
         chosen, value, log_prob = policy(tensors, deterministic)
         # One device-to-host copy per step. float64 is exact for token ids and for float32 numbers.
         host = torch.stack([chosen.double(), value.flatten().double(), log_prob.double()]).cpu().numpy()
+        if np.isnan(host).any():
+            contexts = contexts_of(batch)
+            for what, answers in (("values", host[1]), ("log-probabilities", host[2])):
+                tokens = [ids[:n] for ids, n in zip(contexts.input_ids, contexts.length, strict=True)]
+                check_numbers(torch.from_numpy(answers), what, tokens.__getitem__, policy)
         actions = np.full(env.num_envs, NO_ACTION, dtype=np.int64)
         actions[live] = host[0].astype(np.int64)
         observation, rewards, terminations, truncations, infos = env.step(actions)
         buffer.add(batch, actions[live], rewards[live], starts, host[1], host[2], rows=live)
         length[live] += 1
-        if on_step is not None and not on_step(len(live), infos):
-            raise Interrupted
+        returns[live] += rewards[live]
+        if on_step is not None:
+            dones = terminations | truncations
+            rows = _infos_of_rows(dones, infos, observation, returns, length, time.perf_counter() - began)
+            step = {"new_obs": observation, "actions": actions, "rewards": rewards, "dones": dones, "infos": rows}
+            if not on_step(len(live), {**step, "vector_infos": infos}):
+                raise Interrupted
         over = (terminations | truncations)[live]
         starts = np.zeros(len(live), dtype=bool)
         if over.any():
@@ -79,6 +97,7 @@ def collect_episodes(
                 final = {k: v[row] for k, v in infos.items() if not k.startswith("_") and infos[f"_{k}"][row]}
                 episodes[buffer.close(row)] = {**final, "length": int(length[row])}
                 length[row] = 0
+                returns[row] = 0
             refill = live[over][: n_episodes - started]
             started += len(refill)
             if len(refill):
@@ -89,3 +108,23 @@ def collect_episodes(
             starts = over[going_on]
             live = live[going_on]
     return episodes
+
+
+def _infos_of_rows(
+    dones: np.ndarray,
+    infos: dict[str, Any],
+    observation: dict[str, np.ndarray],
+    returns: np.ndarray,
+    length: np.ndarray,
+    seconds: float,
+) -> list[dict[str, Any]]:
+    """Of each row what ``TextVecEnv`` tells SB3: nothing, until its episode is over."""
+    rows: list[dict[str, Any]] = [{} for _ in dones]
+    for row in np.flatnonzero(dones):
+        rows[row] = {
+            **{k: v[row] for k, v in infos.items() if not k.startswith("_") and infos[f"_{k}"][row]},
+            "terminal_observation": {name: array[row] for name, array in observation.items()},
+            "TimeLimit.truncated": False,
+            "episode": {"r": float(returns[row]), "l": int(length[row]), "t": round(seconds, 6)},
+        }
+    return rows

@@ -24,7 +24,7 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 
-from agents.models.contexts import contexts_of
+from agents.models.contexts import check_spaces, contexts_of
 from agents.models.distribution import TokenDistribution
 from agents.models.reference import Reference
 from agents.objectives.advantages import gae
@@ -107,12 +107,12 @@ class EpisodeBuffer(RolloutBuffer):
         ``Reference.load(name)``. For a policy with a temperature, a minimum length or a constraint, pass
         ``Reference.load(name, ..., temperature=...)``, since a policy refuses batches of a reference with another
         distribution.
-    :param kl_coef: β, the coefficient of the KL penalty, or the controller that adapts it after every rollout. With 0
-        the KL divergence is measured without a penalty.
+    :param kl_coef: β, the coefficient of the KL penalty, or the controller that has it. Only the algorithms of this
+        package update a controller. With 0 the KL divergence is measured without a penalty.
     :param kl_estimator: the estimator k of the penalty: ``"k1"``, ``"k2"`` or ``"k3"`` (see
         :mod:`agents.objectives.kl`); None: no penalty. Only the policy gradient of k1 is that of the KL divergence
         (``docs/ppo.md``).
-    :raises ValueError: for another estimator.
+    :raises ValueError: for another estimator, or spaces that are not the text environment's.
     """
 
     def __init__(
@@ -128,6 +128,7 @@ class EpisodeBuffer(RolloutBuffer):
         kl_coef: float | KLController = 0.04,
         kl_estimator: KLEstimator | None = "k1",
     ) -> None:
+        check_spaces(observation_space, action_space, "EpisodeBuffer")
         if kl_estimator is not None and kl_estimator not in KL_ESTIMATORS:
             raise ValueError(f"Expected kl_estimator to be one of {sorted(KL_ESTIMATORS)}, got {kl_estimator!r}.")
         if isinstance(reference, str):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -39,8 +40,11 @@ class TextVecEnv(VecEnv):
         self._returns = np.zeros(self.num_envs)
         self._lengths = np.zeros(self.num_envs, dtype=np.int64)
         self._start = time.time()
+        self._guarded = False
+        self._before: dict[str, Any] | None = None
 
     def reset(self) -> dict[str, np.ndarray]:
+        self._about_to_play()
         # SB3 keeps one dict of options per row. The vector environment takes one list of rows per option.
         seeds = [seed for seed in self._seeds if seed is not None]
         options = {
@@ -63,6 +67,7 @@ class TextVecEnv(VecEnv):
         self._actions = np.asarray(actions).reshape(self.num_envs, *(self.action_space.shape or ()))
 
     def step_wait(self) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        self._about_to_play()
         # An algorithm of this package may have used the environment in between, and changed its mode.
         self.vector_env.autoreset_mode = AutoresetMode.SAME_STEP
         observation, rewards, terminations, truncations, infos = self.outermost.step(self._actions)
@@ -83,6 +88,41 @@ class TextVecEnv(VecEnv):
             self._returns[dones] = 0
             self._lengths[dones] = 0
         return observation, rewards.astype(np.float32), dones, rows
+
+    @contextlib.contextmanager
+    def left_as_it_was(self) -> Iterator[None]:
+        """Within it, somebody else may play in this environment; what was being played goes on afterwards as if nobody
+        had: the episodes, the random generators and the autoreset mode are put back.
+
+        Nothing is copied unless somebody does play.
+        """
+        self._guarded, self._before = True, None
+        try:
+            yield
+        finally:
+            self._guarded = False
+            if self._before is not None:
+                self._put_back(self._before)
+                self._before = None
+
+    def _about_to_play(self) -> None:
+        if not self._guarded or self._before is not None:
+            return
+        env = self.vector_env
+        self._before = {
+            "episodes": {name: _copied(value) for name, value in vars(env.episodes).items()},
+            "generators": list(env._generators),
+            "states": [generator.bit_generator.state for generator, _ in env._generators],
+            "mode": env.autoreset_mode,
+        }
+
+    def _put_back(self, before: dict[str, Any]) -> None:
+        env = self.vector_env
+        vars(env.episodes).update(before["episodes"])
+        env._generators = before["generators"]
+        for (generator, _), state in zip(env._generators, before["states"], strict=True):
+            generator.bit_generator.state = state
+        env.autoreset_mode = before["mode"]
 
     def close(self) -> None:
         self.outermost.close()
@@ -129,6 +169,13 @@ def make_vec_env(
     env = TextVecEnv(gym.make_vec(env_id, num_envs=n_envs, **(env_kwargs or {})))
     env.seed(seed)
     return env
+
+
+def _copied(value: Any) -> Any:
+    """What a step changes in place: arrays and lists. Everything else is exchanged as a whole, or never changes."""
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    return list(value) if type(value) is list else value
 
 
 def _rows_of(infos: dict[str, Any], num_envs: int) -> list[dict[str, Any]]:

@@ -52,6 +52,9 @@ class OfSeveral(Engine):
     def mean(self, values: np.ndarray) -> float:
         return float(np.concatenate(self._meeting.everybody(self._rank, values)).mean())
 
+    def largest(self, value: float) -> float:
+        return max(self._meeting.everybody(self._rank, float(value)))
+
     def micro_batches(self, parts: Sequence[np.ndarray]) -> list[tuple[np.ndarray, float]]:
         missing = max(self._meeting.everybody(self._rank, len(parts))) - len(parts)
         return [*((part, 1.0) for part in parts), *[(parts[-1][:1], 0.0)] * missing]

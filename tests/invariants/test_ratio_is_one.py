@@ -9,6 +9,9 @@ import pytest
 import torch
 from learners import after_each_rollout, largest_difference, make_env, make_model, make_ppo, weights_of
 
+from agents.algorithms.a2c import A2C
+from agents.algorithms.grpo import GRPO
+from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.algorithms.ppo import PPO
 
 KINDS = ("gpt2", "llama")
@@ -106,3 +109,38 @@ def test_the_reference_stays_where_it_was_while_a_lora_policy_moves() -> None:
     assert float((ours - frozen).abs().max()) > 1e-3
     again = model.policy.evaluate_actions(samples.observations, samples.actions)[1].detach()
     assert again.equal(ours)  # asking the reference has left the adapter on
+
+
+@pytest.mark.parametrize("algorithm", [PPO, GRPO, A2C])
+def test_the_largest_distance_of_a_first_ratio_from_one_is_logged(algorithm: type[OnPolicyAlgorithm]) -> None:
+    model = make_ppo(
+        make_env(group_size=4), algorithm=algorithm, batch_size=4, learning_rate=1e-2, micro_batch_tokens=20
+    )
+    first: list[float] = []
+    backward = model._backward
+
+    def look(minibatch: np.ndarray) -> dict[str, float]:
+        samples = model.buffer.pack(minibatch)
+        log_prob = model.policy.evaluate_actions(samples.observations, samples.actions)[1].detach()
+        first.append(float(torch.expm1(log_prob - samples.old_log_prob).abs().max()))
+        return backward(minibatch)
+
+    model._backward = look  # type: ignore[method-assign]
+    model.learn(1)
+    assert len(first) > 1
+    assert max(first[1:]) > 1e-3  # the control: after a step it is something else
+    assert model.logger.name_to_value["train/ratio_first_max"] == pytest.approx(first[0], abs=1e-6)
+    assert first[0] < 1e-5
+
+
+def test_a_first_ratio_far_from_one_is_warned_of_once() -> None:
+    model = make_ppo()
+
+    def disturb() -> None:
+        model.buffer.log_probs += np.log(1.15)
+
+    after_each_rollout(model, disturb)
+    with pytest.warns(UserWarning, match=r"off by 0\.13 \(train/ratio_first_max; more than 0\.1, half") as caught:
+        model.learn(100)
+    assert model._n_updates > 2
+    assert len(caught) == 1

@@ -109,10 +109,11 @@ def test_sb3s_checkpoint_callback_saves_checkpoints_that_load(tmp_path: Path) ->
 # ---- what can go wrong ---------------------------------------------------------------------------------------------
 
 
-def test_loading_without_an_environment_says_what_to_pass(run: PPO, tmp_path: Path) -> None:
+def test_learning_without_an_environment_says_what_to_pass(run: PPO, tmp_path: Path) -> None:
     run.save(tmp_path / "checkpoint")
-    with pytest.raises(ValueError, match=r"Expected env: .* Pass load\(path, env=\.\.\.\)"):
-        PPO.load(tmp_path / "checkpoint")
+    loaded = PPO.load(tmp_path / "checkpoint", device="cpu")
+    with pytest.raises(ValueError, match=r"Expected an environment, .* use load\(path, env=\.\.\.\)"):
+        loaded.learn(1)
 
 
 def test_loading_what_is_not_there_says_what_was_expected(tmp_path: Path) -> None:

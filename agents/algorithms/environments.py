@@ -1,0 +1,100 @@
+"""The environment that an algorithm learns in: made by its name to suit the policy, and written down to be compared."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from collections.abc import Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from transformers import PreTrainedTokenizerBase
+
+from text_env.constraints import name_of
+from text_env.prompts import Prompts
+from text_env.tokenization import load_tokenizer
+from text_env.vector_env import TextVectorEnv
+
+
+def options_by_name(env: str, policy_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What an environment that is given by its registered name gets from the policy that is going to write in it.
+
+    :param env: the name, perhaps with a module in front (``"my_module:MyText-v0"``).
+    :param policy_kwargs: the policy's; its ``tokenizer`` or else that of its ``model`` becomes the environment's.
+    :return: ``tokenizer`` and ``max_prompt_tokens``, the length of the longest prompt in that tokenizer; without what
+        the registered name says itself. Empty for the built-in model and for one that has no name to go by.
+    """
+    model = policy_kwargs.get("model", "builtin")
+    tokenizer = policy_kwargs.get("tokenizer") or model
+    if tokenizer == "builtin" or not isinstance(tokenizer, str | Path | PreTrainedTokenizerBase):
+        return {}
+    module, _, name = env.rpartition(":")
+    if module:
+        importlib.import_module(module)
+    spec = gym.envs.registry.get(name)
+    said = dict(spec.kwargs) if spec is not None else {}
+    options: dict[str, Any] = {} if "tokenizer" in said else {"tokenizer": tokenizer}
+    if "max_prompt_tokens" not in said and "overlong_prompts" not in said:
+        loaded = load_tokenizer(said.get("tokenizer", tokenizer))
+        prompts = Prompts(said.get("prompts", "builtin"), loaded, sys.maxsize, chat_template=said.get("chat_template"))
+        options["max_prompt_tokens"] = max(len(prompt.token_ids) for prompt in prompts)
+    return options
+
+
+def environment_facts(env: TextVectorEnv) -> dict[str, Any]:
+    """What has to be the same where a training goes on, because policy, memory and scores depend on it.
+
+    :param env: the environment.
+    :return: JSON values; of the tokenizer and the constraint as much as tells them from others.
+    """
+    vocabulary = json.dumps(sorted(env.tokenizer.get_vocab().items())).encode()
+    constraint = None if env.constraint is None else re.sub(r" at 0x[0-9a-f]+", "", name_of(env.constraint))
+    return {
+        "tokenizer": blake2b(vocabulary, digest_size=8).hexdigest(),
+        "vocabulary": env.episodes.vocabulary,
+        "eos_token_id": env.eos_token_id,
+        "max_prompt_tokens": env.max_prompt_tokens,
+        "max_new_tokens": env.max_new_tokens,
+        "min_new_tokens": env.min_new_tokens,
+        "stop": list(env.episodes.stop),
+        "constraint": constraint,
+    }
+
+
+def check_facts(saved: Mapping[str, Any], env: TextVectorEnv) -> None:
+    """
+    :param saved: what :func:`environment_facts` said when a checkpoint was written.
+    :param env: the environment in which it is to go on.
+    :raises ValueError: naming every field in which the two differ, and both values.
+    """
+    now = environment_facts(env)
+    differing = [name for name in now if name in saved and saved[name] != now[name]]
+    if differing:
+        values = "; ".join(f"{name} was {saved[name]!r} and is {now[name]!r}" for name in differing)
+        raise ValueError(
+            f"Expected the environment that the checkpoint was written in, got another: {values}. Make it with the "
+            "same settings; or, for a new training in another environment, save the policy by policy.save_pretrained("
+            "directory) and start from it with policy_kwargs={'model': directory}."
+        )
+
+
+def spaces_of(facts: Mapping[str, Any]) -> tuple[spaces.Dict, spaces.Discrete[np.int64]]:
+    """
+    :param facts: what :func:`environment_facts` returned.
+    :return: the observation space and the action space of one row of that environment.
+    """
+    columns = facts["max_prompt_tokens"] + facts["max_new_tokens"]
+    observation_space = spaces.Dict(
+        {
+            "input_ids": spaces.Box(0, facts["vocabulary"] - 1, (columns,), np.int64),
+            "attention_mask": spaces.Box(0, 1, (columns,), np.int8),
+            "prompt_length": spaces.Box(1, facts["max_prompt_tokens"], (1,), np.int64),
+        }
+    )
+    return observation_space, spaces.Discrete(facts["vocabulary"])
