@@ -24,7 +24,9 @@ class ProgressBar(BaseCallback):
         self._task = self._bar.add_task("", total=self.model._total_timesteps, score=float("nan"), kl=float("nan"))
 
     def _on_step(self) -> bool:
-        self._bar.update(self._task, completed=self.num_timesteps)
+        # The last rollout is finished, and goes beyond what was asked for.
+        total = max(self.model._total_timesteps, self.num_timesteps)
+        self._bar.update(self._task, completed=self.num_timesteps, total=total)
         return True
 
     def _on_rollout_end(self) -> None:

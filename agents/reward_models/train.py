@@ -15,7 +15,6 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,8 +37,10 @@ from transformers.utils import logging as transformers_logging
 
 from agents.models.pretrained import add_lora, resolve_dtype
 from agents.policies.causal_lm_policy import load_policy
+from agents.reward_models.config import RewardModelConfig
 from agents.reward_models.report import describe_margins, plot_calibration, plot_margins
 from agents.rollouts.sampling import sample_texts
+from agents.state.devices import check_device
 from text_env.builtin import LANGUAGE_MODEL
 from text_env.preferences import Preference, Preferences, load_preferences
 from text_env.prompts import Prompts, load_prompts
@@ -50,59 +51,6 @@ from text_env.vector_env import TextVectorEnv
 RawPrompt = str | list[Message]
 
 console = Console(emoji=False)
-
-
-@dataclass
-class RewardModelConfig:
-    """Train a reward model on preferences."""
-
-    preferences: str = "builtin"
-    """'builtin', a file (.jsonl, .json, .csv, .parquet) with chosen, rejected and perhaps prompt, a directory of
-    datasets' save_to_disk, or a data set's hub name."""
-    base: str = "builtin"
-    """What it starts from: 'builtin', a directory or a hub name of a language model, an encoder or a classifier."""
-    out: Path = Path("runs/reward_model")
-    """The directory that is written; must not hold anything yet."""
-    epochs: float = 1.0
-    """Passes over the training pairs."""
-    learning_rate: float | None = None
-    """At its highest: 3 % of the steps warm up, then it falls as a cosine. By default 1e-4, as in TRL, but 5e-4 for the
-    base 'builtin', which is so small that it learns next to nothing at that."""
-    batch_size: int = 32
-    """Pairs of an update."""
-    micro_batch_size: int | None = None
-    """Pairs of a forward pass, a divisor of that; by default all of them."""
-    weight_decay: float = 0.1
-    lora_r: int | None = None
-    """Rank of a LoRA adapter on all linear layers, merged at the end; by default every weight is trained."""
-    max_length: int = 1024
-    """Pairs with a text of more tokens are left out, as are those that the base has too few positions for."""
-    dtype: str = "float32"
-    """Of the weights in training."""
-    save_dtype: str | None = None
-    """Of the weights on disk, if another; the model still says that it is to be loaded in `dtype`."""
-    bf16: bool = False
-    """Matrix products in bfloat16, weights in theirs."""
-    gradient_checkpointing: bool = False
-    """Less memory, more time."""
-    device: str = "auto"
-    seed: int = 0
-    max_pairs: int | None = None
-    """Train on so many pairs, drawn at random: the first so many of the same order for the same seed."""
-    held_out: float = 0.05
-    """The share of pairs to measure with, if the preferences have no split of their own."""
-    max_malformed: float = 0.01
-    """The share of malformed rows to put up with; they are left out."""
-    n_normalisation_texts: int = 1024
-    """Texts of the policy whose scores get mean 0 and standard deviation 1; 0 leaves the scores as they are."""
-    policy: str | None = None
-    """Whose texts these are; by default the base's, which is then a language model."""
-    prompts: str | None = None
-    """For these texts, as in training; by default the prompts of the training pairs."""
-    max_new_tokens: int = 48
-    """Response budget of these texts, in tokens."""
-    progress: bool = True
-    """Show progress bars."""
 
 
 def train_reward_model(config: RewardModelConfig, preferences: Any = None) -> dict[str, Any]:
@@ -210,6 +158,8 @@ def measure_reward_model(
 
 def _check(config: RewardModelConfig) -> None:
     """What can be said before anything is loaded."""
+    config.check()
+    check_device(config.device)
     if config.out.exists() and not (config.out.is_dir() and not any(config.out.iterdir())):
         raise FileExistsError(f"{config.out} holds something already; choose another --out, or remove it.")
     _micro_batch(config)
