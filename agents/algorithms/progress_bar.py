@@ -11,6 +11,7 @@ class ProgressBar(BaseCallback):
 
     def __init__(self) -> None:
         super().__init__()
+        self._started = False
         self._bar = Progress(
             TextColumn("tokens"),
             BarColumn(),
@@ -21,6 +22,7 @@ class ProgressBar(BaseCallback):
 
     def _on_training_start(self) -> None:
         self._bar.start()
+        self._started = True
         self._task = self._bar.add_task("", total=self.model._total_timesteps, score=float("nan"), kl=float("nan"))
 
     def _on_step(self) -> bool:
@@ -34,5 +36,6 @@ class ProgressBar(BaseCallback):
         self._bar.update(self._task, score=values["objective/scores"], kl=values["objective/kl"])
 
     def close(self) -> None:
-        """Give the terminal back; also when it was never taken."""
-        self._bar.stop()
+        """Give the terminal back; also when it was never taken, and then nothing is printed."""
+        if self._started:  # rich ends even a bar that never began with an empty line, where there is no terminal
+            self._bar.stop()
