@@ -1,44 +1,67 @@
-"""A Hugging Face causal language model as a Stable-Baselines3 policy, and algorithms that train it."""
+"""The learners: a Hugging Face causal language model as an SB3 policy, and algorithms that train it.
 
-from agents.algorithms.a2c import A2C
-from agents.algorithms.engine import Engine
-from agents.algorithms.grpo import GRPO
-from agents.algorithms.on_policy import OnPolicyAlgorithm
-from agents.algorithms.ppo import PPO
-from agents.algorithms.reinforce import REINFORCE
-from agents.algorithms.rloo import RLOO
-from agents.models.distribution import TokenDistribution
-from agents.models.reference import Reference
-from agents.models.reference_top_p import ReferenceTopP
-from agents.objectives.kl import AdaptiveKL, FixedKL
-from agents.policies.causal_lm_policy import CausalLMPolicy
-from agents.policies.maskable import MaskableCausalLMPolicy
-from agents.policies.token_features import TokenFeatures
-from agents.policies.trpo import TRPOCausalLMPolicy
-from agents.rollouts.episode_buffer import EpisodeBuffer, EpisodeSamples
-from agents.rollouts.sb3_vec_env import TextVecEnv, make_vec_env
-from agents.state.schedules import LearningRate
+A public name is imported when it is first asked for: PyTorch and transformers take seconds to import, and the command
+line answers ``--help`` without them.
+"""
 
-__all__ = [
-    "A2C",
-    "GRPO",
-    "PPO",
-    "REINFORCE",
-    "RLOO",
-    "AdaptiveKL",
-    "CausalLMPolicy",
-    "Engine",
-    "EpisodeBuffer",
-    "EpisodeSamples",
-    "FixedKL",
-    "LearningRate",
-    "MaskableCausalLMPolicy",
-    "OnPolicyAlgorithm",
-    "Reference",
-    "ReferenceTopP",
-    "TRPOCausalLMPolicy",
-    "TextVecEnv",
-    "TokenDistribution",
-    "TokenFeatures",
-    "make_vec_env",
-]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what editors and mypy read; at run time the table below says where each name comes from
+    from agents.algorithms.a2c import A2C as A2C
+    from agents.algorithms.engine import Engine as Engine
+    from agents.algorithms.grpo import GRPO as GRPO
+    from agents.algorithms.on_policy import OnPolicyAlgorithm as OnPolicyAlgorithm
+    from agents.algorithms.ppo import PPO as PPO
+    from agents.algorithms.reinforce import REINFORCE as REINFORCE
+    from agents.algorithms.rloo import RLOO as RLOO
+    from agents.models.distribution import TokenDistribution as TokenDistribution
+    from agents.models.reference import Reference as Reference
+    from agents.models.reference_top_p import ReferenceTopP as ReferenceTopP
+    from agents.objectives.kl import AdaptiveKL as AdaptiveKL
+    from agents.objectives.kl import FixedKL as FixedKL
+    from agents.policies.causal_lm_policy import CausalLMPolicy as CausalLMPolicy
+    from agents.policies.maskable import MaskableCausalLMPolicy as MaskableCausalLMPolicy
+    from agents.policies.token_features import TokenFeatures as TokenFeatures
+    from agents.policies.trpo import TRPOCausalLMPolicy as TRPOCausalLMPolicy
+    from agents.rollouts.episode_buffer import EpisodeBuffer as EpisodeBuffer
+    from agents.rollouts.episode_buffer import EpisodeSamples as EpisodeSamples
+    from agents.rollouts.sb3_vec_env import TextVecEnv as TextVecEnv
+    from agents.rollouts.sb3_vec_env import make_vec_env as make_vec_env
+    from agents.state.schedules import LearningRate as LearningRate
+
+_HOMES = {
+    "A2C": "agents.algorithms.a2c",
+    "Engine": "agents.algorithms.engine",
+    "GRPO": "agents.algorithms.grpo",
+    "OnPolicyAlgorithm": "agents.algorithms.on_policy",
+    "PPO": "agents.algorithms.ppo",
+    "REINFORCE": "agents.algorithms.reinforce",
+    "RLOO": "agents.algorithms.rloo",
+    "TokenDistribution": "agents.models.distribution",
+    "Reference": "agents.models.reference",
+    "ReferenceTopP": "agents.models.reference_top_p",
+    "AdaptiveKL": "agents.objectives.kl",
+    "FixedKL": "agents.objectives.kl",
+    "CausalLMPolicy": "agents.policies.causal_lm_policy",
+    "MaskableCausalLMPolicy": "agents.policies.maskable",
+    "TokenFeatures": "agents.policies.token_features",
+    "TRPOCausalLMPolicy": "agents.policies.trpo",
+    "EpisodeBuffer": "agents.rollouts.episode_buffer",
+    "EpisodeSamples": "agents.rollouts.episode_buffer",
+    "TextVecEnv": "agents.rollouts.sb3_vec_env",
+    "make_vec_env": "agents.rollouts.sb3_vec_env",
+    "LearningRate": "agents.state.schedules",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'agents' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

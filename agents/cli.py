@@ -6,112 +6,42 @@ This module only parses options and prints results. The work is done by ``agents
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import difflib
 import json
 import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import tyro
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
-from stable_baselines3.common.utils import set_random_seed
-from transformers.utils import logging as transformers_logging
 
-from agents.evaluation.evaluate import evaluate
-from agents.policies.causal_lm_policy import CausalLMPolicy, load_policy
-from agents.reward_models.report import report_table
-from agents.reward_models.train import RewardModelConfig, train_reward_model
-from agents.rollouts.sampling import sample_texts
-from agents.runs.config import EnvConfig, TrainConfig, load_config, resolved
-from agents.runs.train import train
+from agents.evaluation.report import evaluation_table, texts_table
+from agents.reward_models.config import RewardModelConfig
+from agents.runs.commands import COMMANDS, DemoConfig, EvaluateConfig, SampleConfig
+from agents.runs.config import EnvConfig, TrainConfig, load_config
+from agents.runs.usage import usage
 from text_env.prompts import Prompts
 from text_env.rewards import RewardError
 from text_env.tokenization import load_tokenizer
+
+if TYPE_CHECKING:
+    from agents.policies.causal_lm_policy import CausalLMPolicy
+
+# Here stands only what imports in no time. PyTorch, transformers and Stable-Baselines3 take seconds, so each function
+# imports what it needs of them: a typing error, and --help, are answered at once.
 
 console = Console(emoji=False)  # texts of a model are printed as they are
 
 # What the demo must reach on held-out prompts. Otherwise the training has not worked.
 MIN_SCORE_GAIN_STD, MIN_GOLD_GAIN, MAX_KL, MIN_DISTINCT_RATIO = 1.5, 0.4, 15.0, 0.5
-
-
-@dataclass
-class EvaluateConfig:
-    """Compare a policy with its reference, or with another policy, on held-out prompts."""
-
-    policy: str
-    """The directory of a trained policy, or the name of any model."""
-    reference: str | None = None
-    """The model that the policy is compared with, and by which KL divergence and perplexity are measured.
-    By default it is the model that the policy's run started from."""
-    against: str | None = None
-    """Another policy to compare with, in place of the reference."""
-    reward: str | None = None
-    """The reward; by default that of the policy's run."""
-    gold: str | None = None
-    """A second score; by default that of the policy's run."""
-    prompts: str = "builtin:eval"
-    """The held-out prompts."""
-    max_new_tokens: int | None = None
-    """The response budget, in tokens; by default that of the policy's run."""
-    episodes: int = 256
-    """The number of texts of each of the two models, for the same prompts."""
-    texts: int = 0
-    """The number of texts of both that are shown side by side."""
-    temperature: float = 1.0
-    """The temperature of both models; 1 evaluates the models themselves."""
-    json: Path | None = None
-    """A file to which the results are written as JSON."""
-    seed: int = 0
-    """The seed of the prompts, the texts and the intervals."""
-    device: str = "auto"
-    """'auto', 'cpu', 'cuda', …"""
-    dtype: str = "float32"
-    """The floating-point type of the weights."""
-
-
-@dataclass
-class SampleConfig:
-    """Let a policy write texts."""
-
-    policy: str
-    """The directory of a trained policy, or the name of any model."""
-    prompt: list[str]
-    """One or more prompts."""
-    n: int = 1
-    """The number of texts for each prompt."""
-    greedy: bool = False
-    """Choose the most probable token instead of sampling one."""
-    temperature: float = 1.0
-    """The temperature of the policy's distribution."""
-    max_new_tokens: int = 48
-    """The response budget, in tokens."""
-    seed: int = 0
-    """The seed of the texts."""
-    device: str = "auto"
-    """'auto', 'cpu', 'cuda', …"""
-    dtype: str = "float32"
-    """The floating-point type of the weights."""
-
-
-@dataclass
-class DemoConfig:
-    """Train PPO on the built-in model, and show that it has learned."""
-
-    run_dir: Path = Path("runs/demo")
-    """The directory of the run. An existing run there is replaced if it is a demo."""
-    seed: int = 0
-    """The seed of the training and the evaluation."""
-    total_timesteps: int = 80_000
-    """The number of tokens to generate."""
-    episodes: int = 256
-    """The number of texts that are evaluated, of the policy before training and after it."""
 
 
 def run_evaluate(config: EvaluateConfig) -> int:
@@ -120,6 +50,7 @@ def run_evaluate(config: EvaluateConfig) -> int:
     :param config: the options.
     :return: the exit status.
     """
+    config.check()
     result = evaluate_policy(config)
     print_evaluation(result, config.prompts)
     print_pairs(result)
@@ -150,6 +81,14 @@ def run_sample(config: SampleConfig) -> int:
     :param config: the options.
     :return: the exit status.
     """
+    config.check()
+    from stable_baselines3.common.utils import set_random_seed
+
+    from agents.policies.causal_lm_policy import load_policy
+    from agents.rollouts.sampling import sample_texts
+    from agents.state.devices import check_device
+
+    check_device(config.device)
     run = run_of(config.policy)
     env_config = run.env if run is not None else EnvConfig()
     longest = _longest(config.prompt, env_config, config.policy)
@@ -173,6 +112,10 @@ def run_train(config: TrainConfig) -> int:
     :param config: the options.
     :return: the exit status.
     """
+    config.check()
+    from agents.runs.algorithms import resolved
+    from agents.runs.train import train
+
     config = resolved(config)
     train(config)
     console.print(f"Wrote {config.run_dir}/: policy/, learning_curve.png, progress.csv, samples.jsonl, config.yaml")
@@ -185,6 +128,10 @@ def run_reward_model(config: RewardModelConfig) -> int:
     :param config: the options.
     :return: the exit status.
     """
+    config.check()
+    from agents.reward_models.report import report_table
+    from agents.reward_models.train import train_reward_model
+
     console.print(report_table(train_reward_model(config)))
     console.print(
         f"Wrote {config.out}/: use it as --reward {config.out}; reward_model.json, calibration.png, margins.png"
@@ -199,6 +146,10 @@ def run_demo(config: DemoConfig) -> int:
     :return: the exit status: 0 if the policy has learned, else 1.
     :raises FileExistsError: if the directory holds another run than a demo.
     """
+    config.check()
+    from agents.runs.algorithms import resolved
+    from agents.runs.train import train
+
     changeable: dict[str, Any] = {
         "run_dir": config.run_dir,
         "seed": config.seed,
@@ -248,26 +199,7 @@ def print_evaluation(result: dict[str, Any], prompts: str) -> None:
     :param result: what :func:`evaluate_policy` returned.
     :param prompts: the name of the prompts.
     """
-    other = result["compared_with"]
-    table = Table(
-        *("", other, "policy", "change" if other == "reference" else "difference", "win rate"),
-        title=f"{result['episodes']} episodes each, prompts: {escape(prompts)}",
-        caption="In brackets: 95 % intervals. Win rate: how often the policy's text scores higher than the other's for "
-        "the same prompt; ties count half.",
-    )
-    for name, after in result["policy"].items():
-        before, compared = result[other][name], result["comparison"].get(name)
-        change, win_rate = f"{after - before:+.3f}", ""
-        if compared is not None:
-            change += " [{:.2f}, {:.2f}]".format(*compared["difference_interval"])
-            percent = [100 * rate for rate in (compared["win_rate"], *compared["win_rate_interval"])]
-            win_rate = "{:.0f}% [{:.0f}, {:.0f}]".format(*percent)
-        table.add_row(escape(name), f"{before:.3f}", f"{after:.3f}", change, win_rate)
-    gain = result["score_gain_std"]
-    table.add_row("score gain (std)", "", "", "–" if gain is None else f"{gain:+.3f}", style="bold")
-    kl_of_other = f"{result['kl_against']:.2f}" if other == "against" else ""
-    table.add_row("KL (nats/episode)", kl_of_other, f"{result['kl']:.2f}", "", style="bold")
-    console.print(table)
+    console.print(evaluation_table(result, prompts))
 
 
 def print_pairs(result: dict[str, Any]) -> None:
@@ -275,15 +207,8 @@ def print_pairs(result: dict[str, Any]) -> None:
 
     :param result: what :func:`evaluate_policy` returned.
     """
-    if "texts" not in result:
-        return
-    other = result["compared_with"]
-    table = Table(*(("before", "after") if other == "reference" else (other, "policy")), show_lines=True)
-    for pair in result["texts"]:
-        prompt = f"[bold]{escape(pair['prompt'])}[/bold]"
-        texts = (pair[other], pair["policy"])
-        table.add_row(*(f"[dim]{t['score']:+.2f}[/dim] {prompt}{escape(t['completion'])}" for t in texts))
-    console.print(table)
+    if "texts" in result:
+        console.print(texts_table(result))
 
 
 def _longest(prompts: Any, env_config: EnvConfig, model: str) -> int:
@@ -294,6 +219,13 @@ def _longest(prompts: Any, env_config: EnvConfig, model: str) -> int:
 
 
 def _evaluate(config: EvaluateConfig, env_config: EnvConfig, reference: str) -> dict[str, Any]:
+    from stable_baselines3.common.utils import set_random_seed
+
+    from agents.evaluation.evaluate import evaluate
+    from agents.policies.causal_lm_policy import load_policy
+    from agents.state.devices import check_device
+
+    check_device(config.device)
     if env_config.overlong_prompts == "error":  # held-out prompts may be longer than those of the training
         env_config = dataclasses.replace(
             env_config, max_prompt_tokens=_longest(config.prompts, env_config, config.policy)
@@ -322,12 +254,12 @@ def _print_texts(path: Path) -> None:
     console.print()
 
 
-COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
-    "train": (TrainConfig, run_train),
-    "evaluate": (EvaluateConfig, run_evaluate),
-    "sample": (SampleConfig, run_sample),
-    "reward-model": (RewardModelConfig, run_reward_model),
-    "demo": (DemoConfig, run_demo),
+FUNCTIONS: dict[str, Callable[[Any], int]] = {
+    "train": run_train,
+    "evaluate": run_evaluate,
+    "sample": run_sample,
+    "reward-model": run_reward_model,
+    "demo": run_demo,
 }
 
 
@@ -336,22 +268,47 @@ def _split_config(option: str) -> list[str]:
     return option.split("=", 1) if option.startswith("--config=") else [option]
 
 
+def _overview() -> None:
+    """Print the commands, a line each."""
+    lines = [f"  textrlhf {name:12} {(c.options.__doc__ or '').splitlines()[0]}" for name, c in COMMANDS.items()]
+    lines.append("`textrlhf COMMAND --help` explains its options; `textrlhf --version` says which release this is.")
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
+def _version() -> str:
+    with contextlib.suppress(PackageNotFoundError):
+        return version("textrlhf")
+    return "(not installed: run from a clone)"
+
+
+def _without_command(args: Sequence[str]) -> int:
+    """Answer a command line that doesn't begin with a command."""
+    if args and args[0] == "--version":
+        console.print(f"textrlhf {_version()}", highlight=False)
+        return 0
+    if args and args[0] not in ("-h", "--help"):
+        near = difflib.get_close_matches(args[0], COMMANDS, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        message = f"[red]There is no command {escape(repr(args[0]))}.[/red]{hint} The commands are:"
+        console.print(message, highlight=False, soft_wrap=True)
+    _overview()
+    return 0 if args and args[0] in ("-h", "--help") else 2
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """The entry point of the command ``textrlhf``.
 
     :param args: the arguments; None: those of the process.
-    :return: the exit status.
+    :return: the exit status: 0, 1 for an error, 2 for a command line that can't be read, 130 after Ctrl-C.
     """
     args = list(sys.argv[1:] if args is None else args)
-    transformers_logging.disable_progress_bar()  # loading small models takes too short to need one
     if not args or args[0] not in COMMANDS:
-        for name, (config_type, _) in COMMANDS.items():
-            console.print(f"  textrlhf {name:12} {(config_type.__doc__ or '').splitlines()[0]}", highlight=False)
-        console.print("`textrlhf COMMAND --help` lists its options.", highlight=False)
-        asked = bool(args) and args[0] in ("-h", "--help")
-        return 0 if asked else 2
+        return _without_command(args)
     command, *rest = args
-    config_type, function = COMMANDS[command]
+    options, groups, examples = COMMANDS[command]
+    if {"-h", "--help"} & set(rest):
+        console.print(usage(command, options, groups, examples), markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(0)  # as tyro ends where it can't read an option, so that nothing after `main` runs
     try:
         default = None
         if command == "train":
@@ -362,10 +319,22 @@ def main(args: Sequence[str] | None = None) -> int:
                     raise ValueError("--config needs a YAML file after it.")
                 default = load_config(Path(rest[at + 1]))
                 rest = rest[:at] + rest[at + 2 :]
-        return function(tyro.cli(config_type, args=rest, default=default, prog=f"textrlhf {command}"))
+        config = tyro.cli(options, args=rest, default=default, prog=f"textrlhf {command}")
+        _quiet_transformers()
+        return FUNCTIONS[command](config)
     except (ValueError, TypeError, OSError, ImportError, RewardError, FloatingPointError, gym.error.Error) as error:
         console.print(f"[red]{type(error).__name__}[/red]: {escape(str(error))}", highlight=False, soft_wrap=True)
         return 1
+    except KeyboardInterrupt:
+        console.print("Interrupted.")
+        return 130  # 128 + SIGINT, as shells count
+
+
+def _quiet_transformers() -> None:
+    """For models this small, loading is over before its progress bar is read."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ from transformers import (
 VOCABULARY = 4096
 PROMPT_TOKENS = 8
 N_PROMPTS = 256
+EPISODES = 64
+RESPONSE = 32
 PEERS = Path(__file__).parent.parent / ".venv-peers"
 NEVER = -50.0  # as a logit beside others around 0: probability 0 for all purposes
 
@@ -39,12 +41,16 @@ class Subject(NamedTuple):
     :param tokenizer: its tokenizer.
     :param prompts: texts of exactly ``PROMPT_TOKENS`` tokens.
     :param masks_eos: whether EOS must be forbidden to keep lengths fixed; otherwise the model never writes it.
+    :param episodes: how many texts are written side by side.
+    :param response: the response budget, in tokens.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     prompts: list[str]
     masks_eos: bool
+    episodes: int = EPISODES
+    response: int = RESPONSE
 
     def own_copy(self) -> Subject:
         """The same with a copy of the model: our policy may replace layers of the one that it is given."""
@@ -75,21 +81,19 @@ def subject(name: str, device: torch.device) -> Subject:
 
 def gpt2_config(**changes: Any) -> GPT2Config:
     """4 layers of width 256: 4.3 million parameters."""
-    return GPT2Config(
-        vocab_size=VOCABULARY,
-        n_positions=512,
-        n_embd=256,
-        n_layer=4,
-        n_head=4,
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "n_positions": 512,
+        "n_embd": 256,
+        "n_layer": 4,
+        "n_head": 4,
         # Without dropout on either side: ours never has any, and it would cost the other side time.
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        eos_token_id=VOCABULARY - 2,
-        pad_token_id=VOCABULARY - 1,
-        bos_token_id=None,
-        **changes,
-    )
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+        "eos_token_id": VOCABULARY - 2,
+        "pad_token_id": VOCABULARY - 1,
+        "bos_token_id": None,
+    }
+    return GPT2Config(**settings | changes)
 
 
 def gpt2_4m(eos_hazard: float = 0.0, seed: int = 0) -> GPT2LMHeadModel:

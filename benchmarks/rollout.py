@@ -16,9 +16,6 @@ from agents.rollouts.episode_buffer import EpisodeBuffer
 from benchmarks.models import PROMPT_TOKENS, Subject
 from text_env.vector_env import TextVectorEnv
 
-EPISODES = 64
-RESPONSE = 32
-
 
 class ConstantReward:
     """Costs nothing, and knows how much that is."""
@@ -47,21 +44,20 @@ class TimedEnv(TextVectorEnv):
         return result
 
 
-def make_env(subject: Subject, response: int = RESPONSE, rows: int = EPISODES, reward: Any = None) -> TimedEnv:
+def make_env(subject: Subject, reward: Any = None) -> TimedEnv:
     """
-    :param subject: model, tokenizer, prompts.
-    :param response: budget.
-    :param rows: episodes side by side.
+    :param subject: model, tokenizer, prompts, and how much is written.
     :param reward: by default a constant.
     """
     return TimedEnv(
-        rows,
+        subject.episodes,
         tokenizer=subject.tokenizer,
         prompts=subject.prompts,
         reward=reward if reward is not None else ConstantReward(),
         max_prompt_tokens=PROMPT_TOKENS,
-        max_new_tokens=response,
-        min_new_tokens=response if subject.masks_eos else 0,
+        max_new_tokens=subject.response,
+        min_new_tokens=subject.response if subject.masks_eos else 0,
+        chat_template=False,  # `generate` continues plain text, so both sides do
     )
 
 
@@ -89,11 +85,11 @@ class Ours:
 
     def __init__(self, subject: Subject) -> None:
         subject = subject.own_copy()
+        self.episodes = subject.episodes
         self.env = make_env(subject)
         self.policy = make_policy(subject, self.env).to(subject.model.device)
-        self.buffer = EpisodeBuffer(
-            0, self.env.single_observation_space, self.env.single_action_space, subject.model.device, n_envs=EPISODES
-        )
+        spaces = self.env.single_observation_space, self.env.single_action_space
+        self.buffer = EpisodeBuffer(0, *spaces, subject.model.device, n_envs=self.episodes)
         self.env_shares: list[float] = []
         self.env_seconds: list[float] = []
         self.total_seconds: list[float] = []
@@ -105,7 +101,7 @@ class Ours:
         reward = self.env.reward
         self.env.seconds = reward.seconds = 0.0
         start = time.perf_counter()
-        episodes = collect_episodes(self.policy, self.env, EPISODES, self.buffer)
+        episodes = collect_episodes(self.policy, self.env, self.episodes, self.buffer)
         total = time.perf_counter() - start
         lengths = [episode["length"] for episode in episodes]
         self.env_seconds.append(self.env.seconds - reward.seconds)
@@ -117,10 +113,10 @@ class Ours:
 
 def prompt_batch(subject: Subject, env: TextVectorEnv) -> Callable[[], torch.Tensor]:
     """
-    :return: draws int64 [EPISODES, PROMPT_TOKENS] from the environment's prompts.
+    :return: draws int64 [episodes, PROMPT_TOKENS] from the environment's prompts.
     """
     ids = torch.tensor([prompt.token_ids for prompt in env.prompts], device=subject.model.device)
-    return lambda: ids[torch.randint(len(ids), (EPISODES,))]
+    return lambda: ids[torch.randint(len(ids), (subject.episodes,))]
 
 
 def generate(subject: Subject, env: TextVectorEnv, ends: bool) -> Callable[[], int]:
@@ -133,8 +129,8 @@ def generate(subject: Subject, env: TextVectorEnv, ends: bool) -> Callable[[], i
     config = GenerationConfig(
         do_sample=True,
         top_k=0,
-        max_new_tokens=RESPONSE,
-        min_new_tokens=None if ends else RESPONSE,
+        max_new_tokens=subject.response,
+        min_new_tokens=None if ends else subject.response,
         eos_token_id=eos if ends else None,
         pad_token_id=env.pad_token_id,
     )
@@ -166,7 +162,7 @@ def hand_loop(subject: Subject, env: TextVectorEnv) -> Callable[[], int]:
             cache = DynamicCache(config=model.config)
             inputs = draw()
             response = []
-            for _ in range(RESPONSE):
+            for _ in range(subject.response):
                 logits = model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
                 inputs = torch.multinomial(torch.softmax(logits[:, :n_tokens].float(), dim=-1), 1)
                 response.append(inputs)

@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from benchmarks import rollout, update
-from benchmarks.models import PEERS, Subject, gpt2_4m, hazard_for, subject, word_prompts, words
+from benchmarks.models import EPISODES, PEERS, RESPONSE, Subject, gpt2_4m, hazard_for, subject, word_prompts, words
 from benchmarks.peers.turns import Child
 from benchmarks.timing import alternate, entry, machine, speed_ratio, today, versions
 
@@ -46,8 +46,17 @@ class Plan:
         self.repeats: int = args.repeats or (5 if args.quick else 11)
         # A few of these take a minute each.
         self.slow_repeats: int = args.repeats or 5
-        self.growth_episodes = 16 if args.quick else rollout.EPISODES
+        self.episodes: int = args.episodes
+        self.response: int = args.response
+        self.growth_episodes = min(16, self.episodes) if args.quick else self.episodes
         self.process_pairs = 1 if args.quick else 3
+
+    def subject(self, name: str, device: torch.device | None = None) -> Subject:
+        """
+        :param name: of a model.
+        :param device: another than the plan's.
+        """
+        return subject(name, device or self.device)._replace(episodes=self.episodes, response=self.response)
 
     def wants(self, *keys: str) -> bool:
         """Whether one of these is asked for."""
@@ -62,7 +71,7 @@ def rollouts(plan: Plan) -> Figures:
         key, hand_key, share_key = f"rollout_vs_generate{suffix}", f"rollout_vs_hand_loop{suffix}", f"env_share{suffix}"
         if not plan.wants(key, hand_key, share_key):
             continue
-        what = subject(name, plan.device)
+        what = plan.subject(name)
         ours = rollout.Ours(what)
         sides: dict[str, Callable[[], int]] = {
             "ours": ours,
@@ -71,7 +80,7 @@ def rollouts(plan: Plan) -> Figures:
         }
         speeds = alternate(sides, plan.repeats if name != "smollm2" else plan.slow_repeats)
         goal = "" if name == "builtin" else (">= 1.1" if plan.device.type == "cpu" else ">= 1.0")
-        length = f"{name}, prompt 8, response 32 fixed, 64 rows"
+        length = f"{name}, prompt 8, response {plan.response} fixed, {plan.episodes} rows"
         figures[key] = speed_ratio(
             speeds["ours"], speeds["generate"], goal, f"Rollout through TextVectorEnv.step ÷ generate(); {length}."
         )
@@ -97,11 +106,11 @@ def varied(plan: Plan) -> Figures:
     """The same when texts end by themselves, after half the budget on average."""
     if "gpt2-4m" not in plan.models:
         return {}
-    hazard = hazard_for(rollout.RESPONSE / 2, rollout.RESPONSE)
+    hazard = hazard_for(plan.response / 2, plan.response)
     model = gpt2_4m(eos_hazard=hazard).to(plan.device)
     if plan.device.type == "cuda":
         model = model.to(torch.bfloat16)
-    what = Subject(model, words(), word_prompts(), masks_eos=False)
+    what = Subject(model, words(), word_prompts(), False, plan.episodes, plan.response)
     ours = rollout.Ours(what)
     # Lengths are drawn anew each time, so single ratios scatter: more of them.
     speeds = alternate({"ours": ours, "generate": rollout.generate(what, ours.env, ends=True)}, 2 * plan.repeats)
@@ -122,7 +131,7 @@ def updates(plan: Plan) -> Figures:
         key = "update_vs_bare" if name == "gpt2-4m" else f"update_vs_bare_{name}"
         if name == "smollm2" or not plan.wants(key):
             continue
-        what = subject(name, plan.device)
+        what = plan.subject(name)
         algorithm = update.own_ppo(what)
         sides = {"ours": update.update(algorithm), "bare": update.bare_passes(algorithm, what)}
         speeds = alternate(sides, plan.repeats)
@@ -139,7 +148,7 @@ def updates(plan: Plan) -> Figures:
 def stock(plan: Plan) -> Figures:
     """Unmodified SB3 PPO with our policy and with one that knows none of our tricks."""
     sides = {
-        name: update.stock_ppo(subject("gpt2-4m", plan.device), policy)
+        name: update.stock_ppo(plan.subject("gpt2-4m"), policy)
         for name, policy in (("ours", update.CausalLMPolicy), ("plain", update.PlainPolicy))
     }
     speeds = alternate(sides, plan.slow_repeats, warmup=1)
@@ -155,9 +164,8 @@ def stock(plan: Plan) -> Figures:
 
 def growth(plan: Plan) -> Figures:
     """What twice the response costs."""
-    long, short = (
-        update.iteration(subject("gpt2-4m", plan.device), response, plan.growth_episodes) for response in (256, 128)
-    )
+    what = plan.subject("gpt2-4m")._replace(episodes=plan.growth_episodes)
+    long, short = (update.iteration(what._replace(response=times * plan.response)) for times in (8, 4))
     speeds = alternate({"256": long, "128": short}, plan.slow_repeats)
     seconds = {response: [1 / speed for speed in speeds[response]] for response in speeds}
     figure = entry(
@@ -174,8 +182,8 @@ def growth(plan: Plan) -> Figures:
 
 def memory(plan: Plan) -> Figures:
     """Bytes of a stored rollout."""
-    what = subject("gpt2-4m", torch.device("cpu"))
-    short, long = (update.buffer_bytes(what, response) for response in (56, 1016))
+    what = plan.subject("gpt2-4m", torch.device("cpu"))
+    short, long = (update.buffer_bytes(what._replace(response=response)) for response in (56, 1016))
     figure = entry(
         [max(short[0], long[0])],
         [short[0]],
@@ -195,10 +203,10 @@ def trl(plan: Plan) -> Figures:
     if plan.device.type != "cpu":
         return {}
     settings = {
-        "episodes": rollout.EPISODES,
+        "episodes": plan.episodes,
         "minibatches": update.MINIBATCHES,
         "epochs": update.EPOCHS,
-        "response": rollout.RESPONSE,
+        "response": plan.response,
         "threads": plan.threads,
     }
     options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
@@ -284,7 +292,7 @@ def show(figures: Figures, console: Console) -> None:
     console.print(table)
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="all keys in at most 12 minutes")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
@@ -293,11 +301,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2, help="of torch; the goals are stated for 2")
     parser.add_argument("--repeats", type=int, help="fewer, to try something out")
-    return parser.parse_args()
+    parser.add_argument("--episodes", type=int, default=EPISODES, help="fewer, to try something out; at least 4")
+    parser.add_argument("--response", type=int, default=RESPONSE, help="fewer tokens, likewise")
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
-    args = parse()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """
+    :param arguments: of the command line; by default the process's.
+    """
+    args = parse(arguments)
     plan = Plan(args)
     torch.set_num_threads(plan.threads)
     torch.manual_seed(0)
@@ -312,7 +325,7 @@ def main() -> None:
         console.print("Making .venv-peers (once) …")
         subprocess.run(["make", "peers"], cwd=ROOT, check=True)
     report: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.throughput", *sys.argv[1:]]),
+        "command": " ".join(["python -m benchmarks.throughput", *(arguments or sys.argv[1:])]),
         "date": today(),
         "machine": machine(plan.device),
         "versions": versions(),

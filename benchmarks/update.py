@@ -16,34 +16,32 @@ from agents.models.contexts import Contexts, contexts_of
 from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.episode_buffer import EpisodeBuffer
 from agents.rollouts.sb3_vec_env import TextVecEnv
-from benchmarks.models import Subject
-from benchmarks.rollout import EPISODES, RESPONSE, make_env
+from benchmarks.models import PROMPT_TOKENS, Subject
+from benchmarks.rollout import make_env
 
 MINIBATCHES = 4
 EPOCHS = 2
 LEARNING_RATE = 1e-5  # small, so that the hundredth update sees the model of the first
 
 
-def own_ppo(subject: Subject, response: int = RESPONSE, episodes: int = EPISODES) -> PPO:
+def own_ppo(subject: Subject) -> PPO:
     """
     :param subject: of which a copy is trained.
-    :param response: budget.
-    :param episodes: of an iteration.
     :return: our PPO after one iteration.
     """
     subject = subject.own_copy()
     algorithm = PPO(
         "CausalLMPolicy",
-        make_env(subject, response, rows=episodes),
+        make_env(subject),
         learning_rate=LEARNING_RATE,
-        n_episodes=episodes,
-        batch_size=episodes // MINIBATCHES,
+        n_episodes=subject.episodes,
+        batch_size=subject.episodes // MINIBATCHES,
         n_epochs=EPOCHS,
         seed=0,
         device=subject.model.device,
         policy_kwargs={"model": subject.model},
     )
-    return algorithm.learn(episodes * response)
+    return algorithm.learn(subject.episodes * subject.response)
 
 
 def update(algorithm: PPO) -> Callable[[], int]:
@@ -62,7 +60,7 @@ def bare_passes(algorithm: PPO, subject: Subject) -> Callable[[], int]:
     :param algorithm: whose rollout it is; the sequences are packed before the clock starts.
     """
     model = subject.model
-    parts = np.split(np.arange(EPISODES), MINIBATCHES)
+    parts = np.split(np.arange(subject.episodes), MINIBATCHES)
     batches = []
     for part in parts:
         samples = algorithm.buffer.pack(part)
@@ -110,12 +108,12 @@ def stock_ppo(subject: Subject, policy: type[CausalLMPolicy]) -> Callable[[], in
     :param policy: the only thing in which the two sides differ.
     """
     subject = subject.own_copy()
-    tokens = EPISODES * RESPONSE
+    tokens = subject.episodes * subject.response
     algorithm = stable_baselines3.PPO(
         policy,
         TextVecEnv(make_env(subject)),
         learning_rate=LEARNING_RATE,
-        n_steps=RESPONSE,
+        n_steps=subject.response,
         batch_size=tokens // MINIBATCHES,
         n_epochs=EPOCHS,
         seed=0,
@@ -130,44 +128,48 @@ def stock_ppo(subject: Subject, policy: type[CausalLMPolicy]) -> Callable[[], in
     return run
 
 
-def iteration(subject: Subject, response: int, episodes: int) -> Callable[[], int]:
+def iteration(subject: Subject) -> Callable[[], int]:
     """One iteration of our PPO, rollout and update.
 
     :return: a run that counts *episodes*.
     """
-    algorithm = own_ppo(subject, response, episodes)
+    algorithm = own_ppo(subject)
 
     def run() -> int:
-        algorithm.learn(episodes * response, reset_num_timesteps=False)
-        return episodes
+        algorithm.learn(subject.episodes * subject.response, reset_num_timesteps=False)
+        return subject.episodes
 
     return run
 
 
-def buffer_bytes(subject: Subject, response: int) -> tuple[float, float]:
-    """What a rollout of ``EPISODES`` episodes leaves allocated, by the tracing allocator, per generated token.
+def buffer_bytes(subject: Subject) -> tuple[float, float]:
+    """What a rollout leaves allocated, by the tracing allocator, per generated token.
 
     :return: of ``EpisodeBuffer``, and of SB3's ``DictRolloutBuffer``.
     """
-    env = make_env(subject, response)
+    env, episodes, response = make_env(subject), subject.episodes, subject.response
     spaces = env.single_observation_space, env.single_action_space
     observation, _ = env.reset()
-    tokens = EPISODES * response
-    numbers = np.zeros(EPISODES, dtype=np.float32)
+    tokens = episodes * response
+    numbers = np.zeros(episodes, dtype=np.float32)
 
     def fill() -> EpisodeBuffer:
-        buffer = EpisodeBuffer(0, *spaces, "cpu", n_envs=EPISODES)
+        buffer = EpisodeBuffer(0, *spaces, "cpu", n_envs=episodes)
+        context = {name: array.copy() for name, array in observation.items()}
         for step in range(response):
-            actions = np.full(EPISODES, step)
-            buffer.add(observation, actions, numbers, np.full(EPISODES, step == 0), numbers, numbers)
-        for row in range(EPISODES):
+            actions = np.full(episodes, step)
+            buffer.add(context, actions, numbers, np.full(episodes, step == 0), numbers, numbers)
+            if step + 1 < response:
+                position = PROMPT_TOKENS + step
+                context["input_ids"][:, position], context["attention_mask"][:, position] = step, 1
+        for row in range(episodes):
             buffer.close(row)
-        buffer.compute_returns_and_advantage(torch.zeros(EPISODES), np.ones(EPISODES))
+        buffer.compute_returns_and_advantage(torch.zeros(episodes), np.ones(episodes))
         return buffer
 
     def stock() -> DictRolloutBuffer:
         # Its arrays are made at once, for n_steps; what it holds doesn't depend on what is added.
-        return DictRolloutBuffer(response, *spaces, "cpu", n_envs=EPISODES)  # type: ignore[arg-type]
+        return DictRolloutBuffer(response, *spaces, "cpu", n_envs=episodes)  # type: ignore[arg-type]
 
     return _allocated(fill) / tokens, _allocated(stock) / tokens
 

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from agents.algorithms.ppo import PPO
 from agents.cli import EvaluateConfig, main, run_of
 from agents.policies.causal_lm_policy import load_policy
-from agents.runs.config import EnvConfig, TrainConfig, algorithm_named, dump_config, load_config
+from agents.runs.algorithms import algorithm_named
+from agents.runs.config import EnvConfig, TrainConfig, dump_config, load_config
 from agents.state.schedules import LearningRate
 
 TINY = ["--max-new-tokens", "6", "--n-episodes", "8", "--batch-size", "4", "--n-epochs", "1", "--device", "cpu"]
@@ -303,7 +304,7 @@ def run_demo_with(monkeypatch: pytest.MonkeyPatch, run_dir: Path, **changed: flo
         ]
         (config.run_dir / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
-    monkeypatch.setattr("agents.cli.train", train)
+    monkeypatch.setattr("agents.runs.train.train", train)
     monkeypatch.setattr("agents.cli._evaluate", lambda *_: {"policy": policy, "reference": reference, **figures})
     return main(["demo", "--run-dir", str(run_dir)])
 

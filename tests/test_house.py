@@ -171,7 +171,7 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else() -> None:
     found = find_packages(str(ROOT), include=tools["packages"]["find"]["include"])
     on_disk = {module_name(path.parent / "__init__.py") for path in MODULES}  # no folder of modules lacks its file
     assert set(found) == on_disk == {name for name, path in NAMES.items() if path.name == "__init__.py"}
-    assert project["scripts"] == {"textrlhf": "agents.cli:main"}
+    assert project["scripts"] == {"textrlhf": "text_env.namesake:main"}
     for package in PACKAGES:
         assert "py.typed" in tools["package-data"][package]
         assert (ROOT / package / "py.typed").exists()

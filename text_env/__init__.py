@@ -3,11 +3,14 @@
 ``"TextRLHFContinuous-v0"`` is the same environment for algorithms with continuous (Box) actions.
 """
 
+import warnings
+
 from gymnasium.envs.registration import register
 
 from text_env.constraints import AllowedTokens, Constraint, Contexts, ForbiddenTokens, MinimumLength
 from text_env.env import TextEnv
 from text_env.episodes import NO_ACTION
+from text_env.namesake import complaint
 from text_env.rewards import Normalized, RewardError, SequenceClassifierReward, WeightedSum, make_reward
 from text_env.settings import EpisodeSettings
 from text_env.shaping import PotentialShaping
@@ -49,3 +52,6 @@ register(
     entry_point=ENTRY_POINT,
     vector_entry_point="text_env.wrappers:make_vector_env",
 )
+
+if (_message := complaint()) is not None:
+    warnings.warn(_message, stacklevel=2)

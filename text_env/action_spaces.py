@@ -7,11 +7,18 @@ environment to use instead.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypeAlias
+
 import numpy as np
 from gymnasium import spaces
 
+if TYPE_CHECKING:
+    Discrete: TypeAlias = spaces.Discrete[np.int64]
+else:
+    Discrete = spaces.Discrete  # below Gymnasium 1.4 it takes no type
 
-class Tokens(spaces.Discrete[np.int64]):
+
+class Tokens(Discrete):
     """One of V tokens.
 
     :param n_tokens: the size V of the vocabulary.

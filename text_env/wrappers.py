@@ -9,7 +9,7 @@ Notation: V tokens in the vocabulary, H dimensions of an embedding, n rows.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import gymnasium as gym
 import numpy as np
@@ -25,6 +25,11 @@ from text_env.action_spaces import EmbeddingPoints
 from text_env.env import TextEnv
 from text_env.episodes import NO_ACTION, EpisodesFace, Observation
 from text_env.tokenization import load_tokenizer, vocabulary_size
+
+if TYPE_CHECKING:
+    PointsWrapper: TypeAlias = VectorActionWrapper[Observation, NDArray[np.float32], NDArray[np.int64], NDArray[Any]]
+else:
+    PointsWrapper = VectorActionWrapper  # below Gymnasium 1.4 it takes no types
 
 NO_POINT = -np.inf
 """In the vector environment, a row filled with this value means :data:`~text_env.episodes.NO_ACTION`. The value lies
@@ -135,7 +140,7 @@ class EmbeddingAction(gym.ActionWrapper[Observation, NDArray[np.float32], np.int
         return self.nearest_token(np.asarray(action)[None], _text(self.env).action_masks()[None])[0]
 
 
-class VectorEmbeddingAction(VectorActionWrapper[Observation, NDArray[np.float32], NDArray[np.int64], NDArray[Any]]):
+class VectorEmbeddingAction(PointsWrapper):
     """The vector environment with points as actions. A row of :data:`NO_POINT` means ``NO_ACTION``.
 
     :param env: ``gym.make_vec("TextRLHF-v0")``.

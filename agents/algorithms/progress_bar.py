@@ -11,6 +11,7 @@ class ProgressBar(BaseCallback):
 
     def __init__(self) -> None:
         super().__init__()
+        self._started = False
         self._bar = Progress(
             TextColumn("tokens"),
             BarColumn(),
@@ -21,10 +22,13 @@ class ProgressBar(BaseCallback):
 
     def _on_training_start(self) -> None:
         self._bar.start()
+        self._started = True
         self._task = self._bar.add_task("", total=self.model._total_timesteps, score=float("nan"), kl=float("nan"))
 
     def _on_step(self) -> bool:
-        self._bar.update(self._task, completed=self.num_timesteps)
+        # The last rollout is finished, and goes beyond what was asked for.
+        total = max(self.model._total_timesteps, self.num_timesteps)
+        self._bar.update(self._task, completed=self.num_timesteps, total=total)
         return True
 
     def _on_rollout_end(self) -> None:
@@ -32,5 +36,6 @@ class ProgressBar(BaseCallback):
         self._bar.update(self._task, score=values["objective/scores"], kl=values["objective/kl"])
 
     def close(self) -> None:
-        """Remove the bar from the terminal. This may be called even if the bar was never shown."""
-        self._bar.stop()
+        """Remove the bar from the terminal. If the bar was never shown, this does nothing."""
+        if self._started:  # rich ends even a bar that never began with an empty line, where there is no terminal
+            self._bar.stop()

@@ -16,7 +16,6 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,8 +38,10 @@ from transformers.utils import logging as transformers_logging
 
 from agents.models.pretrained import add_lora, resolve_dtype
 from agents.policies.causal_lm_policy import load_policy
+from agents.reward_models.config import RewardModelConfig
 from agents.reward_models.report import describe_margins, plot_calibration, plot_margins
 from agents.rollouts.sampling import sample_texts
+from agents.state.devices import check_device
 from text_env.builtin import LANGUAGE_MODEL
 from text_env.classifier_reward import SequenceClassifierReward, pool_by_attention_mask
 from text_env.preferences import Preference, Preferences, load_preferences
@@ -51,68 +52,6 @@ from text_env.vector_env import TextVectorEnv
 RawPrompt = str | list[Message]
 
 console = Console(emoji=False)
-
-
-@dataclass
-class RewardModelConfig:
-    """Train a reward model on preferences."""
-
-    preferences: str = "builtin"
-    """'builtin', a file (.jsonl, .json, .csv, .parquet) with the columns chosen, rejected and optionally prompt,
-    a directory of datasets' save_to_disk, or the hub name of a data set."""
-    base: str = "builtin"
-    """The model that training starts from: 'builtin', or a directory or hub name
-    of a language model, an encoder or a classifier."""
-    out: Path = Path("runs/reward_model")
-    """The directory that is written. It must be empty or not exist."""
-    epochs: float = 1.0
-    """The number of passes over the training pairs."""
-    learning_rate: float | None = None
-    """The highest learning rate, between a warm-up of 3 % of the steps and a cosine decay. By default 1e-4, as in TRL,
-    and 5e-4 for the base 'builtin', which is so small that it learns next to nothing with 1e-4."""
-    batch_size: int = 32
-    """The number of pairs of an update."""
-    micro_batch_size: int | None = None
-    """The number of pairs of a forward pass, a divisor of batch_size; by default batch_size."""
-    weight_decay: float = 0.1
-    """The weight decay of AdamW."""
-    lora_r: int | None = None
-    """The rank of a LoRA adapter on all linear layers, which is merged at the end.
-    By default there is none, and all weights are trained."""
-    max_length: int = 1024
-    """The length of the longest text, in tokens. Pairs with a longer text are left out,
-    and so are pairs with more tokens than the base has positions."""
-    dtype: str = "float32"
-    """The floating-point type of the weights in training."""
-    save_dtype: str | None = None
-    """The floating-point type of the weights on disk; by default that of training.
-    The saved config names `dtype` in any case, and the model is loaded in it."""
-    bf16: bool = False
-    """Compute matrix products in bfloat16. The weights keep their type."""
-    gradient_checkpointing: bool = False
-    """Use less memory and more time."""
-    device: str = "auto"
-    """'auto', 'cpu', 'cuda', …"""
-    seed: int = 0
-    """The seed of all random generators."""
-    max_pairs: int | None = None
-    """Train on at most this many pairs, drawn at random; by default on all.
-    With the same seed, fewer pairs are a subset of more."""
-    held_out: float = 0.05
-    """The share of pairs that are held out for measuring, if the preferences have no split of their own."""
-    max_malformed: float = 0.01
-    """The largest share of malformed rows that is accepted. They are left out."""
-    n_normalisation_texts: int = 1024
-    """The number of texts of the policy whose scores are normalised to mean 0 and standard deviation 1.
-    0 leaves the scores as they are."""
-    policy: str | None = None
-    """The language model that writes these texts; by default the base, which must then be a language model."""
-    prompts: str | None = None
-    """The prompts of these texts, as in training; by default the prompts of the training pairs."""
-    max_new_tokens: int = 48
-    """The response budget of these texts, in tokens."""
-    progress: bool = True
-    """Show progress bars."""
 
 
 def train_reward_model(config: RewardModelConfig, preferences: Any = None) -> dict[str, Any]:
@@ -222,6 +161,8 @@ def measure_reward_model(
 
 def _check(config: RewardModelConfig) -> None:
     """Check what can be checked before anything is loaded."""
+    config.check()
+    check_device(config.device)
     if config.out.exists() and not (config.out.is_dir() and not any(config.out.iterdir())):
         raise FileExistsError(f"{config.out} holds something already; choose another --out, or remove it.")
     _micro_batch(config)

@@ -13,34 +13,14 @@ from typing import Annotated, Any, Literal
 import gymnasium as gym
 import tyro
 import yaml
-from stable_baselines3.common.base_class import BaseAlgorithm
 
-from agents.algorithms.a2c import A2C
-from agents.algorithms.grpo import GRPO
-from agents.algorithms.on_policy import OnPolicyAlgorithm
-from agents.algorithms.ppo import PPO
-from agents.algorithms.reinforce import REINFORCE
-from agents.algorithms.rloo import RLOO
-from agents.state.arguments import argument_defaults
-from text_env.imports import import_object, is_object_name
-from text_env.settings import EpisodeSettings
+from agents.runs.yaml_values import hints_of, mapping, read_mapping, typed
+from agents.state.arguments import check_number
+from agents.state.schedules import LearningRate
+from text_env.settings import EpisodeSettings, check_integer
 from text_env.shaping import PotentialShaping
 from text_env.vector_env import TextVectorEnv, plain, wrapped_error
 from text_env.wrappers import CONTINUOUS_ID
-
-# Arguments of the algorithms that `TrainConfig` has fields for, or that are made from its fields.
-OWN_OPTIONS = {
-    *("policy", "env", "learning_rate", "n_episodes", "batch_size", "n_epochs", "kl_coef", "kl_target"),
-    *("kl_estimator", "missing_eos_penalty", "policy_kwargs", "seed", "device", "reference"),
-}
-
-ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {
-    "ppo": PPO,
-    "a2c": A2C,
-    "reinforce": REINFORCE,
-    "rloo": RLOO,
-    "grpo": GRPO,
-}
 
 
 # A field of the environment's settings is declared again here only if the command line accepts less than Python does
@@ -77,6 +57,14 @@ class EnvConfig(EpisodeSettings):
     """A second score, named in the same way as a reward, which is logged as gold_score and never trained on."""
     shaping_every: int = 1
     """The number of tokens after which the potential is computed again."""
+
+    def check(self) -> None:
+        """As the base class does; a group size that is left to the algorithm is not checked.
+
+        :raises ValueError: if a number is out of range.
+        """
+        check_integer("shaping_every", self.shaping_every, 1)
+        EpisodeSettings.check(self if self.group_size is not None else dataclasses.replace(self, group_size=1))
 
     def make(self, num_envs: int, model: str, gamma: float | None = None, **overrides: Any) -> TextVectorEnv:
         """Make the environment of a run.
@@ -185,61 +173,30 @@ class TrainConfig:
     progress: bool = True
     """Show a progress bar."""
 
+    def check(self) -> None:
+        """Refuse what no run can be made of. Nothing is loaded for this, and nothing written.
 
-def algorithm_named(name: str) -> type[OnPolicyAlgorithm]:
-    """
-    :param name: the name of an algorithm of this package, or ``"module:Class"``.
-    :return: its class.
-    :raises ValueError: if there is no such algorithm, or if it is no subclass of ``OnPolicyAlgorithm``.
-    """
-    if name in ALGORITHMS:
-        return ALGORITHMS[name]
-    if not is_object_name(name):
-        raise ValueError(f"Expected algo to be one of {sorted(ALGORITHMS)} or 'module:Class', got {name!r}.")
-    found = import_object(name)
-    if isinstance(found, type) and issubclass(found, BaseAlgorithm) and not issubclass(found, OnPolicyAlgorithm):
-        raise ValueError(
-            f"{found.__name__} is Stable-Baselines3's: use it in Python, on agents.make_vec_env('TextRLHF-v0') or, for "
-            "continuous actions, on 'TextRLHFContinuous-v0'. The README's table of what plugs in says with which "
-            "policy."
-        )
-    if not (isinstance(found, type) and issubclass(found, OnPolicyAlgorithm)):
-        raise ValueError(
-            f"Expected {name!r} to be a subclass of agents.algorithms.on_policy.OnPolicyAlgorithm, got {found!r}."
-        )
-    return found
-
-
-def resolved(config: TrainConfig) -> TrainConfig:
-    """Replace each None that stands for a default of the algorithm by this default.
-
-    :param config: a configuration.
-    :return: the configuration with the algorithm's learning rate, sizes and group size, and a run directory.
-    :raises ValueError: if there is no such algorithm, or if its constructor takes no ``**kwargs`` for
-        ``OnPolicyAlgorithm``.
-    """
-    algorithm = algorithm_named(config.algo)
-    defaults = argument_defaults(algorithm)
-    own = ("learning_rate", "n_episodes", "batch_size", "n_epochs")
-    if missing := sorted({*own, "kl_coef"} - set(defaults)):
-        raise ValueError(
-            f"Expected {algorithm.__name__}.__init__ to hand on **kwargs to OnPolicyAlgorithm; it doesn't take "
-            f"{missing}."
-        )
-    changes: dict[str, Any] = {name: defaults[name] for name in own if getattr(config, name) is None}
-    if config.env.group_size is None:
-        changes["env"] = dataclasses.replace(config.env, group_size=algorithm.default_group_size)
-    if config.run_dir is None:
-        changes["run_dir"] = Path("runs") / config.algo.rpartition(":")[2].lower()
-    return dataclasses.replace(config, **changes)
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 as a string. Where a string is a number, the number is meant."""
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            return float(value)
-    return value
+        :raises ValueError: if a number is out of range.
+        """
+        for name, least in (("total_timesteps", 1), ("sample_every", 1), ("n_samples", 1), ("checkpoint_every", 0)):
+            check_integer(name, getattr(self, name), least)
+        for name in ("n_episodes", "batch_size", "n_epochs", "lora_r"):  # None: the algorithm's number, or no adapter
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 1)
+        if self.n_episodes is not None and self.batch_size is not None and self.batch_size > self.n_episodes:
+            raise ValueError(
+                f"Expected batch_size, the episodes of a minibatch, to be at most n_episodes={self.n_episodes}, those "
+                f"of the rollout; got {self.batch_size}."
+            )
+        check_number("kl_coef", self.kl_coef, least=0)
+        check_number("temperature", self.temperature, above=0)
+        check_integer("lora_alpha", self.lora_alpha, 1)
+        if self.kl_target is not None:
+            check_number("kl_target", self.kl_target, above=0)
+        if self.missing_eos_penalty is not None:
+            check_number("missing_eos_penalty", self.missing_eos_penalty, least=0)
+        LearningRate(0.0 if self.learning_rate is None else self.learning_rate, self.lr_schedule, self.lr_warmup)
+        self.env.check()
 
 
 def lora_kwargs(config: TrainConfig) -> dict[str, Any] | None:
@@ -259,10 +216,21 @@ def lora_kwargs(config: TrainConfig) -> dict[str, Any] | None:
 
 def parsed(given: dict[str, str]) -> dict[str, Any]:
     """
-    :param given: arguments from the command line, each value written as YAML.
-    :return: the arguments with the values that the YAML stands for.
+    :param given: arguments from the command line, each value as YAML.
+    :return: the values.
+    :raises ValueError: if one is not YAML.
     """
-    return {name: _number(yaml.safe_load(value)) for name, value in given.items()}
+    values = {}
+    for name, value in given.items():
+        try:
+            read = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"Expected {name} to be YAML, as `0.1`, `null` or `[1, 2]` are; got {value!r}.") from error
+        if isinstance(read, str):  # YAML 1.1 reads 1e-4 as a string; where a string is a number, the number is meant
+            with contextlib.suppress(ValueError):
+                read = float(read)
+        values[name] = read
+    return values
 
 
 def dump_config(config: Any) -> str:
@@ -281,23 +249,29 @@ def dump_config(config: Any) -> str:
 
 def load_config(path: Path) -> TrainConfig:
     """
-    :param path: a YAML file with all or some of the fields that ``config.yaml`` has. Missing ones keep their defaults.
-    :return: the configuration.
-    :raises ValueError: if the file is not YAML, or has a key that is no field; it names the fields.
+    :param path: YAML, as ``config.yaml`` or a part of it; what is missing keeps its default.
+    :raises ValueError: for a key that doesn't exist, naming those that do, and for a value of another type.
     """
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    env = values.pop("env", None) or {}
-    for given, cls in ((values, TrainConfig), (env, EnvConfig)):
-        known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := set(given) - known:
-            raise ValueError(f"{path}: unknown {sorted(unknown)}; {cls.__name__} has {sorted(known)}.")
-    values = {name: _number(value) for name, value in values.items()}
-    if values.get("run_dir") is not None:
-        values["run_dir"] = Path(values["run_dir"])
-    for options, name in ((values, "algo_kwargs"), (env, "reward_kwargs")):
-        if name in options:  # as on the command line, these are strings, which are read as YAML later
-            options[name] = {k: v if isinstance(v, str) else json.dumps(v) for k, v in options[name].items()}
-    return TrainConfig(env=EnvConfig(**env), **values)
+    values = read_mapping(path)
+    env = mapping(f"{path}: env", values.pop("env", None))
+    own = _typed_fields(path, values, TrainConfig)
+    return TrainConfig(env=EnvConfig(**_typed_fields(path, env, EnvConfig)), **own)
+
+
+def _typed_fields(path: Path, values: dict[str, Any], cls: type[Any]) -> dict[str, Any]:
+    """The values as the fields of the class want them."""
+    known = {field.name for field in dataclasses.fields(cls)}
+    if unknown := set(values) - known:
+        raise ValueError(f"{path}: unknown {sorted(unknown)}; {cls.__name__} has {sorted(known)}.")
+    hints, found = hints_of(cls), {}
+    wider = hints_of(EpisodeSettings) if issubclass(cls, EpisodeSettings) else {}
+    for name, value in values.items():
+        # Python takes more than the command line does: rewards with weights, several stop strings, lists of prompts.
+        hint = (
+            wider[name] if name in wider and isinstance(value, list | dict) and name != "reward_kwargs" else hints[name]
+        )
+        value = typed(f"{path}: {name}", value, hint)
+        if name in ("algo_kwargs", "reward_kwargs"):  # strings on the command line, which are read as YAML later
+            value = {str(k): v if isinstance(v, str) else json.dumps(v) for k, v in value.items()}
+        found[name] = value
+    return found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from pathlib import Path
 from typing import cast
 
@@ -14,6 +16,33 @@ from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.rollouts.sampling import sample_texts
 from agents.runs.config import TrainConfig
 from text_env.prompts import load_prompts
+
+
+def check_directory(directory: Path) -> None:
+    """
+    :param directory: where a run is to go.
+    :raises FileExistsError: if there is a run already.
+    :raises OSError: if no directory can be made there.
+    """
+    if (directory / "config.yaml").exists():
+        raise FileExistsError(f"{directory} holds a run already; choose another --run-dir, or remove it.")
+    nearest = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{nearest} is a file; choose another --run-dir than {directory}.")
+    if not os.access(nearest, os.W_OK):
+        raise PermissionError(f"{nearest} can't be written to; choose another --run-dir than {directory}.")
+
+
+def remove_start(directory: Path) -> None:
+    """Remove what a run wrote that learned nothing, and the directory itself if nothing else is in it.
+
+    :param directory: of the run.
+    """
+    for pattern in ("config.yaml", "progress.csv", "samples.jsonl", "events.out.tfevents.*"):
+        for path in directory.glob(pattern):
+            path.unlink()
+    with contextlib.suppress(OSError):
+        directory.rmdir()
 
 
 class SampleTexts(BaseCallback):

@@ -12,33 +12,32 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 
 from agents.algorithms.on_policy import OnPolicyAlgorithm, default_rows
-from agents.runs.config import (
-    OWN_OPTIONS,
-    TrainConfig,
-    algorithm_named,
-    dump_config,
-    lora_kwargs,
-    parsed,
-    resolved,
-)
-from agents.runs.recording import Checkpoint, SampleTexts, plot_learning_curve
+from agents.models.pretrained import resolve_dtype
+from agents.runs.algorithms import OWN_OPTIONS, algorithm_named, resolved
+from agents.runs.config import TrainConfig, dump_config, lora_kwargs, parsed
+from agents.runs.recording import Checkpoint, SampleTexts, check_directory, plot_learning_curve, remove_start
 from agents.state.arguments import argument_defaults
+from agents.state.devices import check_device
 from agents.state.schedules import LearningRate
 
 
 def train(config: TrainConfig) -> OnPolicyAlgorithm:
     """Train as configured, and write all results to the run directory.
 
+    A training that fails before its first update has learned nothing: it takes its files away again, so that it can be
+    started once more in the same directory.
+
     :param config: the configuration.
     :return: the trained algorithm.
     :raises FileExistsError: if the directory holds a run already.
-    :raises ValueError: if an option is unknown or out of range.
+    :raises ValueError: if an option is unknown or out of range; nothing is loaded before that is known.
     """
     config = resolved(config)
     directory = config.run_dir
     assert directory is not None
-    if (directory / "config.yaml").exists():
-        raise FileExistsError(f"{directory} holds a run already; choose another --run-dir, or remove it.")
+    check_directory(directory)
+    check_device(config.device)
+    resolve_dtype(config.dtype)
     algorithm = algorithm_named(config.algo)
     known = set(argument_defaults(algorithm)) - OWN_OPTIONS
     if unknown := set(config.algo_kwargs) - known:
@@ -82,12 +81,17 @@ def train(config: TrainConfig) -> OnPolicyAlgorithm:
     if config.checkpoint_every:
         callbacks.append(Checkpoint(directory / "checkpoint", config.checkpoint_every))
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.yaml").write_text(dump_config(config))
     model.set_logger(configure(str(directory), ["csv", "tensorboard"]))
+    (directory / "config.yaml").write_text(dump_config(config))
+    finished = False
     try:
         model.learn(config.total_timesteps, callback=callbacks, progress_bar=config.progress)
+        finished = True
     finally:  # an error of the reward, or Ctrl-C, must not lose what was learned until then
         model.logger.close()
-        model.policy.save_pretrained(directory / "policy")
-        plot_learning_curve(directory)
+        if finished or model._n_updates or (directory / "progress.csv").read_text():
+            model.policy.save_pretrained(directory / "policy")
+            plot_learning_curve(directory)
+        else:
+            remove_start(directory)
     return model

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +108,17 @@ def _names_code(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(map(_names_code, value))
     return isinstance(value, str) and is_object_name(value)
+
+
+def check_number(name: str, value: Any, least: float | None = None, above: float | None = None) -> None:
+    """
+    :param name: what the number is called in the error.
+    :param value: the number.
+    :param least: the smallest value allowed.
+    :param above: a limit that the value must exceed, instead of ``least``.
+    :raises ValueError: if ``value`` is no finite number, or out of range.
+    """
+    fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    limit = f" >= {least:g}" if least is not None else f" > {above:g}" if above is not None else ""
+    if not fits or (least is not None and value < least) or (above is not None and value <= above):
+        raise ValueError(f"Expected {name} to be a finite number{limit}, got {value!r}.")

@@ -127,7 +127,10 @@ def tune(algorithms: Sequence[str], total_timesteps: int, runs: Path) -> dict[st
     return trials
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """
+    :param arguments: of the command line; by default the process's.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algos", nargs="+", choices=[*LEARNERS, *PEERS], default=list(DEFAULT))
     parser.add_argument("--seeds", type=int, default=10, help=f"of {', '.join(MAIN)}")
@@ -136,7 +139,8 @@ def main() -> None:
     parser.add_argument("--gradient-rollouts", type=int, default=48, help="for the gradients' signal-to-noise")
     parser.add_argument("--runs", type=Path, default=Path("runs/algorithms"), help="where every run's files go")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/algorithms"))
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    args.command = arguments or sys.argv[1:]
     with measured(args.runs) as seconds_so_far:
         run_all(args, seconds_so_far)
 
@@ -183,7 +187,7 @@ def run_all(args: argparse.Namespace, seconds_so_far: Callable[[], float]) -> No
         "date": today(),
         "machine": machine(torch.device("cpu")),
         "versions": versions(),
-        "command": " ".join(["python -m benchmarks.algorithms", *sys.argv[1:]]),
+        "command": " ".join(["python -m benchmarks.algorithms", *args.command]),
         "duration": seconds_so_far(),
         "total_timesteps": args.total_timesteps,
         "kl_coef": KL_COEF,

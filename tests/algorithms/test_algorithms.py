@@ -30,7 +30,7 @@ from agents.algorithms.ppo import PPO
 from agents.algorithms.reinforce import REINFORCE
 from agents.algorithms.rloo import RLOO
 from agents.objectives.advantages import group_relative, leave_one_out
-from agents.runs.config import ALGORITHMS
+from agents.runs.algorithms import ALGORITHMS
 
 N_EPISODES = 8
 

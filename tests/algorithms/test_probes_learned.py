@@ -19,7 +19,7 @@ from tiny import tiny_model
 from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.rollouts.episode_buffer import EpisodeBuffer
 from agents.rollouts.sampling import sample_texts
-from agents.runs.config import ALGORITHMS
+from agents.runs.algorithms import ALGORITHMS
 from text_env.probes import PROBES, VOCABULARY, Probe, make_probe
 from text_env.vector_env import TextVectorEnv
 

@@ -7,7 +7,9 @@ import io
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from agents.rollouts.episode_buffer import EpisodeBuffer
 from agents.rollouts.sb3_vec_env import make_vec_env
 from benchmarks.algorithms import __main__ as benchmark
 from benchmarks.algorithms import runs
+from benchmarks.algorithms.gradient_noise import ESTIMATORS, measure
 from benchmarks.algorithms.learners import BATCH_EPISODES, ENV_KWARGS, LEARNERS, MAIN, PPO_EPISODES
 
 
@@ -146,6 +149,41 @@ def test_a_run_that_fails_for_another_reason_than_divergence_is_an_error(
     run = benchmark.Run("no-such-algorithm", 0, 1e-4, 100, "builtin")
     with pytest.raises(RuntimeError, match="invalid choice: 'no-such-algorithm'"):
         benchmark.execute(run, tmp_path)
+
+
+def test_a_miniature_of_the_whole_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its runs are made in this process, one after another, instead of in processes of their own."""
+    monkeypatch.setattr(runs, "EPISODES", 8)
+    monkeypatch.setattr(runs, "ROWS", 8)
+    monkeypatch.setitem(ENV_KWARGS, "max_new_tokens", 4)
+    few = [estimator for estimator in ESTIMATORS if estimator.key in ("reinforce", "rloo")]
+    monkeypatch.setattr(benchmark, "measure", partial(measure, episodes=4, past_episodes=8, estimators=few))
+    one_at_a_time = Lock()
+
+    def here(run: benchmark.Run, directory: Path) -> dict[str, Any]:
+        with one_at_a_time:
+            if not (run.directory(directory) / "result.json").exists():
+                runs.run(*run, out=run.directory(directory))
+        result: dict[str, Any] = execute(run, directory)
+        return result
+
+    execute = benchmark.execute
+    monkeypatch.setattr(benchmark, "execute", here)
+    out, kept = tmp_path / "out", tmp_path / "runs"
+    sizes = ["--seeds", "2", "--total-timesteps", "100", "--gradient-rollouts", "3"]
+    benchmark.main(["--algos", "reinforce", *sizes, "--runs", str(kept), "--out", str(out)])
+
+    results = json.loads((out / "results.json").read_text())
+    assert [(result["algorithm"], result["seed"]) for result in results] == [("reinforce", 0), ("reinforce", 1)]
+    trials = json.loads((out / "tuning.json").read_text())["reinforce"]
+    assert [trial["learning_rate"] for trial in trials] == list(benchmark.LEARNING_RATES)
+    [rate] = [trial["learning_rate"] for trial in trials if trial["chosen"]]
+    assert {result["learning_rate"] for result in results} == {rate}
+    assert set(json.loads((out / "gradient_noise.json").read_text())["estimators"]) == {"reinforce", "rloo"}
+    environment = json.loads((out / "environment.json").read_text())
+    assert environment["command"].startswith("python -m benchmarks.algorithms --algos reinforce --seeds 2 ")
+    assert "`reinforce`" in (out / "table.md").read_text()
+    assert (out / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_duration_counts_what_was_before_an_interruption(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from agents.runs.config import load_config, resolved
+from agents.runs.algorithms import resolved
+from agents.runs.config import load_config
 from benchmarks.smollm2 import Config, main, train_config
 from examples.film_reviews import held_out_prompts, training_prompts
 from text_env.builtin import LANGUAGE_MODEL

@@ -80,7 +80,7 @@ def test_options_change_the_environment_of_a_file_and_keep_what_they_do_not_show
     path = tmp_path / "part.yaml"
     path.write_text(yaml.safe_dump({"env": {"metrics": {"mood": "sentiment"}, "stop": "x", "max_new_tokens": 9}}))
     trained: list[TrainConfig] = []
-    monkeypatch.setattr("agents.cli.train", trained.append)
+    monkeypatch.setattr("agents.runs.train.train", trained.append)
     assert main(["train", "--config", str(path), "--max-new-tokens", "5"]) == 0
     env = dataclasses.replace(trained[0].env, group_size=None)  # type: ignore[arg-type]
     assert env == EnvConfig(metrics={"mood": "sentiment"}, stop="x", max_new_tokens=5)

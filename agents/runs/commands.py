@@ -1,0 +1,205 @@
+"""The commands of the command line: their options, and how ``--help`` shows them.
+
+The options of ``train`` are in ``config.py``, those of ``reward-model`` beside the training that they are for.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from agents.reward_models.config import RewardModelConfig
+from agents.runs.config import TrainConfig
+from agents.state.arguments import check_number
+from text_env.settings import check_integer
+
+
+@dataclass
+class EvaluateConfig:
+    """Compare a policy with its reference, or with another policy, on held-out prompts."""
+
+    policy: str
+    """The directory of a trained policy, or the name of any model."""
+    reference: str | None = None
+    """The model that the policy is compared with, and by which KL divergence and perplexity are measured.
+    By default it is the model that the policy's run started from."""
+    against: str | None = None
+    """Another policy to compare with, in place of the reference."""
+    reward: str | None = None
+    """The reward; by default that of the policy's run."""
+    gold: str | None = None
+    """A second score; by default that of the policy's run."""
+    prompts: str = "builtin:eval"
+    """The held-out prompts."""
+    max_new_tokens: int | None = None
+    """The response budget, in tokens; by default that of the policy's run."""
+    episodes: int = 256
+    """The number of texts of each of the two models, for the same prompts."""
+    texts: int = 0
+    """The number of texts of both that are shown side by side."""
+    temperature: float = 1.0
+    """The temperature of both models; 1 evaluates the models themselves."""
+    json: Path | None = None
+    """A file to which the results are written as JSON."""
+    seed: int = 0
+    """The seed of the prompts, the texts and the intervals."""
+    device: str = "auto"
+    """'auto', 'cpu', 'cuda', …"""
+    dtype: str = "float32"
+    """The floating-point type of the weights."""
+
+    def check(self) -> None:
+        """Refuse what can't be evaluated or written; nothing is loaded for this.
+
+        :raises ValueError: if a number is out of range.
+        :raises OSError: if ``json`` can't be written.
+        """
+        check_integer("episodes", self.episodes, 1)
+        check_integer("texts", self.texts, 0)
+        check_number("temperature", self.temperature, above=0)
+        if self.max_new_tokens is not None:
+            check_integer("max_new_tokens", self.max_new_tokens, 1)
+        if self.json is not None:
+            if not self.json.parent.is_dir():
+                raise FileNotFoundError(f"There is no directory {self.json.parent} to write {self.json.name} in.")
+            if self.json.is_dir() or not os.access(self.json if self.json.exists() else self.json.parent, os.W_OK):
+                raise PermissionError(f"{self.json} can't be written; choose another --json.")
+
+
+@dataclass
+class SampleConfig:
+    """Let a policy write texts."""
+
+    policy: str
+    """The directory of a trained policy, or the name of any model."""
+    prompt: list[str]
+    """One or more prompts."""
+    n: int = 1
+    """The number of texts for each prompt."""
+    greedy: bool = False
+    """Choose the most probable token instead of sampling one."""
+    temperature: float = 1.0
+    """The temperature of the policy's distribution."""
+    max_new_tokens: int = 48
+    """The response budget, in tokens."""
+    seed: int = 0
+    """The seed of the texts."""
+    device: str = "auto"
+    """'auto', 'cpu', 'cuda', …"""
+    dtype: str = "float32"
+    """The floating-point type of the weights."""
+
+    def check(self) -> None:
+        """
+        :raises ValueError: if a number is out of range.
+        """
+        check_integer("n", self.n, 1)
+        check_number("temperature", self.temperature, above=0)
+        check_integer("max_new_tokens", self.max_new_tokens, 1)
+
+
+@dataclass
+class DemoConfig:
+    """Train PPO on the built-in model, and show that it has learned."""
+
+    run_dir: Path = Path("runs/demo")
+    """The directory of the run. An existing run there is replaced if it is a demo."""
+    seed: int = 0
+    """The seed of the training and the evaluation."""
+    total_timesteps: int = 80_000
+    """The number of tokens to generate."""
+    episodes: int = 256
+    """The number of texts that are evaluated, of the policy before training and after it."""
+
+    def check(self) -> None:
+        """
+        :raises ValueError: if a number is out of range.
+        """
+        check_integer("total_timesteps", self.total_timesteps, 1)
+        check_integer("episodes", self.episodes, 1)
+
+
+class Command(NamedTuple):
+    """What ``--help`` says of a command.
+
+    :param options: the dataclass of its options.
+    :param groups: the headings of the options, and which options stand below each.
+    :param examples: command lines.
+    """
+
+    options: type[Any]
+    groups: dict[str, tuple[str, ...]]
+    examples: tuple[str, ...]
+
+
+COMMANDS = {
+    "train": Command(
+        TrainConfig,
+        {
+            "The run": ("algo", "model", "total_timesteps", "run_dir", "seed", "progress"),
+            "Prompts and texts": (
+                *("env", "prompts", "tokenizer", "chat_template", "max_prompt_tokens", "overlong_prompts"),
+                *("max_new_tokens", "min_new_tokens", "stop", "constraint", "group_size"),
+            ),
+            "Rewards": (*("reward", "gold", "reward_kwargs", "missing_eos_penalty", "shaping", "shaping_every"),),
+            "KL to the reference": ("kl_coef", "kl_target", "kl_estimator"),
+            "Optimisation": (
+                *("learning_rate", "lr_schedule", "lr_warmup", "n_episodes", "batch_size", "n_epochs", "algo_kwargs"),
+            ),
+            "The model": (
+                *("temperature", "critic", "lora_r", "lora_alpha", "lora_target_modules"),
+                *("device", "dtype", "autocast", "compile_forward"),
+            ),
+            "What is written down": ("sample_every", "n_samples", "checkpoint_every"),
+        },
+        (
+            "textrlhf train --total-timesteps 60000 --run-dir runs/mine",
+            "textrlhf train --algo grpo --model path/to/model --prompts prompts.jsonl --reward my_rewards:brevity",
+            "textrlhf train --model path/to/model --lora-r 16 --dtype bfloat16 --kl-target 6",
+            "textrlhf train --config runs/mine/config.yaml --run-dir runs/again --seed 1",
+        ),
+    ),
+    "evaluate": Command(
+        EvaluateConfig,
+        {
+            "Who is compared": ("policy", "reference", "against"),
+            "On what": ("prompts", "episodes", "reward", "gold", "max_new_tokens", "temperature", "seed"),
+            "What comes out": ("texts", "json"),
+            "The model": ("device", "dtype"),
+        },
+        (
+            "textrlhf evaluate --policy runs/mine/policy --texts 5",
+            "textrlhf evaluate --policy runs/mine/policy --against runs/other/policy --json evaluation.json",
+        ),
+    ),
+    "sample": Command(
+        SampleConfig,
+        {
+            "What is written": ("policy", "prompt", "n", "max_new_tokens"),
+            "How": ("greedy", "temperature", "seed", "device", "dtype"),
+        },
+        ('textrlhf sample --policy runs/mine/policy --prompt "The movie" "I loved" --n 3',),
+    ),
+    "reward-model": Command(
+        RewardModelConfig,
+        {
+            "What it learns": ("preferences", "base", "out", "held_out", "max_malformed", "max_pairs", "max_length"),
+            "Optimisation": (
+                *("epochs", "learning_rate", "batch_size", "micro_batch_size", "weight_decay", "lora_r", "seed"),
+            ),
+            "Normalisation of the score": ("n_normalisation_texts", "policy", "prompts", "max_new_tokens"),
+            "The model": ("device", "dtype", "save_dtype", "bf16", "gradient_checkpointing", "progress"),
+        },
+        (
+            "textrlhf reward-model --preferences pairs.jsonl --base path/to/model --out runs/my_reward",
+            "textrlhf train --reward runs/my_reward",
+        ),
+    ),
+    "demo": Command(
+        DemoConfig,
+        {"Options": ("run_dir", "total_timesteps", "episodes", "seed")},
+        ("textrlhf demo",),
+    ),
+}

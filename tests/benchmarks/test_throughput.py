@@ -1,0 +1,56 @@
+"""The throughput benchmark in miniature, from the entry point that `make throughput` calls, and without its peers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from learners import save_model
+from tiny import tiny_tokenizer
+from transformers.utils import logging as transformers_logging
+
+from benchmarks import models, throughput, timing
+from benchmarks.throughput import KEYS, main
+
+# TRL's own PPO needs an environment of its own, which `make peers` installs.
+WITHOUT_TRL = [key for key in KEYS if "trl" not in key]
+
+
+@pytest.fixture(autouse=True)
+def loud_again() -> Iterator[None]:
+    """The benchmark silences transformers, which other tests listen to."""
+    verbosity = transformers_logging.get_verbosity()
+    yield
+    transformers_logging.set_verbosity(verbosity)
+    transformers_logging.enable_progress_bar()
+
+
+def test_every_figure_is_measured_also_on_an_instruct_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(tmp_path / "smollm2")  # stands in for SmolLM2, which has a chat template
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"
+    tokenizer.save_pretrained(tmp_path / "smollm2")
+    # Before each of 40 timings; most of this test's time, and nothing here depends on the figures.
+    monkeypatch.setattr(timing, "gc", SimpleNamespace(collect=lambda: 0))
+    smaller = partial(models.gpt2_config, n_embd=32, n_layer=1, n_head=2)
+    monkeypatch.setattr(models, "gpt2_config", smaller)
+    for module in (models, throughput):
+        monkeypatch.setattr(module, "PEERS", tmp_path)
+    small = ["--repeats", "1", "--episodes", "4", "--response", "3", "--threads", "1", "--device", "cpu"]
+    path = tmp_path / "results" / "throughput.json"
+    main([*small, "--only", *WITHOUT_TRL, "--json", str(path)])
+
+    report = json.loads(path.read_text())
+    assert set(report["figures"]) == set(WITHOUT_TRL)
+    assert all(figure["value"] > 0 for figure in report["figures"].values())
+    assert report["figures"]["buffer_bytes_per_token"]["value"] < 100
+    assert "smollm2, prompt 8, response 3 fixed, 4 rows" in report["figures"]["env_share_smollm2"]["what"]
+    shown = capsys.readouterr().out
+    assert "rollout_vs_generate_smollm2" in shown
+    assert [line for line in shown.splitlines() if not line.strip()] == []  # nobody watches a bar that isn't there
