@@ -26,6 +26,7 @@ from text_env.prompts import Prompt, Prompts, check_text, checked_ids
 from text_env.rewards import make_reward, score, score_parts
 from text_env.settings import EpisodeSettings, check_integer
 from text_env.shaping import PotentialShaping, make_shaping
+from text_env.stop_strings import StopStrings
 from text_env.streams import TokenStream
 from text_env.tokenization import decode, decode_completions, load_tokenizer, vocabulary_size
 
@@ -115,6 +116,7 @@ class Episodes:
         minimum = MinimumLength(self.min_new_tokens, self.eos_token_id) if self.min_new_tokens else None
         self._all_constraints = all_of(minimum, self.constraint)
         self.stop = settings.stop_strings
+        self._stop_strings = StopStrings(self.stop, self.tokenizer) if self.stop else None
         # Decoded texts contain no special tokens, and instruct models often end their turn with one that isn't eos. So
         # stop strings that are special tokens are compared by their ids.
         added = self.tokenizer.added_tokens_decoder
@@ -139,6 +141,7 @@ class Episodes:
         # These counts alone say where a text ends. The tokens can't, since pad may be the same token as eos.
         self._prompt_length = np.ones(n, np.int64)
         self._length = np.ones(n, np.int64)  # prompt and response
+        self._first_action = np.ones(n, np.int64)  # where the policy's first token goes
         self._input_ids = np.full((n, columns), self.pad_token_id, np.int64)
         self._attention_mask = np.zeros((n, columns), np.int8)
         self._is_action = np.zeros((n, columns), np.bool_)  # the policy chose the token
@@ -295,6 +298,7 @@ class Episodes:
             ids = [*prompt.token_ids, *opening.response]
             self._prompt[row] = prompt
             self._prompt_length[row], self._length[row] = len(prompt.token_ids), len(ids)
+            self._first_action[row] = len(ids)
             self._input_ids[row, : len(ids)] = ids
             self._input_ids[row, len(ids) :] = self.pad_token_id
             self._attention_mask[row] = 0
@@ -356,8 +360,8 @@ class Episodes:
         eos = (tokens == self.eos_token_id) & (before >= self.min_new_tokens)
         terminated = eos | (before + 1 >= self.max_new_tokens)
         stopped = np.zeros(len(rows), np.bool_)
-        if self.stop:
-            stopped = self._stops(rows, self._streams(rows, tokens)) | np.isin(tokens, self._stop_ids)
+        if self._stop_strings is not None:
+            stopped = self._stops(rows, tokens) | np.isin(tokens, self._stop_ids)
             terminated |= stopped
 
         rewards = np.zeros(len(rows))
@@ -462,9 +466,22 @@ class Episodes:
     def _completions(self, rows: Iterable[int], streams: Sequence[TokenStream]) -> list[str]:
         return decode_completions(self.tokenizer, streams, [self._prompt[row].decoded for row in rows])
 
-    def _stops(self, rows: NDArray[np.int64], streams: Sequence[TokenStream]) -> NDArray[np.bool_]:
-        texts = self._completions(rows, streams)
-        return np.array([any(string in text for string in self.stop) for text in texts], np.bool_)
+    def _stops(self, rows: NDArray[np.int64], tokens: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
+        """Whether these tokens, which are not appended yet, complete a stop string in the response."""
+        stop = self._stop_strings
+        assert stop is not None
+        # Before its last token a response held no stop string, or it would have ended. Of one that `reset` was given,
+        # this is certain only from the policy's first token on.
+        first, length = self._first_action[rows], self._length[rows]
+        complete = (first == self._prompt_length[rows]) & (length - first + 2 <= stop.n_tail)
+        starts = np.where(complete, first - 1, np.maximum(first, length + 1 - stop.n_tail))
+        bounds = zip(rows.tolist(), starts.tolist(), length.tolist(), tokens.tolist(), strict=True)
+        tails = [[*self._input_ids[row, start:end].tolist(), token] for row, start, end, token in bounds]
+        stopped = np.array(stop.may_be_new(tails, complete.tolist()), np.bool_)
+        doubtful = rows[stopped]
+        texts = self._completions(doubtful, self._streams(doubtful, tokens[stopped]))
+        stopped[stopped] = [stop.within(text) for text in texts]
+        return stopped
 
 
 class EpisodesFace:
