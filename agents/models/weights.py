@@ -81,10 +81,11 @@ class WeightsWatch:
         if self._seen is not None and _same(self._seen, self._identity()):
             return False
         modules = list(self._model.modules())
+        # Buffers that aren't saved follow from the config. Some rotary embeddings write theirs anew in every call.
         self._dicts = (
             [module._modules for module in modules],
             [module._parameters for module in modules],
-            [module._buffers for module in modules],
+            [module._buffers for module in modules if set(module._buffers) - module._non_persistent_buffers_set],
         )
         self._layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
         self._seen = self._identity()

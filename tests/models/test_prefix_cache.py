@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from learners import counted_forwards, make_env, make_model, make_policy, observation_of
-from transformers import AutoModelForCausalLM, GPTNeoConfig, MambaConfig, MptConfig
+from transformers import AutoModelForCausalLM, GPTNeoConfig, MambaConfig, MptConfig, Phi3Config
 
 from agents.models.contexts import Contexts, contexts_of, share_prefixes
 from agents.models.prefix_cache import PrefixCache
@@ -278,6 +278,37 @@ def test_a_step_that_was_taken_while_a_model_was_trainable_is_noticed_when_it_is
         else:
             backbone(torch.tensor([[5, 6]])).last_hidden_state.sum().backward()
             optimizer.step()
+
+
+def test_frequencies_that_are_written_anew_in_every_call_do_not_empty_the_memo() -> None:
+    factors = [1.0] * 4
+    config = Phi3Config(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        original_max_position_embeddings=32,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": factors,
+            "long_factor": [4.0] * 4,
+            "original_max_position_embeddings": 32,
+        },
+        pad_token_id=None,
+        initializer_range=0.2,
+        sliding_window=None,
+    )
+    backbone = AutoModelForCausalLM.from_config(config).eval().base_model
+    memo = PrefixCache(backbone)
+    assert memo.enabled
+    with counted_forwards(backbone) as shapes:
+        for row in ([5, 6], [5, 6, 7], [5, 6, 7, 8]):
+            memo.last_hidden(contexts(row))
+    assert shapes == [(1, 2), (1, 1), (1, 1)]
+    assert_right(memo, backbone, [5, 6, 7, 8, 9])
 
 
 def test_an_empty_memo_holds_no_weights() -> None:
