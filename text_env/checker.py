@@ -8,7 +8,8 @@ rendering, which this suite does not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from typing import Any, NamedTuple
@@ -54,6 +55,8 @@ def check_text_env(env: gym.Env[Any, Any]) -> None:
     _check_seeding(env)
     _check_openings(env)
     _check_refusals(env)
+    with _telling_reward(env.unwrapped):
+        _check_episode(env)
 
 
 def check_text_vector_env(
@@ -80,12 +83,35 @@ def check_text_vector_env(
             _check_autoreset(env, mode)
         env.unwrapped.autoreset_mode = AutoresetMode.DISABLED  # type: ignore[attr-defined]
         _check_rows_alone(env)
+        with _telling_reward(env.unwrapped):
+            _check_autoreset(env, AutoresetMode.DISABLED)
         _check_masked_reset(env)
         _check_batch_refusals(env)
         if make_single is not None:
             _check_against_singles(env, make_single)
     finally:
         env.unwrapped.autoreset_mode = before  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _telling_reward(face: Any) -> Iterator[None]:
+    """While it lasts, texts are scored by numbers that are never 0. Where the environment's own reward is 0, as that of
+    most texts is in many tasks, a payment that is doubled or divided would not show.
+    """
+
+    def telling(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [1.5 + len(ids) for ids in completion_ids]
+
+    episodes = getattr(face, "episodes", None)
+    if episodes is None:  # an environment from outside this package keeps its own reward
+        yield
+        return
+    before = episodes.reward
+    episodes.reward = telling
+    try:
+        yield
+    finally:
+        episodes.reward = before
 
 
 # One episode

@@ -29,7 +29,8 @@ class TrainerState:
     """How far training has come, for rewards that change with it. The names are those of transformers' TrainerState.
 
     An environment knows nothing of training, so all is 0 unless whoever trains says something else:
-    ``env.unwrapped.episodes.trainer_state.global_step = 7``.
+    ``env.unwrapped.episodes.trainer_state.global_step = 7``. The algorithms of this project set ``global_step`` to what
+    they log as ``train/n_updates``; those of Stable-Baselines3 set nothing.
 
     :param global_step: the number of updates until now.
     :param max_steps: the number of updates in all.

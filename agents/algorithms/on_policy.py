@@ -323,6 +323,7 @@ class OnPolicyAlgorithm(Resumable):
         :return: False if a callback has stopped the training, in this process or in another.
         """
         self.policy.set_training_mode(False)
+        self.vector_env.episodes.trainer_state.global_step = self._n_updates  # for rewards that change with training
         before = self.num_timesteps
         callback.on_rollout_start()
 

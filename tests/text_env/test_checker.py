@@ -352,3 +352,33 @@ def test_a_broken_vector_environment_fails_with_the_sentence_that_it_breaks(brok
     options = kwargs(prompts=prompts, max_prompt_tokens=8)
     with pytest.raises(AssertionError, match=sentence):
         check_text_vector_env(broken(4, **options), lambda: TextEnv(**options))
+
+
+class PaysDouble(TextEnv):
+    def step(self, action: Any) -> Any:
+        obs, reward, *rest = super().step(action)
+        return obs, 2 * reward, *rest
+
+
+class PaysDoubleInRows(TextVectorEnv):
+    def step(self, actions: Any) -> Any:
+        obs, rewards, *rest = super().step(actions)
+        return obs, 2 * rewards, *rest
+
+
+def nothing(completions: list[str], **_: Any) -> list[float]:
+    return [0.0] * len(completions)
+
+
+def test_a_doubled_payment_shows_although_every_text_scores_0() -> None:
+    silent = kwargs(reward=nothing)
+    check_text_env(TextEnv(**silent))
+    check_text_vector_env(TextVectorEnv(2, **silent))
+    for broken in (PaysDouble(**silent), gym.wrappers.TransformReward(TextEnv(**silent), lambda reward: 2 * reward)):
+        with pytest.raises(AssertionError, match="The last reward must be the score"):
+            check_text_env(broken)
+        assert broken.unwrapped.reward is nothing  # type: ignore[attr-defined]
+    with pytest.raises(AssertionError, match="The last reward must be the score"):
+        check_text_vector_env(PaysDoubleInRows(2, **silent))
+    with pytest.raises(AssertionError, match="A shaped reward must be"):
+        check_text_env(PaysDouble(**silent, shaping=nothing))

@@ -335,6 +335,19 @@ def test_what_trls_rewards_log_reaches_the_final_info() -> None:
     assert score(graded, TEXTS).tolist() == [1.0] * 3  # also outside an environment
 
 
+def test_a_reward_sees_how_far_training_has_come() -> None:
+    seen: list[int] = []
+
+    def curriculum(completions: list[str], trainer_state: Any, **_: Any) -> list[float]:
+        seen.append(trainer_state.global_step)
+        return [0.0] * len(completions)
+
+    ppo = make_ppo(make_env(reward=curriculum), n_epochs=2)
+    ppo.learn(130)
+    assert sorted(set(seen)) == list(range(0, ppo._n_updates, 2))
+    assert len(set(seen)) > 1
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
