@@ -73,6 +73,9 @@ class CacheLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    def get_max_cache_shape(self) -> int:  # what transformers calls get_max_length below 5.14
+        return self.get_max_length()
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.columns + query_length, 0
 
