@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check format builtin peers throughput algorithms reward-model smollm2 overoptimization clean
+.PHONY: demo test check format builtin peers throughput algorithms reward-model smollm2 overoptimization lowest clean
 
 demo: $(INSTALLED)  ## train PPO on the built-in model, print texts before and after
 	$(BIN)/textrlhf demo --run-dir runs/demo
@@ -46,8 +46,11 @@ smollm2: $(INSTALLED)  ## SmolLM2-135M by PPO and LoRA on the CPU (under 40 minu
 overoptimization: $(INSTALLED)  ## gold and proxy score against the KL, for reward models of several sizes
 	$(BIN)/python -m benchmarks.overoptimization --out benchmarks/results/overoptimization
 
+lowest:  ## the suite at the lowest versions that pyproject.toml declares (after every change of that file)
+	PYTHON=$(PYTHON) .ci/lowest
+
 clean:  ## remove the environment and all caches
-	rm -rf $(VENV) .venv-peers build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-peers .venv-lowest build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

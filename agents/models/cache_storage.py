@@ -75,6 +75,9 @@ class CacheLayer(CacheLayerMixin):
         """
         return -1
 
+    def get_max_cache_shape(self) -> int:  # what transformers calls get_max_length below 5.14
+        return self.get_max_length()
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """
         :param query_length: the number of new tokens.
