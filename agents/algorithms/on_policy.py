@@ -158,7 +158,9 @@ class OnPolicyAlgorithm(Resumable):
         self.reference = reference
         self.reference_was_given = reference is not None
         self._warned_of_first_ratio = False
-        self._first_ratio: float | None = None  # largest distance from 1 so far; None once a step has been taken
+        self._first_ratio: float | None = (
+            None  # largest distance from 1 before the first step after a rollout; else None
+        )
         self._setup_model()
 
     def _setup_model(self) -> None:
@@ -214,11 +216,6 @@ class OnPolicyAlgorithm(Resumable):
     @kl_target.setter
     def kl_target(self, target: float | None) -> None:
         self.kl = kl_controller(self.kl.coef, target)
-
-    def set_env(self, env: Any, force_reset: bool = True) -> None:
-        adapted = _as_vec_env(env, self.n_episodes, self.default_group_size, self.policy_kwargs)
-        super().set_env(adapted, force_reset)
-        self.policy.distribution.check_environment(self.vector_env)
 
     @property
     def vector_env(self) -> TextVectorEnv:
@@ -354,6 +351,7 @@ class OnPolicyAlgorithm(Resumable):
             last_tokens = buffer.starts[1:] - 1
             buffer.rewards[last_tokens[cut]] -= self.missing_eos_penalty
         self.set_advantages(buffer)
+        self._first_ratio = 0.0  # the next step is the first one after these texts were sampled
         self._log_rollout(episodes, cut, seconds)
         callback.update_locals({"episodes": episodes})
         callback.on_rollout_end()
@@ -378,7 +376,6 @@ class OnPolicyAlgorithm(Resumable):
         start = time.perf_counter()
         history: dict[str, list[float]] = defaultdict(list)
         stopped, used = False, 0
-        self._first_ratio = 0.0
         for _ in range(self.n_epochs):
             order = np.random.permutation(self.n_episodes)
             for minibatch in np.split(order, range(self.batch_size, self.n_episodes, self.batch_size)):

@@ -129,8 +129,6 @@ class EpisodeBuffer(RolloutBuffer):
         kl_estimator: KLEstimator | None = "k1",
     ) -> None:
         check_spaces(observation_space, action_space, "EpisodeBuffer")
-        if kl_estimator is not None and kl_estimator not in KL_ESTIMATORS:
-            raise ValueError(f"Expected kl_estimator to be one of {sorted(KL_ESTIMATORS)}, got {kl_estimator!r}.")
         if isinstance(reference, str):
             assert isinstance(action_space, spaces.Discrete)
             reference = Reference.load(reference, n_tokens=int(action_space.n), device=device)
@@ -138,6 +136,17 @@ class EpisodeBuffer(RolloutBuffer):
         self.kl: KLController = FixedKL(kl_coef) if isinstance(kl_coef, int | float) else kl_coef
         self.kl_estimator = kl_estimator
         super().__init__(buffer_size, observation_space, action_space, device, gae_lambda, gamma, n_envs)
+
+    @property
+    def kl_estimator(self) -> KLEstimator | None:
+        """The estimator of the KL penalty; None where there is no penalty."""
+        return self._kl_estimator
+
+    @kl_estimator.setter
+    def kl_estimator(self, kl_estimator: KLEstimator | None) -> None:
+        if kl_estimator is not None and kl_estimator not in KL_ESTIMATORS:
+            raise ValueError(f"Expected kl_estimator to be one of {sorted(KL_ESTIMATORS)}, got {kl_estimator!r}.")
+        self._kl_estimator = kl_estimator
 
     @property
     def kl_coef(self) -> float:

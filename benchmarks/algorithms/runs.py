@@ -44,12 +44,8 @@ class Curve(BaseCallback):
         self.scores: list[tuple[int, float]] = []
 
     def _on_step(self) -> bool:
-        # Stock algorithms: SB3's infos. Ours leave them empty and hand over whole episodes at the end of a rollout.
         self.scores += [(self.num_timesteps, info["score"]) for info in self.locals["infos"] if "score" in info]
         return True
-
-    def _on_rollout_end(self) -> None:
-        self.scores += [(self.num_timesteps, episode["score"]) for episode in self.locals.get("episodes", [])]
 
     def points(self) -> list[dict[str, float]]:
         """

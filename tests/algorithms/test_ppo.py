@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import threading
 from typing import Any
 
@@ -337,7 +338,7 @@ def test_a_callback_can_stop_the_training_in_the_middle_of_a_rollout() -> None:
 def test_the_progress_bar_is_shown(capfd: pytest.CaptureFixture[str]) -> None:
     make_ppo().learn(30, progress_bar=True)
     captured = capfd.readouterr()
-    assert "/30" in captured.out + captured.err
+    assert re.search(r"(\d+)/\1 ", captured.out + captured.err)  # the last rollout overshoots, and the bar with it
 
 
 def test_training_ends_with_the_rollout_in_which_its_tokens_are_spent() -> None:

@@ -337,7 +337,7 @@ def test_an_algorithm_for_tokens_is_told_which_environment_to_use() -> None:
         sb3.DQN("MultiInputPolicy", env)
     with pytest.raises(ValueError, match=r"CausalLMPolicy chooses tokens.*Discrete actions use 'TextRLHF-v0'"):
         sb3.PPO(CausalLMPolicy, env)
-    with pytest.raises(AssertionError, match=r"only supports .*Discrete.* but .*Discrete actions use 'TextRLHF-v0'"):
+    with pytest.raises(ValueError, match="got it wrapped in VectorEmbeddingAction"):
         PPO(CausalLMPolicy, make_vec_env("TextRLHFContinuous-v0", n_envs=2, env_kwargs=options()))
 
 
