@@ -75,7 +75,11 @@ class CacheLayer(CacheLayerMixin):
         """
         return -1
 
-    def get_max_cache_shape(self) -> int:  # what transformers calls get_max_length below 5.14
+    def get_max_cache_shape(self) -> int:
+        """The name of :meth:`get_max_length` before transformers 5.14.
+
+        :return: −1: there is no maximum.
+        """
         return self.get_max_length()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
