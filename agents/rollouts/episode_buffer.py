@@ -284,7 +284,6 @@ class EpisodeBuffer(RolloutBuffer):
         self._stream_starts = np.concatenate([[0], np.cumsum(np.bincount(segment, minlength=self._n_segments))])
         segment = segment[is_action]  # the segment of each of the N actions
         order = np.argsort(segment, kind="stable")
-        self.actions = self.tokens[self.is_action]
         self.values = self._logged["values"].array[order]
         self.log_probs = self._logged["log_probs"].array[order]
         self.rewards = self._logged["rewards"].array[order]  # the KL penalty is subtracted below
@@ -331,9 +330,15 @@ class EpisodeBuffer(RolloutBuffer):
     def nbytes(self) -> int:
         """The memory of the stored rollout, in bytes."""
         streams = (self.tokens, self.is_action, self._stream_starts)
-        logged = (self.actions, self.values, self.log_probs, self.rewards, self.lengths, self.starts)
+        logged = (self.values, self.log_probs, self.rewards, self.lengths, self.starts)
         derived = (self.advantages, self.returns, self.log_ratio)
         return sum(array.nbytes for array in (*streams, *logged, *derived))
+
+    @property
+    def actions(self) -> np.ndarray:  # type: ignore[override]
+        """int32 [N], the tokens that the policy chose, episode by episode."""
+        actions: np.ndarray = self.tokens[self.is_action]
+        return actions
 
     @property
     def mask(self) -> np.ndarray:
