@@ -108,7 +108,16 @@ class Resumable(BaseAlgorithm):
         if isinstance(arguments.get("learning_rate"), dict):
             arguments["learning_rate"] = LearningRate.from_json(arguments["learning_rate"])
         model = cls(policy, env, device=device, policy_kwargs=policy_kwargs, **arguments)
+        if "reference" in kwargs:  # one that is given keeps its own weights
+            state = {name: value for name, value in state.items() if name != "reference"}
         model.load_state(state)
+        # What is given counts, and not what the state says of the same.
+        if "kl_coef" in kwargs:
+            model.kl.coef = kwargs["kl_coef"]
+        if kwargs.get("seed") is not None:
+            model.set_random_seed(kwargs["seed"])
+        for group in model.policy.optimizer.param_groups:
+            group.update({k: v for k, v in (given.get("optimizer_kwargs") or {}).items() if k in group})
         return model
 
     @classmethod
@@ -209,7 +218,7 @@ class Resumable(BaseAlgorithm):
         self.policy.load_state_dict(state["policy"])
         self.policy.clear_cache()
         assert self.reference is not None
-        if not self.reference.shares_base:
+        if "reference" in state and not self.reference.shares_base:
             self.reference.lm.load_state_dict(state["reference"])
         optimizer, saved = self.policy.optimizer, state["optimizer"]
         groups = zip(optimizer.state_dict()["param_groups"], saved["param_groups"], strict=True)

@@ -68,6 +68,28 @@ def test_arguments_come_back_and_may_be_overruled(run: PPO, tmp_path: Path) -> N
     assert loaded.ep_info_buffer == run.ep_info_buffer
 
 
+def test_what_is_given_counts_and_not_what_was_saved_of_the_same(run: PPO, tmp_path: Path) -> None:
+    run.save(tmp_path / "run")
+    own = Reference(make_ppo(model=make_model(sharp=0.1)).policy.lm)
+    before = weights_of(own.lm)
+    again = PPO.load(
+        tmp_path / "run",
+        make_env(),
+        kl_coef=0.7,
+        reference=own,
+        policy_kwargs={**run.policy_kwargs, "optimizer_kwargs": {"weight_decay": 0.25}},
+    )
+    assert again.kl_coef == 0.7
+    assert again.policy.optimizer.param_groups[0]["weight_decay"] == 0.25
+    assert largest_difference(weights_of(own.lm), before) == 0
+    drawn = []
+    for _ in range(2):
+        PPO.load(tmp_path / "run", make_env(), seed=5, policy_kwargs=run.policy_kwargs)
+        drawn.append(float(torch.rand(())))
+    torch.manual_seed(5)
+    assert drawn == [float(torch.rand(()))] * 2
+
+
 def test_the_optimizer_goes_on_where_it_was(run: PPO, tmp_path: Path) -> None:
     run.save(tmp_path / "checkpoint")
     loaded = PPO.load(tmp_path / "checkpoint", env=make_env(), device="cpu")
