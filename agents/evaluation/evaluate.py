@@ -196,7 +196,7 @@ def describe(buffer: EpisodeBuffer, episodes: list[dict[str, Any]]) -> dict[str,
     """
     buffer.finalize()
     # A part of the reward that does not apply to a text has no number there.
-    metrics = sorted({name for episode in episodes for name in metrics_of(episode)})
+    metrics = dict.fromkeys(name for episode in episodes for name in metrics_of(episode))  # the score first
     means = {name: float(np.mean([episode[name] for episode in episodes if name in episode])) for name in metrics}
     ref_log_probs = buffer.log_probs - buffer.log_ratio
     texts = [episode["completion"] for episode in episodes]

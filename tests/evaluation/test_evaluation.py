@@ -339,3 +339,10 @@ def test_a_comparison_is_of_pairs() -> None:
     assert paired["win_rate_interval"][0] > 0.5
     shuffled = compare(ours, random.permutation(theirs), np.arange(200))
     assert shuffled["difference_interval"][0] < 0 < shuffled["difference_interval"][1]
+
+
+def test_the_score_comes_first_among_what_is_measured() -> None:
+    env = make_env(4, metrics={"a_metric": length_of})
+    policy = make_policy(env)
+    means = evaluate(policy, policy, env, 4)["policy"]
+    assert list(means)[:2] == ["score", "a_metric"]
