@@ -43,6 +43,7 @@ class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
     def __init__(self, *, render_mode: str | None = None, **settings: Any) -> None:
         check_render_mode(render_mode)
         self.render_mode = render_mode
+        self.metadata = dict(self.metadata)  # SyncVectorEnv of Gymnasium 1.1 writes its autoreset mode into it
         self.episodes = Episodes(1, EpisodeSettings(**settings))
         self.observation_space = self.episodes.observation_space()
         self.action_space = self.episodes.action_space()
