@@ -214,7 +214,13 @@ def print_pairs(result: dict[str, Any]) -> None:
 def _longest(prompts: Any, env_config: EnvConfig, model: str) -> int:
     """The length of the longest of these prompts, in tokens."""
     tokenizer = load_tokenizer(env_config.tokenizer or model)
-    encoded = Prompts(prompts, tokenizer, sys.maxsize, chat_template=env_config.chat_template)
+    encoded = Prompts(
+        prompts,
+        tokenizer,
+        sys.maxsize,
+        chat_template=env_config.chat_template,
+        eos_token_ids=env_config.eos_token_ids,
+    )
     return max(len(prompt.token_ids) for prompt in encoded)
 
 

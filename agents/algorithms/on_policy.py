@@ -170,7 +170,7 @@ class OnPolicyAlgorithm(Resumable):
         known = {
             "min_new_tokens": env.min_new_tokens,
             "constraint": env.constraint,
-            "eos_token_id": env.eos_token_id,
+            "eos_token_id": env.eos_token_ids,
             "tokenizer": env.tokenizer,
         }
         policy_kwargs = {**known, **self.policy_kwargs}

@@ -141,7 +141,7 @@ COMMANDS = {
             "The run": ("algo", "model", "total_timesteps", "run_dir", "seed", "progress"),
             "Prompts and texts": (
                 *("env", "prompts", "tokenizer", "chat_template", "max_prompt_tokens", "overlong_prompts"),
-                *("max_new_tokens", "min_new_tokens", "stop", "constraint", "group_size"),
+                *("max_new_tokens", "min_new_tokens", "stop", "eos_token_ids", "constraint", "group_size"),
             ),
             "Rewards": (*("reward", "gold", "reward_kwargs", "missing_eos_penalty", "shaping", "shaping_every"),),
             "KL to the reference": ("kl_coef", "kl_target", "kl_estimator"),

@@ -83,7 +83,7 @@ def not_the_last_token_again(contexts: Contexts, n_tokens: int) -> np.ndarray:
 def test_each_constraint_allows_what_its_name_says() -> None:
     assert allowed(AllowedTokens([4, 1]), [2], [2, 3]) == [[1, 4], [1, 4]]
     assert allowed(ForbiddenTokens({0, 3}), [2], [2, 3]) == [[1, 2, 4], [1, 2, 4]]
-    assert allowed(MinimumLength(2, 0), [2], [2, 1], [2, 1, 1], [2, 1, 1, 1]) == [
+    assert allowed(MinimumLength(2, (0,)), [2], [2, 1], [2, 1, 1], [2, 1, 1, 1]) == [
         [1, 2, 3, 4],
         [1, 2, 3, 4],
         [0, 1, 2, 3, 4],
@@ -93,7 +93,7 @@ def test_each_constraint_allows_what_its_name_says() -> None:
 
 
 def test_of_several_constraints_all_hold() -> None:
-    parts = [MinimumLength(1, 0), AllowedTokens([0, 1, 2]), None, not_the_last_token_again]
+    parts = [MinimumLength(1, (0,)), AllowedTokens([0, 1, 2]), None, not_the_last_token_again]
     assert allowed(parts, [2], [2, 1], [2, 4]) == [[1], [0, 2], [0, 1, 2]]
     assert allowed(parts[::-1], [2], [2, 1], [2, 4]) == [[1], [0, 2], [0, 1, 2]]
     assert all_of() is None
@@ -542,7 +542,7 @@ def test_under_another_constraint_it_is_the_nucleus_of_what_that_allows() -> Non
     model = make_model(ends=0.97)
     top = ReferenceTopP(model, 0.9, device="cpu")
     assert nuclei(top, [5], [5, 6]) == [{EOS}, {EOS}]
-    parts = (top, MinimumLength(1, EOS), ForbiddenTokens([7]))
+    parts = (top, MinimumLength(1, (EOS,)), ForbiddenTokens([7]))
     bound = make_constraint(parts)
     assert make_constraint(AllOf(parts)).constraints[:2] == bound.constraints[:2]  # type: ignore[union-attr]
     rest = set(range(1, V)) - {7}
