@@ -127,7 +127,7 @@ def _values(hint: Any) -> str:
         if origin is dict:
             return "NAME VALUE …"
         if origin is list:
-            return "TEXT …"
+            return f"{WORDS[get_args(member)[0]]} …"
         if origin is not type(None):
             return WORDS.get(origin, "PATH")
     return ""
