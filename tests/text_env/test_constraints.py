@@ -463,7 +463,7 @@ def test_the_nucleus_is_the_fewest_tokens_that_have_probability_p(kind: str, p: 
         *((ReferenceTopP, p, TopPLogitsWarper(p)) for p in (0.05, 0.5, 0.95)),
         *((ReferenceMinP, min_p, MinPLogitsWarper(min_p)) for min_p in (0.001, 0.1, 1.0)),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", None) or (str(value) if isinstance(value, int | float) else ""),
 )
 def test_they_keep_the_tokens_that_transformers_keeps(
     kind: str, make: Any, parameter: float, warper: LogitsProcessor
