@@ -430,9 +430,8 @@ def test_a_config_with_an_unknown_key_is_refused_with_the_known_ones(
     message = failed(capsys, main(["train", "--config", str(path)]))
     assert "unknown ['learning_rat']; TrainConfig has ['algo', 'algo_kwargs', 'autocast', 'batch_size'" in message
     path.write_text("env: {rewards: builtin}\n")
-    assert "unknown ['rewards']; EnvConfig has ['chat_template', 'constraint', 'env', 'eos_token_ids', 'gold'" in failed(
-        capsys, main(["train", "--config", str(path)])
-    )
+    message = failed(capsys, main(["train", "--config", str(path)]))
+    assert "unknown ['rewards']; EnvConfig has ['chat_template', 'constraint', 'env', 'eos_token_ids'" in message
 
 
 def test_a_config_file_that_is_not_there_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
