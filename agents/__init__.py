@@ -17,7 +17,9 @@ if TYPE_CHECKING:  # what editors and mypy read; at run time the table below say
     from agents.algorithms.rloo import RLOO as RLOO
     from agents.models.distribution import TokenDistribution as TokenDistribution
     from agents.models.reference import Reference as Reference
-    from agents.models.reference_top_p import ReferenceTopP as ReferenceTopP
+    from agents.models.reference_constraints import ReferenceMinP as ReferenceMinP
+    from agents.models.reference_constraints import ReferenceTopK as ReferenceTopK
+    from agents.models.reference_constraints import ReferenceTopP as ReferenceTopP
     from agents.objectives.kl import AdaptiveKL as AdaptiveKL
     from agents.objectives.kl import FixedKL as FixedKL
     from agents.policies.causal_lm_policy import CausalLMPolicy as CausalLMPolicy
@@ -40,7 +42,9 @@ _HOMES = {
     "RLOO": "agents.algorithms.rloo",
     "TokenDistribution": "agents.models.distribution",
     "Reference": "agents.models.reference",
-    "ReferenceTopP": "agents.models.reference_top_p",
+    "ReferenceMinP": "agents.models.reference_constraints",
+    "ReferenceTopK": "agents.models.reference_constraints",
+    "ReferenceTopP": "agents.models.reference_constraints",
     "AdaptiveKL": "agents.objectives.kl",
     "FixedKL": "agents.objectives.kl",
     "CausalLMPolicy": "agents.policies.causal_lm_policy",

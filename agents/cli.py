@@ -23,7 +23,7 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from agents.evaluation.report import evaluation_table, texts_table
+from agents.evaluation.report import answers_table, evaluation_table, texts_table
 from agents.reward_models.config import RewardModelConfig
 from agents.runs.commands import COMMANDS, DemoConfig, EvaluateConfig, SampleConfig
 from agents.runs.config import EnvConfig, TrainConfig, load_config
@@ -194,12 +194,14 @@ def run_of(policy: str) -> TrainConfig | None:
 
 
 def print_evaluation(result: dict[str, Any], prompts: str) -> None:
-    """Print an evaluation as a table.
+    """Print an evaluation as a table, and as a second one what it says of right answers.
 
     :param result: what :func:`evaluate_policy` returned.
     :param prompts: the name of the prompts.
     """
     console.print(evaluation_table(result, prompts))
+    if "answers" in result:
+        console.print(answers_table(result))
 
 
 def print_pairs(result: dict[str, Any]) -> None:
@@ -214,7 +216,13 @@ def print_pairs(result: dict[str, Any]) -> None:
 def _longest(prompts: Any, env_config: EnvConfig, model: str) -> int:
     """The length of the longest of these prompts, in tokens."""
     tokenizer = load_tokenizer(env_config.tokenizer or model)
-    encoded = Prompts(prompts, tokenizer, sys.maxsize, chat_template=env_config.chat_template)
+    encoded = Prompts(
+        prompts,
+        tokenizer,
+        sys.maxsize,
+        chat_template=env_config.chat_template,
+        eos_token_ids=env_config.eos_token_ids,
+    )
     return max(len(prompt.token_ids) for prompt in encoded)
 
 
@@ -238,7 +246,17 @@ def _evaluate(config: EvaluateConfig, env_config: EnvConfig, reference: str) -> 
         return load_policy(name, env, config.device, config.dtype, config.temperature)
 
     against = None if config.against is None else load(config.against)
-    return evaluate(load(config.policy), load(reference), env, config.episodes, against, config.seed, config.texts)
+    return evaluate(
+        load(config.policy),
+        load(reference),
+        env,
+        config.episodes,
+        against,
+        config.seed,
+        config.texts,
+        config.samples_per_prompt,
+        config.pass_at_k,
+    )
 
 
 def _print_texts(path: Path) -> None:

@@ -72,7 +72,7 @@ def make_policy(subject: Subject, env: TextVectorEnv) -> CausalLMPolicy:
         lambda _: 1e-5,
         model=subject.model,
         tokenizer=subject.tokenizer,
-        eos_token_id=env.eos_token_id,
+        eos_token_id=env.eos_token_ids,
         min_new_tokens=env.min_new_tokens,
     )
 
@@ -125,7 +125,7 @@ def generate(subject: Subject, env: TextVectorEnv, ends: bool) -> Callable[[], i
     :param ends: EOS ends a text. Otherwise ``generate`` isn't even told of EOS: the least work for it.
     :return: a run that says how many real tokens it wrote (EOS included, padding not).
     """
-    eos = env.eos_token_id
+    eos = list(env.eos_token_ids)
     config = GenerationConfig(
         do_sample=True,
         top_k=0,
@@ -145,7 +145,7 @@ def generate(subject: Subject, env: TextVectorEnv, ends: bool) -> Callable[[], i
         responses = texts[:, PROMPT_TOKENS:]
         if not ends:
             return responses.numel()
-        is_eos = responses == eos
+        is_eos = torch.isin(responses, torch.tensor(eos, device=responses.device))
         after_eos = is_eos.cumsum(dim=1) - is_eos.long() > 0
         return int((~after_eos).sum())
 

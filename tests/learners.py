@@ -39,6 +39,15 @@ def constant(prompts: list[str], completions: list[str], **_: Any) -> list[float
     return [1.0 for _ in completions]
 
 
+def four_is_right(completion_ids: list[list[int]], log_extra: Callable[..., None], **_: Any) -> list[float]:
+    """A task with a right answer, as a verifier logs it: a text of even length gives it as its answer; 4 is right."""
+    correct = [float(len(ids) == 4) for ids in completion_ids]
+    log_extra("correct", correct)
+    log_extra("well_formed", [float(len(ids) % 2 == 0) for ids in completion_ids])
+    log_extra("answer", [None if len(ids) % 2 else str(len(ids)) for ids in completion_ids])
+    return correct
+
+
 def make_env(n: int = 4, **kwargs: Any) -> TextVectorEnv:
     """A vector environment of four short prompts over the tiny tokenizer, response budget 8."""
     defaults = {

@@ -245,6 +245,25 @@ def test_evaluate_gives_the_same_figures_for_the_same_seed(run: Run, tmp_path: P
     assert results[0] != results[2]
 
 
+def test_evaluate_says_how_often_k_texts_hold_a_right_answer(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "out.json"
+    options = ["--reward", "learners:four_is_right", "--episodes", "24", "--json", str(path)]
+    assert run.evaluate(run.directory / "policy", *options, "--samples-per-prompt", "8", "--pass-at-k", "1", "4") == 0
+    result = json.loads(path.read_text())
+    assert result["prompts"] == 3
+    for writer in ("policy", "reference"):
+        figures = result["answers"][writer]
+        assert set(figures) >= {"pass@1", "pass@4", "majority@4", "greedy_accuracy", "mean_length_wrong"}
+        assert "pass@8" not in figures
+    shown = capsys.readouterr().out
+    assert "at least 8 texts for each of 3 prompts" in shown
+    assert re.search(rf"│ pass@4 .*│ {100 * result['answers']['policy']['pass@4']:.1f}% \[", shown)
+    assert run.evaluate(run.directory / "policy", "--episodes", "4", "--pass-at-k", "1") == 1
+    assert "Use such a reward, or leave pass_at_k out." in " ".join(capsys.readouterr().out.split())
+
+
 def test_evaluate_uses_held_out_prompts_by_default() -> None:
     assert EvaluateConfig(policy="x").prompts == "builtin:eval"
 
@@ -411,9 +430,8 @@ def test_a_config_with_an_unknown_key_is_refused_with_the_known_ones(
     message = failed(capsys, main(["train", "--config", str(path)]))
     assert "unknown ['learning_rat']; TrainConfig has ['algo', 'algo_kwargs', 'autocast', 'batch_size'" in message
     path.write_text("env: {rewards: builtin}\n")
-    assert "unknown ['rewards']; EnvConfig has ['chat_template', 'constraint', 'env', 'gold'" in failed(
-        capsys, main(["train", "--config", str(path)])
-    )
+    message = failed(capsys, main(["train", "--config", str(path)]))
+    assert "unknown ['rewards']; EnvConfig has ['chat_template', 'constraint', 'env', 'eos_token_ids'" in message
 
 
 def test_a_config_file_that_is_not_there_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,6 +93,7 @@ def test_the_help_keeps_to_the_width_of_the_page() -> None:
     assert "(default: 60000)" in page("train")
     assert "--kl-estimator k1|k2|k3" in page("train")
     assert "usage: textrlhf evaluate --policy TEXT [options]" in page("evaluate")
+    assert "--pass-at-k INT …" in page("evaluate")
 
 
 def test_every_command_has_its_function() -> None:
@@ -174,6 +175,8 @@ def test_a_training_that_cannot_be_is_refused_in_a_line_before_anything_is_loade
     ("line", "message"),
     [
         ("evaluate --policy /nosuch --episodes 0", "Expected episodes to be an integer of at least 1, got 0."),
+        ("evaluate --policy /nosuch --samples-per-prompt 500", "at least as many episodes as samples_per_prompt=500"),
+        ("evaluate --policy /nosuch --pass-at-k 1 8", "so ask for samples_per_prompt=8."),
         ("evaluate --policy /nosuch --temperature -1", "Expected temperature to be a finite number > 0, got -1.0."),
         ("evaluate --policy /nosuch --json /nosuch/x", "There is no directory /nosuch to write x in."),
         ("evaluate --policy /nosuch --json /", "/ can't be written; choose another --json."),

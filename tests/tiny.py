@@ -8,6 +8,8 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -21,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2PreTrainedModel
 
 # Enough for byte-level BPE to learn some forty merges, so that tokens are of different lengths.
 _CORPUS = [
@@ -28,6 +31,19 @@ _CORPUS = [
     "The film was bad, the story was bad and the acting was worse.",
     "I loved this film. I hated that movie.",
 ] * 4
+
+# Until 5.15, transformers passes over the projections into the residual stream, whose weights GPT-2 draws smaller. Here
+# a seed stands for the same weights whatever the version is.
+if Version(transformers.__version__) < Version("5.15"):
+    _draw = GPT2PreTrainedModel._init_weights
+
+    def _draw_with_small_projections(self: GPT2PreTrainedModel, module: torch.nn.Module) -> None:
+        _draw(self, module)
+        if isinstance(module, GPT2Attention | GPT2MLP):
+            std = self.config.initializer_range / (2 * self.config.n_layer) ** 0.5
+            torch.nn.init.normal_(module.c_proj.weight, std=std)
+
+    GPT2PreTrainedModel._init_weights = _draw_with_small_projections
 
 KINDS = ("gpt2", "llama", "qwen2", "gpt_neox", "opt")
 

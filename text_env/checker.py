@@ -129,6 +129,7 @@ def _check_spaces(face: Any, observation: spaces.Space[Any], action: spaces.Spac
         f"The action space must be Discrete({vocabulary}), one action per token, but it is {action}."
     )
     assert face.eos_token_id == face.tokenizer.eos_token_id, "eos_token_id must be the tokenizer's."
+    assert face.eos_token_id in face.eos_token_ids, "eos_token_ids must hold the tokenizer's eos token."
 
 
 def _stream(obs: Observation) -> TokenStream:
@@ -153,7 +154,7 @@ def _check_observation(face: Any, obs: Any, space: spaces.Space[Any]) -> None:
 
 def _ordinary_tokens(face: Any, count: int) -> list[int]:
     """Tokens that end no text by themselves; the same ones at every call."""
-    special = {face.eos_token_id, face.pad_token_id, *face.tokenizer.all_special_ids}
+    special = {*face.eos_token_ids, face.pad_token_id, *face.tokenizer.all_special_ids}
     candidates = [token for token in range(vocabulary_size(face.tokenizer)) if token not in special]
     return [int(token) for token in np.random.default_rng(0).choice(candidates, count)]
 
@@ -251,12 +252,12 @@ def _check_final(face: Any, obs: Observation, reward: float, info: dict[str, Any
     assert _shaping(face) is not None or reward == info["score"], (
         f"The last reward must be the score {info['score']}, but it is {reward}."
     )
-    written = decode(face.tokenizer, [response])[0]
+    eos = response[-1] in face.eos_token_ids and len(response) > face.min_new_tokens  # one that counts
+    written = decode(face.tokenizer, [response[:-1] if eos else response])[0]
     assert info["completion"].strip() == written.strip(), (
         f"The completion must be all of the response, its last token included: {written!r}, not {info['completion']!r}."
     )
     reason, spent = info["finish_reason"], len(response) == face.max_new_tokens
-    eos = response[-1] == face.eos_token_id and len(response) > face.min_new_tokens  # one that counts
     right = {"eos": eos, "length": spent and not eos, "stop": not eos}
     assert right.get(reason, False), (
         f"The finish reason is {reason!r} after {len(response)} of {face.max_new_tokens} tokens, EOS last: {eos}."
@@ -270,18 +271,19 @@ def _check_final(face: Any, obs: Observation, reward: float, info: dict[str, Any
 
 
 def _check_ends(env: gym.Env[Any, Any]) -> None:
-    """An EOS ends the episode, unless it comes before ``min_new_tokens``."""
+    """Each EOS ends the episode, unless it comes before ``min_new_tokens``."""
     face: Any = env.unwrapped
-    env.reset(seed=5)
-    early = _play(env, [face.eos_token_id] * face.min_new_tokens)
-    assert not any(step.terminated for step in early[: face.max_new_tokens - 1]), (
-        f"An EOS within the first min_new_tokens={face.min_new_tokens} tokens must not end the episode."
-    )
-    if face.min_new_tokens < face.max_new_tokens:
-        last = _play(env, [face.eos_token_id])[-1]
-        assert last.terminated, "EOS must terminate."
-        assert last.info.get("finish_reason") == "eos", "The finish reason of an EOS must be 'eos'."
-        _check_final(face, last.obs, last.reward, last.info)
+    for eos in face.eos_token_ids:
+        env.reset(seed=5)
+        early = _play(env, [eos] * face.min_new_tokens)
+        assert not any(step.terminated for step in early[: face.max_new_tokens - 1]), (
+            f"An EOS within the first min_new_tokens={face.min_new_tokens} tokens must not end the episode."
+        )
+        if face.min_new_tokens < face.max_new_tokens:
+            last = _play(env, [eos])[-1]
+            assert last.terminated, f"EOS must terminate, but {eos} does not."
+            assert last.info.get("finish_reason") == "eos", "The finish reason of an EOS must be 'eos'."
+            _check_final(face, last.obs, last.reward, last.info)
 
 
 def _check_seeding(env: gym.Env[Any, Any]) -> None:
@@ -329,7 +331,7 @@ def _check_openings(env: gym.Env[Any, Any]) -> None:
 def _check_refusals(env: gym.Env[Any, Any]) -> None:
     """Calls that must raise an error, and must leave the episode as it was."""
     face: Any = env.unwrapped
-    token, finished = _ordinary_tokens(face, 1)[0], [face.eos_token_id] * face.max_new_tokens
+    token, finished = _ordinary_tokens(face, 1)[0], [face.eos_token_ids[-1]] * face.max_new_tokens
     obs = deepcopy(env.reset(seed=3)[0])
     for wrong in (-1, vocabulary_size(face.tokenizer)):
         _check_raises(
@@ -513,7 +515,8 @@ def _check_against_singles(env: VectorEnv[Any, Any, Any], make_single: Callable[
     generator = np.random.default_rng(0)
     for _ in range(3 * face.max_new_tokens):
         actions = generator.integers(vocabulary_size(face.tokenizer), size=env.num_envs)
-        actions[generator.random(env.num_envs) < 0.2] = face.eos_token_id
+        ending = generator.random(env.num_envs) < 0.2
+        actions[ending] = generator.choice(face.eos_token_ids, ending.sum())
         obs, rewards, terminated, _, infos = env.step(actions)
         for row, single in enumerate(singles):
             info = _row_info(infos, row)

@@ -106,19 +106,19 @@ class MinimumLength:
     """Forbids EOS until the response has a minimum number of tokens.
 
     :param min_new_tokens: the minimum.
-    :param eos_token_id: the token that ends a response.
+    :param eos_token_ids: the tokens that end a response.
     """
 
     min_new_tokens: int
-    eos_token_id: int
+    eos_token_ids: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if self.min_new_tokens < 0 or self.eos_token_id < 0:
-            raise ValueError(f"Expected MinimumLength to have two integers >= 0, got {self}.")
+        if self.min_new_tokens < 0 or not self.eos_token_ids or min(self.eos_token_ids) < 0:
+            raise ValueError(f"Expected MinimumLength to have a number and token ids, all >= 0, got {self}.")
 
     def __call__(self, contexts: Contexts, n_tokens: int) -> NDArray[np.bool_]:
         masks = np.ones((len(contexts.length), n_tokens), np.bool_)
-        masks[contexts.step < self.min_new_tokens, self.eos_token_id] = False
+        masks[np.ix_(contexts.step < self.min_new_tokens, np.array(self.eos_token_ids))] = False
         return masks
 
 

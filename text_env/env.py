@@ -23,7 +23,8 @@ class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
     [L] and ``prompt_length`` int64 [1], with L = ``max_prompt_tokens + max_new_tokens``.
     **Action**: ``Discrete(V)``, the next token, with V = the largest token id + 1.
     **Reward**: the score of the text at the last step, 0 before it; ``shaping`` pays the earlier steps too.
-    **End**: EOS, a stop string and a spent budget all *terminate* the episode, since the budget is part of the task.
+    **End**: EOS (any of ``eos_token_ids``), a stop string and a spent budget all *terminate* the episode, since the
+    budget is part of the task.
     The environment never truncates. A ``TimeLimit`` around it, which is what ``gym.make(..., max_episode_steps=)``
     puts there, cuts episodes whose score is then never paid; the first time this happens, the environment warns.
     **Info**: after a reset ``prompt``; after the last step ``score``, ``prompt``, ``completion``, ``finish_reason``
@@ -43,6 +44,7 @@ class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
     def __init__(self, *, render_mode: str | None = None, **settings: Any) -> None:
         check_render_mode(render_mode)
         self.render_mode = render_mode
+        self.metadata = dict(self.metadata)  # SyncVectorEnv of Gymnasium 1.1 writes its autoreset mode into it
         self.episodes = Episodes(1, EpisodeSettings(**settings))
         self.observation_space = self.episodes.observation_space()
         self.action_space = self.episodes.action_space()

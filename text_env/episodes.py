@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from text_env.action_spaces import Tokens
 from text_env.constraints import Constraint, Contexts, MinimumLength, all_of, allowed_tokens, make_constraint
+from text_env.ends_of_text import ends_of_text
 from text_env.finished_texts import FinishedTexts, LoggedByRewards, TrainerState
 from text_env.prompts import Prompt, Prompts, check_text, checked_ids
 from text_env.rewards import make_reward, score, score_parts
@@ -106,19 +107,19 @@ class Episodes:
         self.n = n
         self.tokenizer = load_tokenizer(settings.tokenizer)
         self.vocabulary = vocabulary_size(self.tokenizer)
-        self.eos_token_id = int(self.tokenizer.eos_token_id)
+        self.eos_token_ids = ends_of_text(self.tokenizer, settings.eos_token_ids)
+        self.eos_token_id = self.eos_token_ids[0]  # the tokenizer's own
         pad = self.tokenizer.pad_token_id
         self.pad_token_id = self.eos_token_id if pad is None else int(pad)
         self.max_prompt_tokens = settings.max_prompt_tokens
         self.max_new_tokens = settings.max_new_tokens
         self.min_new_tokens = settings.min_new_tokens
         self.constraint: Constraint | None = make_constraint(settings.constraint)
-        minimum = MinimumLength(self.min_new_tokens, self.eos_token_id) if self.min_new_tokens else None
+        minimum = MinimumLength(self.min_new_tokens, self.eos_token_ids) if self.min_new_tokens else None
         self._all_constraints = all_of(minimum, self.constraint)
         self.stop = settings.stop_strings
         self._stop_strings = StopStrings(self.stop, self.tokenizer) if self.stop else None
-        # Decoded texts contain no special tokens, and instruct models often end their turn with one that isn't eos. So
-        # stop strings that are special tokens are compared by their ids.
+        # Decoded texts contain no special tokens, so stop strings that are special tokens are compared by their ids.
         added = self.tokenizer.added_tokens_decoder
         self._stop_ids = [index for index, token in added.items() if token.special and str(token) in self.stop]
         self.group_size = settings.group_size
@@ -128,6 +129,7 @@ class Episodes:
             settings.max_prompt_tokens,
             settings.overlong_prompts,
             settings.chat_template,
+            self.eos_token_ids,
         )
         options = dict(settings.reward_kwargs or {})
         self.reward = make_reward(settings.reward, **options)
@@ -264,8 +266,8 @@ class Episodes:
             ids = checked_ids(response, self.vocabulary, "response")
         if len(ids) >= self.max_new_tokens:
             cause = f"spends the whole budget of max_new_tokens={self.max_new_tokens} with {len(ids)} tokens"
-        elif self.eos_token_id in ids[self.min_new_tokens :]:
-            cause = f"holds the end-of-text token {self.eos_token_id}"
+        elif ends := [token for token in ids[self.min_new_tokens :] if token in self.eos_token_ids]:
+            cause = f"holds the end-of-text token {ends[0]}"
         elif any(string in decode(self.tokenizer, [ids])[0] for string in self.stop) or set(ids) & set(self._stop_ids):
             cause = f"holds one of the stop strings {self.stop}"
         else:
@@ -357,7 +359,7 @@ class Episodes:
             )
         columns = self._length[rows]  # where the tokens go
         before = columns - self._prompt_length[rows]  # response tokens until now
-        eos = (tokens == self.eos_token_id) & (before >= self.min_new_tokens)
+        eos = np.isin(tokens, self.eos_token_ids) & (before >= self.min_new_tokens)
         terminated = eos | (before + 1 >= self.max_new_tokens)
         stopped = np.zeros(len(rows), np.bool_)
         if self._stop_strings is not None:
@@ -464,7 +466,14 @@ class Episodes:
         )
 
     def _completions(self, rows: Iterable[int], streams: Sequence[TokenStream]) -> list[str]:
+        # The end is no part of the text, even if the tokenizer does not count it among its special tokens.
+        streams = [self._without_end(stream) for stream in streams]
         return decode_completions(self.tokenizer, streams, [self._prompt[row].decoded for row in rows])
+
+    def _without_end(self, stream: TokenStream) -> TokenStream:
+        before = len(stream.completion_ids) - 1
+        ended = before >= self.min_new_tokens and stream.token_ids[-1] in self.eos_token_ids
+        return stream.cut(before) if ended else stream
 
     def _stops(self, rows: NDArray[np.int64], tokens: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
         """Whether these tokens, which are not appended yet, complete a stop string in the response."""
@@ -506,8 +515,13 @@ class EpisodesFace:
 
     @property
     def eos_token_id(self) -> int:
-        """The token that ends a response."""
+        """The tokenizer's eos token, which ends a response."""
         return self.episodes.eos_token_id
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """All tokens that end a response, the tokenizer's eos token first."""
+        return self.episodes.eos_token_ids
 
     @property
     def pad_token_id(self) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from text_env.ends_of_text import ends_of_text
 from text_env.imports import import_object, is_object_name
 from text_env.tables import FORMATS, read_rows, rows_of, table_format
 from text_env.tokenization import (
@@ -164,7 +165,8 @@ class Prompts(Sequence[Prompt]):
 
     A prompt never ends in EOS, after which a policy has nothing to write. Whatever tokens the tokenizer itself appends
     to a text (EOS, ``[SEP]``) are dropped, and so are EOS tokens at the end of the text, of the chat template or of
-    given token ids.
+    given token ids. In conversations only the tokenizer's own EOS is dropped: another token that ends a turn may be
+    what opens the next one, as ``<|assistant|>`` is in Phi-3.
 
     :param spec: the set of prompts, as :func:`load_prompts` takes it.
     :param tokenizer: the tokenizer. It is called on the plain text, so that it adds its BOS if it has one.
@@ -174,6 +176,8 @@ class Prompts(Sequence[Prompt]):
     :param chat_template: whether a string becomes the user's turn in a conversation, written in the tokenizer's chat
         template. None means: if the tokenizer has a chat template, as those of instruct models do. Lists of messages
         always use it.
+    :param eos_token_ids: the tokens that end a text besides the tokenizer's eos token, as
+        :func:`text_env.ends_of_text.ends_of_text` takes them.
     :raises ValueError: for the reasons of :func:`load_prompts`, for an empty or overlong prompt, and if a prompt needs
         a chat template and the tokenizer has none.
     """
@@ -185,6 +189,7 @@ class Prompts(Sequence[Prompt]):
         max_prompt_tokens: int,
         overlong: OverlongPrompts = "error",
         chat_template: bool | None = None,
+        eos_token_ids: Sequence[int] | None = None,
     ) -> None:
         if overlong not in get_args(OverlongPrompts):
             raise ValueError(f"Expected overlong_prompts to be one of {get_args(OverlongPrompts)}, got {overlong!r}.")
@@ -199,6 +204,7 @@ class Prompts(Sequence[Prompt]):
                 f"Expected overlong_prompts='error' with conversations, got {overlong!r}: a cut would take the chat "
                 "template's marks away, and rewards would judge what the policy never saw. Shorten the messages."
             )
+        self._eos_token_ids = ends_of_text(tokenizer, () if self.conversational else eos_token_ids)
         # Rewards get the same columns whatever the batch holds, so a row that lacks one has None there.
         self.columns = tuple(dict.fromkeys(key for row in rows for key in row if key != "prompt"))
         prompts = [row["prompt"] for row in rows]
@@ -228,7 +234,7 @@ class Prompts(Sequence[Prompt]):
         if isinstance(prompt, str) or is_conversation(prompt):
             check_text(prompt, "the prompt")
             return self._made(*self._encode([prompt])[0], columns)
-        ids = without_end(self.tokenizer, checked_ids(prompt, vocabulary_size(self.tokenizer), "prompt"))  # type: ignore[arg-type]
+        ids = self._without_end(checked_ids(prompt, vocabulary_size(self.tokenizer), "prompt"))  # type: ignore[arg-type]
         text = decode(self.tokenizer, [ids])[0]
         return self._made(text, ids, _messages(text) if self.conversational else None, columns)
 
@@ -245,17 +251,19 @@ class Prompts(Sequence[Prompt]):
 
     def _encode_chat(self, messages: list[Message]) -> tuple[str, list[int], list[Message] | None]:
         ids, seen = chat_prompt(self.tokenizer, messages)
-        return _said(seen), without_end(self.tokenizer, ids), seen
+        return _said(seen), self._without_end(ids), seen
+
+    def _without_end(self, ids: list[int]) -> list[int]:
+        return without_end(self.tokenizer, ids, self._eos_token_ids)
 
     def _ended(self, text: str, ids: list[int]) -> tuple[str, list[int], None]:
         """A plain text and its token ids, without what the tokenizer appends and without EOS at the end."""
         if self._appended and ids[-len(self._appended) :] == self._appended:
             ids = ids[: -len(self._appended)]
-        kept = without_end(self.tokenizer, ids)
+        kept = self._without_end(ids)
         if len(kept) < len(ids):  # the text itself ends with EOS, which the policy is not shown
-            eos = str(self.tokenizer.eos_token)
-            while text.rstrip().endswith(eos):
-                text = text.rstrip().removesuffix(eos)
+            for eos in reversed(ids[len(kept) :]):
+                text = text.rstrip().removesuffix(str(self.tokenizer.decode([eos])))
             text = text if text.strip() else ""
         # An empty text is refused even if the tokenizer adds a BOS to it. The BOS alone can be given as a token id.
         return text, kept if text else [], None

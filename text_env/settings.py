@@ -47,8 +47,10 @@ class EpisodeSettings:
     :param min_new_tokens: an EOS ends the text only if at least this many response tokens stand before it, and the
         policies of this package never sample an earlier one. Stop strings and the budget end a text regardless.
     :param stop: a string, or several, that end the text. The completion keeps the string. A special token may be a stop
-        string, such as the one by which an instruct model ends its turn where that is not the tokenizer's eos token; it
-        ends the text too, but is no part of the decoded completion.
+        string; it ends the text too, but is no part of the decoded completion.
+    :param eos_token_ids: the token ids that end a text besides the tokenizer's eos token; ``()``: none do. None means:
+        those that the model's ``generation_config.json`` or else its ``config.json`` lists, where the tokenizer was
+        loaded from. Texts then end where transformers' ``generate`` ends them.
     :param group_size: the number of consecutive episodes that share a prompt.
     :param metrics: further rewards by name, for example ``{"gold_score": "sentiment"}``. Their scores are reported in
         the final info and never paid.
@@ -77,6 +79,7 @@ class EpisodeSettings:
     max_new_tokens: int = 48
     min_new_tokens: int = 0
     stop: str | Sequence[str] | None = None
+    eos_token_ids: Sequence[int] | None = None
     group_size: int = 1
     metrics: Mapping[str, Any] | None = None
     overlong_prompts: OverlongPrompts = "error"

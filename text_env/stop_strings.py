@@ -4,12 +4,15 @@ Decoding the whole text after every token takes longer than all else that a step
 held no stop string before its last token can hold one now only where that token has changed it, which is at the end.
 What the end of a text reads like does not depend on what stands before, from a token on that is *clean*: in every
 context it stands for the same whole characters. A token is not clean if it is a part of a character (in a run of single
-bytes, whether they make up characters depends on all of them), or a special token, which is no part of the text.
+bytes, whether they make up characters depends on all of them), or a special token, which is no part of the text. A
+single byte of a byte-fallback vocabulary is not clean even where it is a whole character: an unfinished character
+behind it makes both unreadable.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _UNKNOWN_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+_SINGLE_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # how a byte-fallback vocabulary spells it
 
 
 class StopStrings:
@@ -78,7 +82,8 @@ class StopStrings:
         # Twice, since some decoders treat the first token of a text in another way.
         spelt = decode(self.tokenizer, [[token] * times for token in new for times in (1, 2)])
         for token, once, twice in zip(new, spelt[::2], spelt[1::2], strict=True):
-            clean = twice.startswith(once) and _UNKNOWN_CHARACTER not in twice
+            piece = str(self.tokenizer.convert_ids_to_tokens(token))
+            clean = twice.startswith(once) and _UNKNOWN_CHARACTER not in twice and not _SINGLE_BYTE.fullmatch(piece)
             self._texts[token] = twice[len(once) :] if clean else ""
 
 

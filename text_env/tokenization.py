@@ -129,15 +129,18 @@ def appended_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return []
 
 
-def without_end(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[int]:
+def without_end(
+    tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], eos_token_ids: Sequence[int]
+) -> list[int]:
     """
-    :param tokenizer: the tokenizer of the token ids, which has an eos token.
+    :param tokenizer: the tokenizer of the token ids.
     :param token_ids: the tokens of a prompt.
+    :param eos_token_ids: the tokens that end a text.
     :return: the tokens without the EOS tokens at their end: a policy has learnt that nothing follows these. A single
         token that is the tokenizer's BOS as well, as in GPT-2, is left: it is the beginning of a text.
     """
     ids = list(token_ids)
-    while ids and ids[-1] == tokenizer.eos_token_id and not (len(ids) == 1 and ids[0] == tokenizer.bos_token_id):
+    while ids and ids[-1] in eos_token_ids and not (len(ids) == 1 and ids[0] == tokenizer.bos_token_id):
         ids.pop()
     return ids
 

@@ -42,7 +42,8 @@ def options_by_name(env: str, policy_kwargs: Mapping[str, Any]) -> dict[str, Any
     options: dict[str, Any] = {} if "tokenizer" in said else {"tokenizer": tokenizer}
     if "max_prompt_tokens" not in said and "overlong_prompts" not in said:
         loaded = load_tokenizer(said.get("tokenizer", tokenizer))
-        prompts = Prompts(said.get("prompts", "builtin"), loaded, sys.maxsize, chat_template=said.get("chat_template"))
+        settings: dict[str, Any] = {name: said.get(name) for name in ("chat_template", "eos_token_ids")}
+        prompts = Prompts(said.get("prompts", "builtin"), loaded, sys.maxsize, **settings)
         options["max_prompt_tokens"] = max(len(prompt.token_ids) for prompt in prompts)
     return options
 
@@ -58,7 +59,7 @@ def environment_facts(env: TextVectorEnv) -> dict[str, Any]:
     return {
         "tokenizer": blake2b(vocabulary, digest_size=8).hexdigest(),
         "vocabulary": env.episodes.vocabulary,
-        "eos_token_id": env.eos_token_id,
+        "eos_token_ids": list(env.eos_token_ids),
         "max_prompt_tokens": env.max_prompt_tokens,
         "max_new_tokens": env.max_new_tokens,
         "min_new_tokens": env.min_new_tokens,

@@ -170,7 +170,7 @@ class OnPolicyAlgorithm(Resumable):
         known = {
             "min_new_tokens": env.min_new_tokens,
             "constraint": env.constraint,
-            "eos_token_id": env.eos_token_id,
+            "eos_token_id": env.eos_token_ids,
             "tokenizer": env.tokenizer,
         }
         policy_kwargs = {**known, **self.policy_kwargs}
@@ -471,6 +471,12 @@ class OnPolicyAlgorithm(Resumable):
             # A part of the reward that does not apply to a text has no number there.
             record(f"objective/{name}", mean(np.array([episode[name] for episode in episodes if name in episode])))
         record("completions/mean_length", mean(buffer.lengths))
+        for name, verdict in (("right", 1.0), ("wrong", 0.0)):  # of tasks with a right answer
+            lengths = [episode["length"] for episode in episodes if episode.get("correct") == verdict]
+            # Another process may have such texts where this one has none, so both must ask for the sums.
+            count, tokens = self.engine.total(len(lengths)), self.engine.total(sum(lengths))
+            if count:
+                record(f"completions/mean_length_{name}", tokens / count)
         record("completions/clipped_ratio", mean(cut))
         record("time/tokens_per_second", self.engine.total(buffer.n_tokens) / seconds)
 

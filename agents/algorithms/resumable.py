@@ -141,7 +141,7 @@ class Resumable(BaseAlgorithm):
         )
         model.observation_space, model.action_space = spaces_of(facts)
         model._setup_lr_schedule()
-        known = {"eos_token_id": facts["eos_token_id"], "min_new_tokens": facts["min_new_tokens"]}
+        known = {"eos_token_id": facts["eos_token_ids"], "min_new_tokens": facts["min_new_tokens"]}
         model.policy = model.policy_class(  # type: ignore[assignment]
             model.observation_space, model.action_space, model.lr_schedule, **{**known, **policy_kwargs}
         )

@@ -7,11 +7,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from agents.evaluation.intervals import bootstrap_interval, wilson_interval, wins
+from agents.evaluation.intervals import bootstrap_interval, compare
+from agents.evaluation.right_answers import (
+    RightAnswers,
+    check_samples,
+    compare_answers,
+    have_right_answers,
+    measure_answers,
+)
 from agents.models.reference import Reference
 from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.episode_buffer import EpisodeBuffer
-from agents.rollouts.sampling import collect_texts
+from agents.rollouts.sampling import collect_texts, sample_texts
 from text_env.vector_env import TextVectorEnv
 
 
@@ -38,6 +45,8 @@ def evaluate(
     against: CausalLMPolicy | None = None,
     seed: int = 0,
     n_texts: int = 0,
+    samples_per_prompt: int = 1,
+    pass_at_k: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Let a policy and its reference, or another policy, write for the same prompts, and score and compare the texts.
 
@@ -51,10 +60,14 @@ def evaluate(
       are all equal.
     - ``win_rate``, ``win_rate_interval``: the share of prompts for which the policy's text scores higher than the
       other's. Ties count half.
-    - ``comparison``: what :func:`compare` returns for the score and for each metric.
+    - ``comparison``: what :func:`agents.evaluation.intervals.compare` returns for the score and for each metric.
     - ``intervals``: for each writer, the intervals of its means of the score and the metrics.
     - ``episodes``: the number of texts of each writer; ``prompts``: the number of different prompts; ``compared_with``:
       ``"reference"``; and ``texts``, if ``n_texts`` is greater than 0.
+    - ``answers``, if the task has a right answer (see :mod:`agents.evaluation.right_answers`): ``samples_per_prompt``,
+      and once more ``policy``, ``reference``, ``intervals`` and ``comparison``, here of ``pass@k``, ``majority@k``,
+      ``greedy_accuracy``, ``mean_length_right`` and ``mean_length_wrong``. The share of texts that are right, and of
+      those in which an answer was found, are metrics: ``correct`` and ``well_formed``.
 
     With ``against``, the results of that policy are under ``against`` and ``kl_against``, ``compared_with`` is
     ``"against"``, and there is no entry ``reference``. All intervals are lists [low, high] of 95 %, clustered by
@@ -68,15 +81,27 @@ def evaluate(
     :param against: another policy to compare with, in place of the reference.
     :param seed: the seed of the prompt order and of the bootstrap. The texts are sampled with PyTorch's generator.
     :param n_texts: the number of pairs of texts to return, counted from the first.
+    :param samples_per_prompt: the least number of texts of a prompt. If all prompts together would have fewer texts,
+        only as many prompts are used as have enough.
+    :param pass_at_k: for which k to estimate pass@k and majority@k, at most ``samples_per_prompt``; None: for 1 and
+        ``samples_per_prompt``, if the task has a right answer.
     :return: a dict that JSON can represent.
-    :raises ValueError: for fewer than 2 episodes.
+    :raises ValueError: for fewer than 2 episodes, for fewer texts of a prompt than ``pass_at_k`` needs, and if
+        ``pass_at_k`` is asked for where the task has no right answer.
     """
     if n_episodes < 2:
         raise ValueError(f"Expected at least 2 episodes, since one says nothing of the spread, got {n_episodes}.")
+    check_samples(n_episodes, samples_per_prompt, pass_at_k or ())
     role, other = ("reference", reference) if against is None else ("against", against)
-    drawn = draw_prompts(len(env.prompts), n_episodes, seed)
+    drawn = draw_prompts(len(env.prompts), n_episodes, seed, samples_per_prompt)
     prompts, frozen = [env.prompts[i] for i in drawn], Reference(reference.lm)
     ours, theirs = (write(writer, frozen, env, prompts) for writer in (policy, other))
+    judged = have_right_answers([*ours.infos, *theirs.infos])
+    if pass_at_k is not None and not judged:
+        raise ValueError(
+            "Expected each final info to hold correct=1.0 or correct=0.0 for pass_at_k, as rewards of tasks with a "
+            f"right answer log it, got one with {sorted(ours.infos[0])}. Use such a reward, or leave pass_at_k out."
+        )
     result = {"policy": ours.means, role: theirs.means, "kl": ours.kl, "compared_with": role}
     if against is not None:
         result["kl_against"] = theirs.kl
@@ -84,6 +109,11 @@ def evaluate(
     result |= {name: mean for name, mean in ours.means.items() if name not in ours.scores}
     result |= _contest(ours, theirs, drawn, seed)
     result["intervals"] = {"policy": _intervals(ours, drawn, seed), role: _intervals(theirs, drawn, seed)}
+    if judged:
+        ks = sorted({1, samples_per_prompt} if pass_at_k is None else {*pass_at_k})
+        figures = [_answers(writer, of, env, drawn, ks, seed) for writer, of in ((policy, ours), (other, theirs))]
+        answers = compare_answers(figures[0], figures[1], role, seed)
+        result["answers"] = {"samples_per_prompt": samples_per_prompt, **answers}
     if n_texts:
         result["texts"] = side_by_side({role: theirs.infos[:n_texts], "policy": ours.infos[:n_texts]})
     return result
@@ -100,19 +130,30 @@ def _contest(ours: Written, theirs: Written, clusters: np.ndarray, seed: int) ->
     }
 
 
+def _answers(
+    writer: CausalLMPolicy, written: Written, env: TextVectorEnv, drawn: np.ndarray, ks: Sequence[int], seed: int
+) -> RightAnswers:
+    different = np.unique(drawn)
+    greedy = sample_texts(writer, env, [env.prompts[i] for i in different], deterministic=True)
+    return measure_answers(written.infos, drawn, greedy, different, ks, seed)
+
+
 def _intervals(written: Written, clusters: np.ndarray, seed: int) -> dict[str, list[float]]:
     return {name: list(bootstrap_interval(values, clusters, seed)) for name, values in written.scores.items()}
 
 
-def draw_prompts(n_prompts: int, n_episodes: int, seed: int) -> np.ndarray:
+def draw_prompts(n_prompts: int, n_episodes: int, seed: int, samples_per_prompt: int = 1) -> np.ndarray:
     """Draw prompts in random order. No prompt is drawn again before all have been drawn equally often.
 
     :param n_prompts: the number of prompts in the set.
     :param n_episodes: the number of prompts to draw.
     :param seed: the seed of the prompt order.
+    :param samples_per_prompt: how often at least to draw a prompt that is drawn at all, at most ``n_episodes``. Only as
+        many different prompts are drawn as this allows.
     :return: int [n_episodes], indices of prompts.
     """
-    return np.resize(np.random.default_rng(seed).permutation(n_prompts), n_episodes)
+    order = np.random.default_rng(seed).permutation(n_prompts)
+    return np.resize(order[: n_episodes // samples_per_prompt], n_episodes)
 
 
 def write(policy: CausalLMPolicy, reference: Reference, env: TextVectorEnv, prompts: Sequence[Any]) -> Written:
@@ -133,25 +174,6 @@ def write(policy: CausalLMPolicy, reference: Reference, env: TextVectorEnv, prom
     figures = describe(buffer, infos)
     kl, _ = figures.pop("kl"), figures.pop("score_std")
     return Written(figures, kl, scores, infos)
-
-
-def compare(ours: np.ndarray, theirs: np.ndarray, clusters: np.ndarray, seed: int = 0) -> dict[str, Any]:
-    """Compare the scores of two policies' texts for the same prompts.
-
-    :param ours: the scores of one policy's texts, [n].
-    :param theirs: the scores of the other policy's texts for the same prompts, [n].
-    :param clusters: int [n], the number of each text's prompt.
-    :param seed: the seed of the bootstrap.
-    :return: ``difference``, the mean difference, and ``win_rate``, with their 95 % intervals ``difference_interval``
-        and ``win_rate_interval``.
-    """
-    outcomes = wins(ours, theirs)
-    return {
-        "difference": float((ours - theirs).mean()),
-        "difference_interval": list(bootstrap_interval(ours - theirs, clusters, seed)),
-        "win_rate": float(outcomes.mean()),
-        "win_rate_interval": list(wilson_interval(outcomes, clusters)),
-    }
 
 
 def side_by_side(infos: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:

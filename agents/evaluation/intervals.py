@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,33 @@ def wins(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     :return: float64 [n]: 1 where ``ours`` is higher, 0 where it is lower, and ½ for a tie. The mean is the win rate.
     """
     return (np.sign(ours - theirs) + 1) / 2
+
+
+def compare(ours: np.ndarray, theirs: np.ndarray, clusters: np.ndarray, seed: int = 0) -> dict[str, Any]:
+    """Compare the scores of two policies' texts for the same prompts.
+
+    :param ours: the scores of one policy's texts, [n].
+    :param theirs: the scores of the other policy's texts for the same prompts, [n].
+    :param clusters: int [n], the number of each text's prompt.
+    :param seed: the seed of the bootstrap.
+    :return: ``difference``, the mean difference, and ``win_rate``, with their 95 % intervals ``difference_interval``
+        (None for a single text) and ``win_rate_interval``.
+    """
+    outcomes = wins(ours, theirs)
+    return {
+        "difference": float((ours - theirs).mean()),
+        "difference_interval": finite(bootstrap_interval(ours - theirs, clusters, seed)),
+        "win_rate": float(outcomes.mean()),
+        "win_rate_interval": list(wilson_interval(outcomes, clusters)),
+    }
+
+
+def finite(interval: tuple[float, float]) -> list[float] | None:
+    """
+    :param interval: an interval, which may be infinite.
+    :return: the same as JSON can represent it: a list, None for an infinite one.
+    """
+    return list(interval) if all(map(math.isfinite, interval)) else None
 
 
 def bootstrap_interval(values: np.ndarray, clusters: np.ndarray, seed: int = 0) -> tuple[float, float]:

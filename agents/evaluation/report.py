@@ -25,7 +25,7 @@ def evaluation_table(result: dict[str, Any], prompts: str) -> Table:
         before, compared = result[other][name], result["comparison"].get(name)
         change, win_rate = f"{after - before:+.3f}", ""
         if compared is not None:
-            change += " [{:.2f}, {:.2f}]".format(*compared["difference_interval"])
+            change += _interval(compared["difference_interval"])
             percent = [100 * rate for rate in (compared["win_rate"], *compared["win_rate_interval"])]
             win_rate = "{:.0f}% [{:.0f}, {:.0f}]".format(*percent)
         table.add_row(escape(name), f"{before:.3f}", f"{after:.3f}", change, win_rate)
@@ -34,6 +34,35 @@ def evaluation_table(result: dict[str, Any], prompts: str) -> Table:
     kl_of_other = f"{result['kl_against']:.2f}" if other == "against" else ""
     table.add_row("KL (nats/episode)", kl_of_other, f"{result['kl']:.2f}", "", style="bold")
     return table
+
+
+def answers_table(result: dict[str, Any]) -> Table:
+    """
+    :param result: an evaluation of a task with a right answer.
+    :return: how often both writers solve it.
+    """
+    other, answers = result["compared_with"], result["answers"]
+    table = Table(
+        *("", other, "policy", "change" if other == "reference" else "difference"),
+        title=f"Right answers, at least {answers['samples_per_prompt']} texts for each of {result['prompts']} prompts",
+        caption="pass@k: at least one of k texts is right. majority@k: the most frequent answer of k texts is right. "
+        "Greedy accuracy: the likeliest text is right. Differences are in percentage points.",
+    )
+    for name in answers["policy"]:
+        compared = answers["comparison"].get(name)
+        scale, unit = (1, "") if compared is None else (100, "%")  # lengths aren't compared, rates are in percent
+        cells = [
+            "–" if mean is None else f"{scale * mean:.1f}{unit}{_interval(interval, scale, 1 - len(unit))}"
+            for mean, interval in ((answers[who][name], answers["intervals"][who][name]) for who in (other, "policy"))
+        ]
+        if compared is not None:
+            cells.append(f"{100 * compared['difference']:+.1f}{_interval(compared['difference_interval'], 100, 0)}")
+        table.add_row(name, *cells)
+    return table
+
+
+def _interval(ends: list[float] | None, scale: int = 1, digits: int = 2) -> str:
+    return "" if ends is None else f" [{scale * ends[0]:.{digits}f}, {scale * ends[1]:.{digits}f}]"
 
 
 def texts_table(result: dict[str, Any]) -> Table:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,6 +106,18 @@ class CausalLM(nn.Module):
             self.model.save_pretrained(directory)
         else:
             self.adapter.save_pretrained(directory)
+        self._write_ends(directory)
+
+    def _write_ends(self, directory: Path) -> None:
+        """Texts of the saved model end where this one's do, whatever its own generation config says. An adapter's
+        directory has no such file yet.
+        """
+        if ends := list(self.distribution.eos_token_ids):
+            path = directory / "generation_config.json"
+            content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            content.pop("_from_model_config", None)  # transformers would make it anew from config.json
+            content["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+            path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @property
     def backbone(self) -> nn.Module:

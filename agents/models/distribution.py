@@ -34,7 +34,7 @@ class TokenDistribution:
 
     :param n_tokens: V, the number of tokens of the environment. The first V logits of a model are used.
     :param temperature: the number that logits are divided by, greater than 0.
-    :param eos_token_ids: the tokens that end a text; empty if they are not known.
+    :param eos_token_ids: the tokens that end a text, in any order; empty if they are not known.
     :param min_new_tokens: the number of response tokens before which the tokens that end a text have probability 0.
     :param constraint: which tokens may follow a context; all others have probability 0. Anything that
         :func:`text_env.constraints.make_constraint` takes.
@@ -59,18 +59,23 @@ class TokenDistribution:
             raise ValueError(
                 f"min_new_tokens={self.min_new_tokens} needs eos_token_id: the token to forbid until then."
             )
+        if wrong := [token for token in self.eos_token_ids if not 0 <= token < self.n_tokens]:
+            raise ValueError(
+                f"Expected the tokens that end a text to lie in [0, {self.n_tokens}), the environment's tokens, got "
+                f"eos_token_id {wrong}."
+            )
         dtype = None if self.autocast is None else resolve_dtype(self.autocast)
         if isinstance(dtype, str):
             raise ValueError("Expected autocast to be 'bfloat16', 'float16' or None, got 'auto'.")
         object.__setattr__(self, "autocast", None if dtype is None else str(dtype).removeprefix("torch."))
         object.__setattr__(self, "constraint", make_constraint(self.constraint))
-        object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
+        object.__setattr__(self, "eos_token_ids", tuple(sorted(set(self.eos_token_ids))))
 
     @cached_property
     def all_constraints(self) -> Constraint | None:
         """The constraint and the minimum length as one constraint; None if every token may follow."""
-        minimum = [MinimumLength(self.min_new_tokens, token) for token in self.eos_token_ids if self.min_new_tokens]
-        return all_of(*minimum, self.constraint)
+        minimum = MinimumLength(self.min_new_tokens, self.eos_token_ids) if self.min_new_tokens else None
+        return all_of(minimum, self.constraint)
 
     @property
     def needs_masks(self) -> bool:
@@ -134,7 +139,7 @@ class TokenDistribution:
         env_distribution = dataclasses.replace(
             self,
             n_tokens=env.episodes.vocabulary,
-            eos_token_ids=(env.eos_token_id,),
+            eos_token_ids=env.eos_token_ids,
             min_new_tokens=env.min_new_tokens,
             constraint=env.constraint,
         )

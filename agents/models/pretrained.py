@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from agents.models.adapter import ADAPTER, check_adapter, quiet_peft
+from text_env.ends_of_text import as_ids
 from text_env.tokenization import base_of_adapter, pretrained_name, pretrained_tokenizer
 
 
@@ -154,6 +155,20 @@ def tokenizer_beside(model: Any) -> PreTrainedTokenizerBase | None:
         return pretrained_tokenizer(model)
     except ValueError:
         return None  # a directory without a tokenizer
+
+
+def model_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, n_tokens: int) -> tuple[int, ...]:
+    """
+    :param model: a language model.
+    :param tokenizer: its tokenizer; None if it is not known.
+    :param n_tokens: V, the number of tokens of the environment.
+    :return: the tokens at which the model's texts end: those of its generation config, at which transformers'
+        ``generate`` ends them, and the tokenizer's eos token. Ids that are no tokens of the environment are left out.
+    """
+    config = model.generation_config
+    own = as_ids(None if config is None else config.eos_token_id)
+    ends = (*own, *as_ids(None if tokenizer is None else tokenizer.eos_token_id))
+    return tuple(token for token in ends if token < n_tokens)
 
 
 def lora_arguments(lora: dict[str, Any] | LoraConfig) -> dict[str, Any]:

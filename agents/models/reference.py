@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from stable_baselines3.common.utils import get_device
 from transformers import PreTrainedTokenizerBase
 
+from agents.models.adapter import unwrapped
 from agents.models.causal_lm import CausalLM
 from agents.models.contexts import packed_positions
 from agents.models.distribution import TokenDistribution
-from agents.models.pretrained import check_positions, load_causal_lm, tokenizer_beside
+from agents.models.pretrained import check_positions, load_causal_lm, model_ends, tokenizer_beside
+from text_env.ends_of_text import as_ids
 
 
 class Reference:
@@ -62,7 +64,7 @@ class Reference:
         n_tokens: int,
         device: torch.device | str = "auto",
         dtype: str = "float32",
-        eos_token_id: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
         **distribution: Any,
     ) -> Reference:
         """Load a frozen model.
@@ -71,17 +73,17 @@ class Reference:
         :param n_tokens: V, the number of tokens of the environment.
         :param device: the device that the model runs on.
         :param dtype: the floating-point type of the weights.
-        :param eos_token_id: the token that ends a text; None: that of the tokenizer that is saved with the model.
+        :param eos_token_id: the token that ends a text, or several of which each does; None: those of the model's
+            generation config and of the tokenizer that is saved with it.
         :param distribution: ``temperature``, ``min_new_tokens``, ``constraint`` and ``autocast`` of
             :class:`agents.models.distribution.TokenDistribution`, which must be those of the policy.
         :return: the reference.
         :raises ValueError: if there is no such model, or if it has fewer than V logits.
         """
         tokenizer = tokenizer_beside(model)
-        if eos_token_id is None and tokenizer is not None:
-            eos_token_id = tokenizer.eos_token_id
-        ends = () if eos_token_id is None else (eos_token_id,)
-        lm = CausalLM(load_causal_lm(model, dtype), TokenDistribution(n_tokens, eos_token_ids=ends, **distribution))
+        loaded = load_causal_lm(model, dtype)
+        ends = as_ids(eos_token_id) or model_ends(unwrapped(loaded), tokenizer, n_tokens)
+        lm = CausalLM(loaded, TokenDistribution(n_tokens, eos_token_ids=ends, **distribution))
         return cls(lm.requires_grad_(False).to(get_device(device)), tokenizer=tokenizer)
 
     @property

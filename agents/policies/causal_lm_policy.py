@@ -9,7 +9,7 @@ episode costs one forward pass over its tokens.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,7 +33,15 @@ from agents.models.critic import make_critic
 from agents.models.distribution import TokenDistribution, sample
 from agents.models.finite import check_numbers
 from agents.models.prefix_cache import PrefixCache
-from agents.models.pretrained import add_lora, check_positions, check_tokenizers, load_causal_lm, tokenizer_beside
+from agents.models.pretrained import (
+    add_lora,
+    check_positions,
+    check_tokenizers,
+    load_causal_lm,
+    model_ends,
+    tokenizer_beside,
+)
+from text_env.ends_of_text import as_ids
 from text_env.vector_env import TextVectorEnv
 
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -54,8 +62,8 @@ class CausalLMActorCritic(BasePolicy):
         reference.
     :param min_new_tokens: the number of response tokens before which EOS has probability 0. The algorithms of this
         package take it from the environment by default.
-    :param eos_token_id: the token that ends an episode; None: the tokenizer's or, without a tokenizer, the model
-        config's.
+    :param eos_token_id: the token that ends an episode, or several of which each does; None: the tokenizer's and those
+        of the model's generation config. The algorithms of this package take them from the environment by default.
     :param lora: the arguments of ``peft.LoraConfig``, or one that is made already. Only the adapter and the critic are
         then trained. None: no new adapter.
     :param separate_critic: True: the value head is on a copy of the actor's decoder instead of sharing it. A directory
@@ -90,7 +98,7 @@ class CausalLMActorCritic(BasePolicy):
         dtype: str | torch.dtype = "float32",
         temperature: float = 1.0,
         min_new_tokens: int = 0,
-        eos_token_id: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
         lora: dict[str, Any] | LoraConfig | None = None,
         separate_critic: bool | str | Path = False,
         prefix_cache: bool = True,
@@ -140,10 +148,6 @@ class CausalLMActorCritic(BasePolicy):
         self.tokenizer = tokenizer if tokenizer is not None else own_tokenizer
         loaded = load_causal_lm(model, dtype)
         base = unwrapped(loaded)
-        if eos_token_id is None:
-            eos_token_id = base.config.get_text_config().eos_token_id if self.tokenizer is None else None
-            eos_token_id = self.tokenizer.eos_token_id if self.tokenizer is not None else eos_token_id
-            eos_token_id = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id
         longest = observation_space["input_ids"].shape[0]  # type: ignore[index]
         critic, value_head = make_critic(base, separate_critic, dtype, self.tokenizer, longest)
         if lora is not None:
@@ -153,7 +157,7 @@ class CausalLMActorCritic(BasePolicy):
         distribution = TokenDistribution(
             int(action_space.n),
             temperature,
-            eos_token_ids=() if eos_token_id is None else (eos_token_id,),
+            eos_token_ids=as_ids(eos_token_id) or model_ends(base, self.tokenizer, int(action_space.n)),
             min_new_tokens=min_new_tokens,
             constraint=constraint,
             autocast=autocast,
@@ -459,7 +463,7 @@ def load_policy(
         temperature=temperature,
         min_new_tokens=env.min_new_tokens,
         constraint=env.constraint,
-        eos_token_id=env.eos_token_id,
+        eos_token_id=env.eos_token_ids,
         tokenizer=env.tokenizer,
     )
     return policy.to(get_device(device))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from agents.evaluation.right_answers import check_samples
 from agents.reward_models.config import RewardModelConfig
 from agents.runs.config import TrainConfig
 from agents.state.arguments import check_number
@@ -37,6 +38,11 @@ class EvaluateConfig:
     """The response budget, in tokens; by default that of the policy's run."""
     episodes: int = 256
     """The number of texts of each of the two models, for the same prompts."""
+    samples_per_prompt: int = 1
+    """The least number of texts of a prompt. There are as many prompts as have enough."""
+    pass_at_k: list[int] | None = None
+    """For tasks with a right answer: the numbers k of attempts of which one, or the majority, is to be right; at most
+    `--samples-per-prompt`. By default 1 and that number."""
     texts: int = 0
     """The number of texts of both that are shown side by side."""
     temperature: float = 1.0
@@ -57,6 +63,7 @@ class EvaluateConfig:
         :raises OSError: if ``json`` can't be written.
         """
         check_integer("episodes", self.episodes, 1)
+        check_samples(self.episodes, self.samples_per_prompt, self.pass_at_k or ())
         check_integer("texts", self.texts, 0)
         check_number("temperature", self.temperature, above=0)
         if self.max_new_tokens is not None:
@@ -141,7 +148,7 @@ COMMANDS = {
             "The run": ("algo", "model", "total_timesteps", "run_dir", "seed", "progress"),
             "Prompts and texts": (
                 *("env", "prompts", "tokenizer", "chat_template", "max_prompt_tokens", "overlong_prompts"),
-                *("max_new_tokens", "min_new_tokens", "stop", "constraint", "group_size"),
+                *("max_new_tokens", "min_new_tokens", "stop", "eos_token_ids", "constraint", "group_size"),
             ),
             "Rewards": (*("reward", "gold", "reward_kwargs", "missing_eos_penalty", "shaping", "shaping_every"),),
             "KL to the reference": ("kl_coef", "kl_target", "kl_estimator"),
@@ -165,13 +172,17 @@ COMMANDS = {
         EvaluateConfig,
         {
             "Who is compared": ("policy", "reference", "against"),
-            "On what": ("prompts", "episodes", "reward", "gold", "max_new_tokens", "temperature", "seed"),
+            "On what": (
+                *("prompts", "episodes", "samples_per_prompt", "pass_at_k"),
+                *("reward", "gold", "max_new_tokens", "temperature", "seed"),
+            ),
             "What comes out": ("texts", "json"),
             "The model": ("device", "dtype"),
         },
         (
             "textrlhf evaluate --policy runs/mine/policy --texts 5",
             "textrlhf evaluate --policy runs/mine/policy --against runs/other/policy --json evaluation.json",
+            "textrlhf evaluate --policy runs/sums/policy --prompts sums.jsonl --samples-per-prompt 8 --pass-at-k 1 4 8",
         ),
     ),
     "sample": Command(

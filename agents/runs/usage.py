@@ -126,8 +126,8 @@ def _values(hint: Any) -> str:
             return "" if hint is bool else "True|False"
         if origin is dict:
             return "NAME VALUE …"
-        if origin is list:
-            return "TEXT …"
+        if origin in (list, Sequence):
+            return f"{WORDS[get_args(member)[0]]} …"
         if origin is not type(None):
             return WORDS.get(origin, "PATH")
     return ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -121,7 +121,7 @@ def _name(option: Any) -> str:
     if origin is Literal:
         return " or ".join(map(repr, get_args(option)))
     names = {str: "a string", Path: "a path", int: "an integer", float: "a number", bool: "true or false"}
-    names |= {dict: "names and values", Mapping: "names and values", type(None): "null"}
+    names |= {dict: "names and values", Mapping: "names and values", Sequence: "a list", type(None): "null"}
     return names.get(origin, str(option))
 
 

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from learners import largest_difference, make_env, make_model, make_ppo, weights_of
+from learners import four_is_right, largest_difference, make_env, make_model, make_ppo, weights_of
 from stable_baselines3.common.callbacks import BaseCallback
 
 from agents.algorithms.engine import Engine
 from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.algorithms.ppo import PPO
 from agents.algorithms.reinforce import REINFORCE
+from agents.rollouts.collector import collect_episodes
 
 HALVES = (np.array([0, 1, 2, 3, 4]), np.array([5, 6, 7]))
 
@@ -166,6 +167,26 @@ def test_what_is_counted_and_logged_is_everybodys() -> None:
     assert logged["objective/scores_std"] == math.sqrt(7.0)
     assert logged["completions/mean_length"] == logged["completions/clipped_ratio"] == 7.0
     assert logged["train/explained_variance"] == 0.0  # 1 - 7 / 7
+
+
+class OneMore(Engine):
+    """As if another process had one text of one token for whatever is counted."""
+
+    def total(self, value: float) -> float:
+        return float(value) + 1
+
+
+def test_a_process_without_right_texts_logs_the_mean_length_of_those_of_the_others() -> None:
+    model = make_ppo(make_env(reward=four_is_right, max_new_tokens=2))
+    model._setup_learn(1)
+    episodes = collect_episodes(model.policy, model.vector_env, 8, model.buffer)
+    model.buffer.finalize()
+    model.engine = OneMore(model.policy)
+    model._log_rollout(episodes, np.zeros(8), seconds=1.0)
+    logged = model.logger.name_to_value
+    assert logged["objective/correct"] == 0.0
+    assert logged["completions/mean_length_right"] == 1.0
+    assert logged["completions/mean_length_wrong"] == (model.buffer.n_tokens + 1) / 9
 
 
 def test_advantages_are_whitened_by_everybodys_mean() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
@@ -16,6 +17,7 @@ from learners import (
     constant,
     counted_forwards,
     even_tokens,
+    four_is_right,
     largest_difference,
     length_of,
     make_env,
@@ -286,6 +288,31 @@ def test_what_is_logged_of_a_rollout_is_what_happened_in_it() -> None:
     assert row["objective/rlhf_reward"] == pytest.approx(lengths.mean() - 0.5 * row["objective/kl"], abs=1e-5)
     assert row["objective/entropy"] == pytest.approx(-model.buffer.log_probs.mean())
     assert row["train/n_updates"] == 2
+
+
+def test_of_a_task_with_a_right_answer_the_verdicts_and_the_lengths_are_logged() -> None:
+    model = make_ppo(make_env(4, reward=four_is_right), n_episodes=40)
+    [row] = logged(model, 1)
+    lengths = model.buffer.lengths
+    right = lengths == 4
+    assert 0 < right.sum() < 40
+    assert row["objective/correct"] == row["objective/scores"] == pytest.approx(right.mean())
+    assert row["objective/well_formed"] == pytest.approx(np.mean(lengths % 2 == 0))
+    assert "objective/answer" not in row
+    assert row["completions/mean_length_right"] == 4
+    assert row["completions/mean_length_wrong"] == pytest.approx(lengths[~right].mean())
+
+
+def test_no_mean_is_logged_of_texts_that_are_not_there() -> None:
+    def none_is_right(completion_ids: list[list[int]], log_extra: Callable[..., None], **_: Any) -> list[float]:
+        log_extra("correct", [0.0 for _ in completion_ids])
+        return [0.0 for _ in completion_ids]
+
+    [row] = logged(make_ppo(make_env(4, reward=none_is_right)), 1)
+    assert row["completions/mean_length_wrong"] == row["completions/mean_length"]
+    assert "completions/mean_length_right" not in row
+    [ordinary] = logged(make_ppo(), 1)
+    assert not {"completions/mean_length_wrong", "completions/mean_length_right", "objective/correct"} & set(ordinary)
 
 
 class Recorder(BaseCallback):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from learners import even_tokens, length_of, make_env, make_model, make_policy
 
-from agents.evaluation.evaluate import compare, distinct_n, draw_prompts, evaluate
-from agents.evaluation.intervals import bootstrap_interval, effective_size, student_t, wilson_interval, wins
+from agents.evaluation.evaluate import distinct_n, draw_prompts, evaluate
+from agents.evaluation.intervals import bootstrap_interval, compare, effective_size, student_t, wilson_interval, wins
 from agents.policies.causal_lm_policy import CausalLMPolicy, load_policy
 from agents.rollouts.sampling import sample_texts
 

@@ -29,7 +29,7 @@ from tiny import tiny_tokenizer
 
 from agents.algorithms.ppo import PPO
 from agents.models.distribution import sample
-from agents.models.reference_top_p import ReferenceTopP
+from agents.models.reference_constraints import ReferenceMinP, ReferenceTopK, ReferenceTopP
 from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.policies.maskable import MaskableCausalLMPolicy
 from agents.rollouts.collector import collect_episodes
@@ -256,14 +256,18 @@ def test_under_a_constraint_tokens_are_as_frequent_as_they_are_probable(kind: st
     assert abs(frequencies_deviate(policy, 2)) < 4
 
 
+CONSTRAINTS = ["random", "top-k", "top-p", "min-p"]
+
+
 def constraints_of(name: str, kind: str) -> Any:
     if name == "random":
         return RandomMasks(2, 0.4)
-    return [ReferenceTopP(make_model(kind, ends=0.2), 0.8, device="cpu"), RandomMasks(3, 0.7)]
+    make, parameter = {"top-k": (ReferenceTopK, 20), "top-p": (ReferenceTopP, 0.8), "min-p": (ReferenceMinP, 0.1)}[name]
+    return [make(make_model(kind, ends=0.2), parameter, device="cpu"), RandomMasks(3, 0.7)]
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-@pytest.mark.parametrize("name", ["random", "reference"])
+@pytest.mark.parametrize("name", CONSTRAINTS)
 def test_under_a_constraint_ratios_are_one_and_the_divergence_is_zero_at_the_start(kind: str, name: str) -> None:
     constraint = constraints_of(name, kind)
     env = watched_env(constraint, min_new_tokens=2)
@@ -295,7 +299,7 @@ class Looks:
             self.largest_log_ratio = float((log_prob - samples.old_log_prob).abs().max())
 
 
-@pytest.mark.parametrize("name", ["random", "reference"])
+@pytest.mark.parametrize("name", CONSTRAINTS)
 def test_under_a_constraint_the_memo_changes_nothing(name: str) -> None:
     """Rows that grow, end and restart: with and without memo, and as one-context batches."""
     constraint = constraints_of(name, "llama")

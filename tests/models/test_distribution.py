@@ -17,7 +17,7 @@ from tiny import tiny_tokenizer
 from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.models.distribution import TokenDistribution, alike
 from agents.models.reference import Reference
-from agents.models.reference_top_p import ReferenceTopP
+from agents.models.reference_constraints import ReferenceTopP
 from agents.objectives.kl import AdaptiveKL, FixedKL
 from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.episode_buffer import EpisodeBuffer

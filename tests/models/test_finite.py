@@ -14,7 +14,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 
 from agents.models.distribution import sample
 from agents.models.reference import Reference
-from agents.models.reference_top_p import ReferenceTopP
+from agents.models.reference_constraints import ReferenceMinP, ReferenceTopK, ReferenceTopP
 from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.policies.token_features import TokenFeatures
 from agents.rollouts.sampling import sample_texts
@@ -143,12 +143,13 @@ def test_a_reference_says_so() -> None:
         reference.log_probs(batch, torch.tensor([9, 10]))
 
 
-def test_a_nucleus_of_no_numbers_says_so() -> None:
-    constraint = ReferenceTopP(make_model(), p=0.9, device="cpu")
+@pytest.mark.parametrize(("make", "parameter"), [(ReferenceTopK, 5), (ReferenceTopP, 0.9), (ReferenceMinP, 0.1)])
+def test_the_most_probable_of_no_numbers_are_none_which_is_said(make: Any, parameter: float) -> None:
+    constraint = make(make_model(), parameter, device="cpu")
     policy = make_policy(make_env(), constraint=constraint)
     with torch.no_grad():
         constraint._lm.model.transformer.wte.weight.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match=r"the probabilities of ReferenceTopP\(.*\) after .* \[5, 6, 7\]"):
+    with pytest.raises(FloatingPointError, match=r"the probabilities of Reference\w+\(.*\) after .* \[5, 6, 7\]"):
         policy.forward(OBSERVATION)
 
 

@@ -49,6 +49,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 def random_model(name: str, times: float = 1.0) -> PreTrainedModel:
     """A random model whose weights are so many times as large as usual."""
+    if name not in CONFIG_MAPPING:  # MiniCPM3 came with transformers 5.13, HyperCLOVA X with 5.9
+        pytest.skip(f"This version of transformers has no {name}.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = CONFIG_MAPPING[name](**{**SMALL, **ARCHITECTURES[name]})

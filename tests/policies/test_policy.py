@@ -209,11 +209,11 @@ def test_a_minimum_length_needs_to_know_eos() -> None:
         make_policy(make_env(), model=config, eos_token_id=None, min_new_tokens=2)
 
 
-def test_eos_is_found_at_the_tokenizer_then_at_the_config(tmp_path: Path) -> None:
+def test_the_ends_of_a_text_are_the_tokenizers_and_those_of_the_generation_config(tmp_path: Path) -> None:
     by_tokenizer = make_policy(make_env(), model=save_model(tmp_path / "model"), eos_token_id=None)
     by_config = make_policy(make_env(), model=tiny_model("gpt2", eos_token_id=[7, 8]), eos_token_id=None)
     assert by_tokenizer.distribution.eos_token_ids == (EOS,)
-    assert by_config.distribution.eos_token_ids == (7,)
+    assert by_config.distribution.eos_token_ids == (7, 8)
 
 
 def test_other_spaces_are_refused() -> None:

@@ -131,3 +131,17 @@ def test_the_continuous_environment_is_refused_on_the_command_line_whatever_the_
         assert f"env='{name}': Expected the text environment itself, got it wrapped in VectorEmbeddingAction" in shown
         assert "use Stable-Baselines3's own algorithms on TextVecEnv" in shown
     assert not (tmp_path / "run").exists()
+
+
+def test_the_ends_of_a_text_are_a_list_on_the_command_line_and_in_yaml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ends.yaml"
+    path.write_text("env: {eos_token_ids: [5, 7]}")
+    trained: list[TrainConfig] = []
+    monkeypatch.setattr("agents.runs.train.train", trained.append)
+    assert main(["train", "--config", str(path)]) == main(["train", "--eos-token-ids", "5", "7"]) == 0
+    assert [config.env.make(1, "builtin").eos_token_ids for config in trained] == [(1, 5, 7)] * 2
+    path.write_text("env: {eos_token_ids: 5}")
+    with pytest.raises(ValueError, match="eos_token_ids to be a list or null, got 5"):
+        load_config(path)

@@ -27,13 +27,14 @@ from learners import (
 from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
 from tiny import tiny_tokenizer
 from torch.distributions import kl_divergence
+from transformers import LogitsProcessor, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import agents.models.causal_lm
 from agents.algorithms.ppo import PPO
 from agents.models.contexts import contexts_of
 from agents.models.distribution import LogProbAndEntropy
 from agents.models.reference import Reference
-from agents.models.reference_top_p import ReferenceTopP
+from agents.models.reference_constraints import ReferenceConstraint, ReferenceMinP, ReferenceTopK, ReferenceTopP
 from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.collector import collect_episodes
 from agents.rollouts.episode_buffer import EpisodeBuffer
@@ -82,7 +83,7 @@ def not_the_last_token_again(contexts: Contexts, n_tokens: int) -> np.ndarray:
 def test_each_constraint_allows_what_its_name_says() -> None:
     assert allowed(AllowedTokens([4, 1]), [2], [2, 3]) == [[1, 4], [1, 4]]
     assert allowed(ForbiddenTokens({0, 3}), [2], [2, 3]) == [[1, 2, 4], [1, 2, 4]]
-    assert allowed(MinimumLength(2, 0), [2], [2, 1], [2, 1, 1], [2, 1, 1, 1]) == [
+    assert allowed(MinimumLength(2, (0,)), [2], [2, 1], [2, 1, 1], [2, 1, 1, 1]) == [
         [1, 2, 3, 4],
         [1, 2, 3, 4],
         [0, 1, 2, 3, 4],
@@ -92,7 +93,7 @@ def test_each_constraint_allows_what_its_name_says() -> None:
 
 
 def test_of_several_constraints_all_hold() -> None:
-    parts = [MinimumLength(1, 0), AllowedTokens([0, 1, 2]), None, not_the_last_token_again]
+    parts = [MinimumLength(1, (0,)), AllowedTokens([0, 1, 2]), None, not_the_last_token_again]
     assert allowed(parts, [2], [2, 1], [2, 4]) == [[1], [0, 2], [0, 1, 2]]
     assert allowed(parts[::-1], [2], [2, 1], [2, 4]) == [[1], [0, 2], [0, 1, 2]]
     assert all_of() is None
@@ -419,7 +420,7 @@ def test_a_checkpoint_asks_again_for_a_constraint_by_name_or_live(tmp_path: Path
         assert again.policy.distribution.all_constraints is not_the_last_token_again
 
 
-# ---- the nucleus of the frozen reference ---------------------------------------------------------------------------
+# ---- the most probable tokens of the frozen reference --------------------------------------------------------------
 
 
 def nucleus_by_hand(model: Any, context: list[int], p: float, among: set[int] | None = None) -> set[int]:
@@ -437,7 +438,7 @@ def nucleus_by_hand(model: Any, context: list[int], p: float, among: set[int] | 
     return kept
 
 
-def nuclei(constraint: ReferenceTopP, *rows: list[int]) -> list[set[int]]:
+def nuclei(constraint: ReferenceConstraint, *rows: list[int]) -> list[set[int]]:
     return [set(np.flatnonzero(mask).tolist()) for mask in allowed_tokens(constraint, contexts(*rows), V)]
 
 
@@ -454,14 +455,76 @@ def test_the_nucleus_is_the_fewest_tokens_that_have_probability_p(kind: str, p: 
     assert sizes == {1} if p < 0.1 else max(sizes) > 1
 
 
-def test_it_is_the_same_however_contexts_are_asked_for() -> None:
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("make", "parameter", "warper"),
+    [
+        *((ReferenceTopK, k, TopKLogitsWarper(k)) for k in (1, 7, V, V + 1)),
+        *((ReferenceTopP, p, TopPLogitsWarper(p)) for p in (0.05, 0.5, 0.95)),
+        *((ReferenceMinP, min_p, MinPLogitsWarper(min_p)) for min_p in (0.001, 0.1, 1.0)),
+    ],
+    ids=lambda value: getattr(value, "__name__", None) or (str(value) if isinstance(value, int | float) else ""),
+)
+def test_they_keep_the_tokens_that_transformers_keeps(
+    kind: str, make: Any, parameter: float, warper: LogitsProcessor
+) -> None:
+    model = make_model(kind, sharp=0.5)
+    expected = []
+    for row in ROWS:
+        with torch.no_grad():
+            logits = model(torch.tensor([row])).logits[:, -1]
+        expected.append(set(torch.isfinite(warper(torch.tensor([row]), logits))[0].nonzero()[:, 0].tolist()))
+    assert nuclei(make(model, parameter, device="cpu"), *ROWS) == expected
+
+
+def kept(make: Any, parameter: float, probabilities: list[float]) -> list[int]:
+    """What a constraint keeps of a distribution that is given by hand."""
+    constraint = make(make_model(), parameter, device="cpu")
+    mask = constraint.keeps(torch.tensor([probabilities], dtype=torch.float64).log())
+    return [int(token) for token in mask[0].nonzero()]
+
+
+def test_of_equally_probable_tokens_top_k_and_top_p_take_the_first_and_min_p_all() -> None:
+    probabilities = [0.1, 0.2, 0.25, 0.2, 0.2, 0.05]
+    assert kept(ReferenceTopK, 2, probabilities) == [1, 2]
+    assert kept(ReferenceTopK, 3, probabilities) == [1, 2, 3]
+    assert kept(ReferenceTopP, 0.4, probabilities) == [1, 2]
+    assert kept(ReferenceMinP, 0.79, probabilities) == [1, 2, 3, 4]
+    assert kept(ReferenceMinP, 0.81, probabilities) == [2]
+    assert kept(ReferenceMinP, 1, [0.4, 0.2, 0.4]) == [0, 2]
+
+
+@pytest.mark.parametrize("make", [ReferenceTopK, ReferenceTopP, ReferenceMinP])
+def test_what_a_subclass_keeps_of_the_forbidden_tokens_stays_forbidden(make: Any) -> None:
+    few = AllowedTokens([5, 6, 7])
+    bound = make(make_model(), {ReferenceTopK: 9, ReferenceTopP: 1 - 1e-9, ReferenceMinP: 1e-9}[make], device="cpu")
+    assert nuclei(bound.within(few), *ROWS) == [{5, 6, 7}] * len(ROWS)
+    assert {len(tokens) for tokens in nuclei(bound, *ROWS)} != {3}
+
+
+def test_under_another_constraint_top_k_takes_k_of_those_that_it_allows() -> None:
     model = make_model(sharp=0.5)
-    together = nuclei(ReferenceTopP(model, 0.8, device="cpu"), *ROWS)
-    alone = ReferenceTopP(model, 0.8, device="cpu")
+    top = ReferenceTopK(model, 4, device="cpu")
+    odd = set(range(1, V, 2))
+    [few] = nuclei(top.within(AllowedTokens(odd)), [5, 6])
+    assert len(few) == 4
+    with torch.no_grad():
+        logits = model(torch.tensor([[5, 6]])).logits[0, -1]
+    assert few == set(sorted(odd, key=lambda token: -float(logits[token]))[:4])
+
+
+OF_EACH_KIND = [(ReferenceTopK, 5), (ReferenceTopP, 0.8), (ReferenceMinP, 0.1)]
+
+
+@pytest.mark.parametrize(("make", "parameter"), OF_EACH_KIND)
+def test_it_is_the_same_however_contexts_are_asked_for(make: Any, parameter: float) -> None:
+    model = make_model(sharp=0.5)
+    together = nuclei(make(model, parameter, device="cpu"), *ROWS)
+    alone = make(model, parameter, device="cpu")
     assert [nuclei(alone, row)[0] for row in ROWS] == together
-    forgetful = ReferenceTopP(model, 0.8, device="cpu", memory_bytes=300)
+    forgetful = make(model, parameter, device="cpu", memory_bytes=300)
     assert [nuclei(forgetful, row)[0] for row in ROWS] == together
-    assert len(forgetful._nuclei) <= 2
+    assert len(forgetful._masks) <= 2
 
 
 def test_it_does_not_move_with_the_model_that_is_trained() -> None:
@@ -479,7 +542,7 @@ def test_under_another_constraint_it_is_the_nucleus_of_what_that_allows() -> Non
     model = make_model(ends=0.97)
     top = ReferenceTopP(model, 0.9, device="cpu")
     assert nuclei(top, [5], [5, 6]) == [{EOS}, {EOS}]
-    parts = (top, MinimumLength(1, EOS), ForbiddenTokens([7]))
+    parts = (top, MinimumLength(1, (EOS,)), ForbiddenTokens([7]))
     bound = make_constraint(parts)
     assert make_constraint(AllOf(parts)).constraints[:2] == bound.constraints[:2]  # type: ignore[union-attr]
     rest = set(range(1, V)) - {7}
@@ -489,15 +552,18 @@ def test_under_another_constraint_it_is_the_nucleus_of_what_that_allows() -> Non
     assert nuclei(top, [5], [5, 6]) == [{EOS}, {EOS}]  # itself as before
 
 
-def test_copies_share_the_model_and_pickles_bring_it_along() -> None:
-    constraint = ReferenceTopP(make_model(sharp=0.5), 0.8, device="cpu")
+@pytest.mark.parametrize(("make", "parameter"), OF_EACH_KIND)
+def test_copies_share_the_model_and_pickles_bring_it_along(make: Any, parameter: float) -> None:
+    constraint = make(make_model(sharp=0.5), parameter, device="cpu")
     expected = nuclei(constraint, *ROWS)
     assert copy.deepcopy(constraint) is constraint
     assert copy.deepcopy(AllOf((constraint,))).constraints[0] is constraint
     again = pickle.loads(pickle.dumps(constraint))
     assert again is not constraint
-    assert not again._nuclei
+    assert not again._masks
     assert nuclei(again, *ROWS) == expected
+    assert repr(again) == repr(constraint)
+    assert repr(parameter) in repr(constraint)
 
 
 def test_a_rollout_pays_one_token_a_step_and_the_update_nothing() -> None:
@@ -523,6 +589,18 @@ def test_a_rollout_pays_one_token_a_step_and_the_update_nothing() -> None:
 def test_p_lies_between_zero_and_one(p: float) -> None:
     with pytest.raises(ValueError, match="Expected 0 < p < 1"):
         ReferenceTopP("builtin", p)
+
+
+@pytest.mark.parametrize("min_p", [0, -0.1, 1.5, float("nan")])
+def test_min_p_is_greater_than_zero_and_at_most_one(min_p: float) -> None:
+    with pytest.raises(ValueError, match="Expected 0 < min_p <= 1"):
+        ReferenceMinP("builtin", min_p)
+
+
+@pytest.mark.parametrize("k", [0, -1, 2.0, "3"])
+def test_k_is_an_integer_and_at_least_one(k: Any) -> None:
+    with pytest.raises(ValueError, match="Expected an integer k >= 1"):
+        ReferenceTopK("builtin", k)
 
 
 def test_a_reference_with_fewer_tokens_than_the_environment_is_refused() -> None:

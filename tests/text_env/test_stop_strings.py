@@ -107,6 +107,7 @@ def ids(name: str, *pieces: str) -> list[int]:
         ("llama", ["a", "a", "a", "<0xE2>", "<0x82>", "<0xAC>", "b", "b"], "€", "€"),
         ("llama", ["b", "b", "b", "<0x61>", "b", "b"], "a", "a"),
         ("llama", ["b", "b", "b", "<0xC3>", "<0x61>", "b", "a", "b"], "a", "ba"),  # bytes that are no text together
+        ("llama", ["▁a", "▁", "<0x61>", "<0xC3>"], "a \N{REPLACEMENT CHARACTER}", "\N{REPLACEMENT CHARACTER}" * 2),
         ("llama", ["b", "<eos>", "<0xC3>", "<eos>", "<0xA9>", "b"], "é", "é"),  # ends of text that come too early
         ("llama", ["▁", "▁", "a", "b", "b"], " a", " a"),
         ("wordpiece", ["a", "##b", "a", "."], "a.", "a."),
