@@ -7,6 +7,7 @@ import warnings
 
 from gymnasium.envs.registration import register
 
+from text_env.answers import Verifier
 from text_env.constraints import AllowedTokens, Constraint, Contexts, ForbiddenTokens, MinimumLength
 from text_env.env import TextEnv
 from text_env.episodes import NO_ACTION
@@ -15,6 +16,7 @@ from text_env.rewards import Normalized, RewardError, SequenceClassifierReward, 
 from text_env.settings import EpisodeSettings
 from text_env.shaping import PotentialShaping
 from text_env.streams import TokenStream
+from text_env.text_rewards import FormatReward, LengthPenalty, OverlongPenalty
 from text_env.vector_env import TextVectorEnv
 from text_env.wrappers import CONTINUOUS_ID, ENTRY_POINT, NO_POINT, EmbeddingAction, VectorEmbeddingAction
 
@@ -27,8 +29,11 @@ __all__ = [
     "EmbeddingAction",
     "EpisodeSettings",
     "ForbiddenTokens",
+    "FormatReward",
+    "LengthPenalty",
     "MinimumLength",
     "Normalized",
+    "OverlongPenalty",
     "PotentialShaping",
     "RewardError",
     "SequenceClassifierReward",
@@ -36,6 +41,7 @@ __all__ = [
     "TextVectorEnv",
     "TokenStream",
     "VectorEmbeddingAction",
+    "Verifier",
     "WeightedSum",
     "make_reward",
 ]
