@@ -1,4 +1,4 @@
-"""Train the language model that ships as ``builtin:arithmetic`` (``text_env/builtin_arithmetic``) from scratch.
+"""Train the language model that ships as ``builtin:arithmetic`` (``text_env/builtin/arithmetic``) from scratch.
 
 ::
 
@@ -6,7 +6,7 @@
 
 It reads nothing: it learns from workings that :mod:`text_env.arithmetic` writes, of which a stated share of the
 carries is forgotten. How often it is right afterwards is measured by
-``textrlhf evaluate --task arithmetic``; figures are in ``text_env/builtin_arithmetic/README.md``.
+``textrlhf evaluate --task arithmetic``; figures are in ``text_env/builtin/arithmetic/README.md``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from build_builtin import EOS, HERE, PAD, batches_of_tokens, fit, pad_right, sav
 from torch import Tensor
 
 from text_env.arithmetic import CHARACTERS, draw_problem, working
-from text_env.tasks import split_of
+from text_env.generated import split_of
 
 MARKS = (": ", ", ", "\n", "#### ")
 
@@ -38,7 +38,7 @@ MARKS = (": ", ", ", "\n", "#### ")
 class Build:
     """Build the tokenizer and the language model of the arithmetic task."""
 
-    out: Path = HERE.parent / "text_env" / "builtin_arithmetic"
+    out: Path = HERE.parent / "text_env" / "builtin" / "arithmetic"
     """The directory that is written."""
     seed: int = 0
     threads: int = 2

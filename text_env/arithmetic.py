@@ -18,12 +18,18 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
+
+from text_env.generated import GeneratedPrompts
+from text_env.tasks import Task
 
 CHARACTERS = "0123456789+*=()"
-"""The characters of problems; workings also have ``": "``, ``", "``, a line break and ``"#### "``, as one token each."""
+"""The characters of problems. Workings also have ``": "``, ``", "``, ``"#### "`` and a line break."""
 
 LARGEST = 9_999
 """No intermediate result is larger than this."""
+
+MODEL = "builtin:arithmetic"
 
 
 @dataclass(frozen=True)
@@ -126,3 +132,42 @@ def _columns(value: int, operator: str, operand: int, forgets: Callable[[bool], 
             terms, total = f"{terms}+{carry}", total + carry
         yield f"{terms}={total}"
         carry = total // 10
+
+
+def arithmetic_task(
+    n_steps: int | tuple[int, ...] | list[int] = (3, 4), size: int | None = None, seed: int = 0
+) -> Task:
+    """The built-in task ``"arithmetic"``.
+
+    :param n_steps: the number of operations of a problem, at least 1; of several numbers, each is as frequent as the
+        others. The built-in model has seen 3 and 4.
+    :param size: the number of training problems, and of held-out ones; None: without end.
+    :param seed: the seed that the problems are made from, at least 0.
+    :return: the task. The score is 1 for a right answer after ``####``, else 0.
+    :raises ValueError: if a number is out of range.
+    """
+    numbers = (n_steps,) if isinstance(n_steps, int) else tuple(n_steps)
+    if not numbers or not all(isinstance(number, int) and number >= 1 for number in numbers):
+        raise ValueError(f"Expected n_steps to be an integer of at least 1, or several, got {n_steps!r}.")
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"Expected seed to be an integer of at least 0, got {seed!r}.")
+
+    def make(number: int) -> dict[str, Any]:
+        generator = random.Random(f"{seed}/{number}")
+        problem = draw_problem(generator, generator.choice(numbers))
+        return {"prompt": problem.expression, "answer": problem.answer}
+
+    most = max(numbers)
+    return Task(
+        "arithmetic",
+        lambda split: GeneratedPrompts(make, split, size),
+        "correct(extract='hash')",
+        settings={
+            "tokenizer": MODEL,
+            # A number of three digits to begin with, an operator and three digits a step, two parentheses, "=".
+            "max_prompt_tokens": 6 + 4 * most,
+            # The longest operation is an addition to a number of four digits. "#### ", five digits, EOS.
+            "max_new_tokens": 46 * most + 8,
+        },
+        model=MODEL,
+    )

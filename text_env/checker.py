@@ -23,6 +23,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from text_env.episodes import NO_ACTION, Observation
+from text_env.prompts import N_INSPECTED
 from text_env.rewards import FinishedTexts, score
 from text_env.shaping import PotentialShaping
 from text_env.streams import TokenStream
@@ -177,7 +178,7 @@ def _shaping(face: Any) -> PotentialShaping | None:
 
 def _text_is_all(face: Any) -> bool:
     """Whether rewards are given nothing of a prompt but its text, which is in the info."""
-    return not face.prompts.columns and all(prompt.messages is None for prompt in face.prompts)
+    return not face.prompts.columns and all(prompt.messages is None for prompt in face.prompts[:N_INSPECTED])
 
 
 def _shaped(face: Any, shaping: PotentialShaping, prompt: str, before: Observation, step: _Step) -> float:
@@ -299,7 +300,7 @@ def _check_seeding(env: gym.Env[Any, Any]) -> None:
         "The same seed and the same actions must give the same episode."
     )
     prompts: Any = env.unwrapped.prompts  # type: ignore[attr-defined]
-    if len({prompt.text for prompt in prompts}) > 1:
+    if len({prompt.text for prompt in prompts[:N_INSPECTED]}) > 1:
         drawn = {env.reset(seed=seed)[1]["prompt"] for seed in range(64)}
         assert len(drawn) > 1, "64 seeds drew one and the same prompt of several."
 

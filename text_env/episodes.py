@@ -29,6 +29,7 @@ from text_env.settings import EpisodeSettings, check_integer
 from text_env.shaping import PotentialShaping, make_shaping
 from text_env.stop_strings import StopStrings
 from text_env.streams import TokenStream
+from text_env.task_names import with_task
 from text_env.tokenization import decode, decode_completions, load_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ class Episodes:
 
     def __init__(self, n: int, settings: EpisodeSettings) -> None:
         check_integer("num_envs", n, 1)
+        settings = with_task(settings)
         settings.check()
         self.n = n
         self.tokenizer = load_tokenizer(settings.tokenizer)
@@ -111,7 +113,6 @@ class Episodes:
         self.eos_token_id = self.eos_token_ids[0]  # the tokenizer's own
         pad = self.tokenizer.pad_token_id
         self.pad_token_id = self.eos_token_id if pad is None else int(pad)
-        self.max_prompt_tokens = settings.max_prompt_tokens
         self.max_new_tokens = settings.max_new_tokens
         self.min_new_tokens = settings.min_new_tokens
         self.constraint: Constraint | None = make_constraint(settings.constraint)
@@ -131,6 +132,7 @@ class Episodes:
             settings.chat_template,
             self.eos_token_ids,
         )
+        self.max_prompt_tokens = self.prompts.max_prompt_tokens
         options = dict(settings.reward_kwargs or {})
         self.reward = make_reward(settings.reward, **options)
         self.metrics = {name: make_reward(metric, **options) for name, metric in (settings.metrics or {}).items()}
