@@ -244,8 +244,8 @@ class Prompts(Sequence[Prompt]):
             if self.overlong != "error" or len(encoded[1]) <= self.max_prompt_tokens:
                 return self._made(*encoded, self._columns_of(row))
         raise ValueError(
-            f"Expected generated prompts of at most max_prompt_tokens={self.max_prompt_tokens} tokens, but all "
-            f"that may stand in place {place} are longer: raise max_prompt_tokens."
+            f"Expected generated prompts of at most max_prompt_tokens={self.max_prompt_tokens} tokens, but all that "
+            f"may stand in place {place} are longer: raise max_prompt_tokens."
         )
 
     def _columns_of(self, row: Mapping[str, Any]) -> dict[str, Any]:
