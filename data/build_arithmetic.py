@@ -54,7 +54,7 @@ class Build:
     n_layers: int = 4
     n_heads: int = 4
     intermediate_size: int = 512
-    n_batches: int = 8_000
+    n_batches: int = 5_000
     batch_tokens: int = 4_096
     learning_rate: float = 3e-3
     weight_decay: float = 0.05
