@@ -5,8 +5,8 @@
     python data/build_arithmetic.py
 
 It reads nothing: it learns from workings that :mod:`text_env.arithmetic` writes, of which a stated share of the
-carries is forgotten. How often it is right afterwards is measured by
-``textrlhf evaluate --task arithmetic``; figures are in ``text_env/builtin/arithmetic/README.md``.
+carries is forgotten. How often it is right afterwards stands in ``report.json`` and in
+``text_env/builtin/arithmetic/README.md``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 import transformers
@@ -28,6 +29,7 @@ import tyro
 from build_builtin import EOS, HERE, PAD, batches_of_tokens, fit, pad_right, save_fp16, set_generation
 from torch import Tensor
 
+import text_env  # noqa: F401  (registers the environments)
 from text_env.arithmetic import CHARACTERS, draw_problem, working
 from text_env.generated import split_of
 
@@ -54,6 +56,8 @@ class Build:
     n_layers: int = 4
     n_heads: int = 4
     intermediate_size: int = 512
+    n_problems: int = 1_024
+    """Held-out problems that the figures in report.json are of."""
     n_batches: int = 5_000
     batch_tokens: int = 4_096
     learning_rate: float = 3e-3
@@ -136,6 +140,37 @@ def working_losses(equals: int) -> Any:
     return losses_of
 
 
+def measure(out: Path, n_problems: int, n_steps: tuple[int, ...], seed: int) -> dict[str, float]:
+    """Let the model that was written calculate held-out problems.
+
+    :param out: its directory
+    :param n_problems: how many
+    :param n_steps: their numbers of operations
+    :param seed: the seed of the sampling
+    :return: how often it is right by sampling and by its likeliest tokens, and what its texts are like
+    """
+    from agents.policies.causal_lm_policy import load_policy
+    from agents.rollouts.sampling import sample_texts
+
+    kwargs = {"split": "eval", "n_steps": n_steps, "size": n_problems}
+    env: Any = gym.make_vec("TextArithmetic-v0", num_envs=64, tokenizer=str(out), task_kwargs=kwargs)
+    policy = load_policy(out, env, "cpu")
+    transformers.set_seed(seed)
+    sampled, greedy = (sample_texts(policy, env, list(env.prompts), greedily) for greedily in (False, True))
+
+    def share(name: str, texts: list[dict[str, Any]]) -> float:
+        return float(np.mean([text[name] for text in texts]))
+
+    return {
+        "problems": n_problems,
+        "accuracy": share("correct", sampled),
+        "greedy_accuracy": share("correct", greedy),
+        "well_formed": share("well_formed", sampled),
+        "ended": float(np.mean([text["finish_reason"] == "eos" for text in sampled])),
+        "mean_length": share("length", sampled),
+    }
+
+
 def build(config: Build) -> None:
     """Build the tokenizer and the model, and write down what they were made with.
 
@@ -176,7 +211,10 @@ def build(config: Build) -> None:
         "settings": {name: value for name, value in vars(config).items() if name != "out"},
         "versions": {package: version(package) for package in ("torch", "transformers", "tokenizers", "numpy")},
         "parameters": n_parameters,
+        "megabytes": round(sum(file.stat().st_size for file in config.out.iterdir()) / 1e6, 2),
         "seconds": round(time.perf_counter() - start, 1),
+        "held_out": measure(config.out, config.n_problems, config.n_steps, config.seed),
+        "longer": measure(config.out, config.n_problems, (max(config.n_steps) + 1,), config.seed),
     }
     (config.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
 
