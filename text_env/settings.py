@@ -43,9 +43,9 @@ class EpisodeSettings:
         of strings, a list of mappings with the key ``"prompt"``, a table with such a column (``datasets.Dataset``, data
         frame, Arrow table, mapping from names to columns), or :class:`text_env.generated.GeneratedPrompts`. The reward
         is given the other columns. A prompt may be a conversation, which is a list of messages
-        ``{"role": ..., "content": ...}``: it is written in the tokenizer's chat template, and rewards are given prompts and completions as lists of messages,
-        as TRL gives them. A prompt never ends in EOS: EOS tokens at its end, and whatever the tokenizer appends to a
-        text, are dropped.
+        ``{"role": ..., "content": ...}``: it is written in the tokenizer's chat template, and rewards are given prompts
+        and completions as lists of messages, as TRL gives them. A prompt never ends in EOS: EOS tokens at its end, and
+        whatever the tokenizer appends to a text, are dropped.
     :param reward: ``"builtin"``, ``"sentiment"``, the directory or hub name of a sequence classifier,
         ``"module:function"``, a callable ``(prompts, completions, completion_ids, **columns) -> list[float]``, or a
         weighted sum of these, as ``{"builtin": 1.0, "sentiment": 0.5}`` or ``"builtin+0.5*sentiment"``. Further names
