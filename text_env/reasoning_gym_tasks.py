@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from text_env.answers import Extractor, Verifier
-from text_env.bounded_calls import call_bounded
+from text_env.answers import ExpectedAnswerError, Extractor, Verifier
+from text_env.bounded_calls import BoundedCallError, call_bounded
 from text_env.generated import GeneratedPrompts
 from text_env.tasks import Task
 
@@ -97,8 +97,25 @@ def _row(name: str, seed: int, config: str, instruction: str, number: int) -> di
 
 
 def _judged(name: str, seed: int, config: str, partly: bool, answer: str, problem: int) -> float:
+    try:  # what the answer has no part in must not take the time that judging it may take
+        call_bounded(f"{__name__}:prepare", name, seed, config, problem, seconds=120.0)
+    except BoundedCallError as error:
+        raise ExpectedAnswerError(
+            f"Problem {problem} of {name!r} can't be made to judge its answers: {error}"
+        ) from error
     found = call_bounded(f"{__name__}:score", name, seed, config, problem, answer)
     return found if partly else float(found >= 1)
+
+
+def prepare(name: str, seed: int, config: str, number: int) -> None:
+    """Import reasoning-gym, and make a problem, so that :func:`score` finds it made.
+
+    :param name: the name of a data set.
+    :param seed: its seed.
+    :param config: its configuration, as JSON.
+    :param number: the number of a problem.
+    """
+    _item(name, seed, config, number)
 
 
 def score(name: str, seed: int, config: str, number: int, answer: str) -> float:

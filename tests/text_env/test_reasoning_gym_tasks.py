@@ -15,7 +15,7 @@ import pytest
 from tiny import tiny_tokenizer
 
 from text_env import TextEnv, reasoning_gym_tasks
-from text_env.answers import Verifier
+from text_env.answers import ExpectedAnswerError, Verifier
 from text_env.bounded_calls import BoundedCallError
 from text_env.generated import ATTEMPTS, split_of
 from text_env.prompts import Prompts
@@ -37,9 +37,10 @@ LAX = {"game_of_life_halting"}
 def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Judge here: the other process would have to make every problem again."""
 
-    def call(function: str, *arguments: Any) -> Any:
-        assert function == "text_env.reasoning_gym_tasks:score"
-        return json.loads(json.dumps(reasoning_gym_tasks.score(*json.loads(json.dumps(arguments)))))
+    def call(function: str, *arguments: Any, seconds: float = 5.0) -> Any:
+        module, _, name = function.partition(":")
+        assert module == reasoning_gym_tasks.__name__
+        return json.loads(json.dumps(getattr(reasoning_gym_tasks, name)(*json.loads(json.dumps(arguments)))))
 
     monkeypatch.setattr(reasoning_gym_tasks, "call_bounded", call)
 
@@ -152,13 +153,32 @@ def test_answers_are_judged_in_a_process_of_their_own(monkeypatch: pytest.Monkey
 
 
 def test_an_answer_that_cannot_be_judged_is_worth_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def call(*arguments: Any) -> Any:
-        raise BoundedCallError("did not end")
+    def call(function: str, *arguments: Any, seconds: float = 5.0) -> Any:
+        if function.endswith(":score"):
+            raise BoundedCallError("did not end")
 
     task = reasoning_gym_task("chain_sum", 3)
     row = task.prompts("train")[0]
     monkeypatch.setattr(reasoning_gym_tasks, "call_bounded", call)
     assert judged(task, row, f"<answer>{row['answer']}</answer>") == (0.0, 0.0, row["answer"])
+
+
+def test_a_problem_that_cannot_be_made_again_is_not_held_against_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing reasoning-gym takes seconds, and so do some problems: more time than judging an answer may take."""
+    allowed = {}
+
+    def call(function: str, *arguments: Any, seconds: float = 5.0) -> Any:
+        allowed[function.partition(":")[2]] = seconds
+        raise BoundedCallError("did not end")
+
+    task = reasoning_gym_task("chain_sum", 3)
+    row = task.prompts("train")[0]
+    monkeypatch.setattr(reasoning_gym_tasks, "call_bounded", call)
+    with pytest.raises(
+        ExpectedAnswerError, match=f"Problem {row['problem']} of 'chain_sum' can't be made.*did not end"
+    ):
+        judged(task, row, f"<answer>{row['answer']}</answer>")
+    assert allowed == {"prepare": 120.0}
 
 
 # ---- refusals
