@@ -242,7 +242,8 @@ def _evaluate(config: EvaluateConfig, env_config: EnvConfig, reference: str) -> 
         config.samples_per_prompt,
         config.pass_at_k,
     )
-    name = env_config.prompts if env_config.task is None or config.prompts is not None else env_config.task
+    # A task poses its own prompts where no others are named.
+    name = env_config.task if env_config.task is not None and env_config.prompts == "builtin" else env_config.prompts
     return {**result, "prompt_set": str(name)}
 
 

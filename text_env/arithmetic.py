@@ -18,6 +18,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from text_env.generated import GeneratedPrompts
@@ -28,6 +29,9 @@ CHARACTERS = "0123456789+*=()"
 
 LARGEST = 9_999
 """No intermediate result is larger than this."""
+
+MOST_STEPS = 32
+"""With more, hardly a problem has results below :data:`LARGEST`, and drawing one could take for ever."""
 
 MODEL = "builtin:arithmetic"
 
@@ -139,28 +143,22 @@ def arithmetic_task(
 ) -> Task:
     """The built-in task ``"arithmetic"``.
 
-    :param n_steps: the number of operations of a problem, at least 1; of several numbers, each is as frequent as the
-        others. The built-in model has seen 3 and 4.
+    :param n_steps: the number of operations of a problem, from 1 to :data:`MOST_STEPS`; of several numbers, each is as
+        frequent as the others. The built-in model has seen 3 and 4.
     :param size: the number of training problems, and of held-out ones; None: without end.
     :param seed: the seed that the problems are made from, at least 0.
     :return: the task. The score is 1 for a right answer after ``####``, else 0.
     :raises ValueError: if a number is out of range.
     """
-    numbers = (n_steps,) if isinstance(n_steps, int) else tuple(n_steps)
-    if not numbers or not all(isinstance(number, int) and number >= 1 for number in numbers):
-        raise ValueError(f"Expected n_steps to be an integer of at least 1, or several, got {n_steps!r}.")
-    if not isinstance(seed, int) or seed < 0:
+    numbers = tuple(n_steps) if isinstance(n_steps, tuple | list) else (n_steps,)
+    if not numbers or not all(_is_integer(number) and 1 <= number <= MOST_STEPS for number in numbers):
+        raise ValueError(f"Expected n_steps to be an integer from 1 to {MOST_STEPS}, or several, got {n_steps!r}.")
+    if not _is_integer(seed) or seed < 0:
         raise ValueError(f"Expected seed to be an integer of at least 0, got {seed!r}.")
-
-    def make(number: int) -> dict[str, Any]:
-        generator = random.Random(f"{seed}/{number}")
-        problem = draw_problem(generator, generator.choice(numbers))
-        return {"prompt": problem.expression, "answer": problem.answer}
-
     most = max(numbers)
     return Task(
         "arithmetic",
-        lambda split: GeneratedPrompts(make, split, size),
+        lambda split: GeneratedPrompts(partial(_row, seed, numbers), split, size),
         "correct(extract='hash')",
         settings={
             "tokenizer": MODEL,
@@ -171,3 +169,14 @@ def arithmetic_task(
         },
         model=MODEL,
     )
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _row(seed: int, n_steps: tuple[int, ...], number: int) -> dict[str, Any]:
+    """A problem with its answer. Not a function inside another, which could not be pickled with an environment."""
+    generator = random.Random(f"{seed}/{number}")
+    problem = draw_problem(generator, generator.choice(n_steps))
+    return {"prompt": problem.expression, "answer": problem.answer}

@@ -9,15 +9,15 @@ from __future__ import annotations
 import difflib
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import numpy as np
 
-from text_env.answers import Extractor, Verifier
-from text_env.bounded_calls import call_bounded
+from text_env.answers import ExpectedAnswerError, Extractor, Verifier
+from text_env.bounded_calls import BoundedCallError, call_bounded
 from text_env.generated import GeneratedPrompts
 from text_env.tasks import Task
 
@@ -78,24 +78,44 @@ def reasoning_gym_task(
         raise ValueError(f"Expected the configuration of {name!r} to be JSON values, got {config!r}.") from error
     _dataset(name, seed, written)
 
-    def make(number: int) -> dict[str, Any]:
-        item = _item(name, seed, written, number)
-        return {"prompt": item["question"] + instruction, "problem": number, "answer": item["answer"]}
+    def verifier(partly: bool) -> Verifier:
+        return Verifier(extract, partial(_judged, name, seed, written, partly), column="problem")
 
-    def verifier(judge: Callable[[float], float]) -> Verifier:
-        def match(answer: str, problem: int) -> float:
-            return judge(call_bounded(f"{__name__}:score", name, seed, written, problem, answer))
-
-        return Verifier(extract, match, column="problem")
-
-    right = verifier(lambda score: float(score >= 1))
     return Task(
         f"{PREFIX}{name}",
-        lambda split: GeneratedPrompts(make, split, size),
-        verifier(float) if partial_credit else right,
-        metrics={"correct": right} if partial_credit else {},
+        lambda split: GeneratedPrompts(partial(_row, name, seed, written, instruction), split, size),
+        verifier(partial_credit),
+        metrics={"correct": verifier(False)} if partial_credit else {},
         settings={"max_prompt_tokens": None, "max_new_tokens": max_new_tokens},
     )
+
+
+# Not functions inside another, which could not be pickled with an environment.
+def _row(name: str, seed: int, config: str, instruction: str, number: int) -> dict[str, Any]:
+    item = _item(name, seed, config, number)
+    return {"prompt": item["question"] + instruction, "problem": number, "answer": item["answer"]}
+
+
+def _judged(name: str, seed: int, config: str, partly: bool, answer: str, problem: int) -> float:
+    try:  # what the answer has no part in must not take the time that judging it may take
+        call_bounded(f"{__name__}:prepare", name, seed, config, problem, seconds=120.0)
+    except BoundedCallError as error:
+        raise ExpectedAnswerError(
+            f"Problem {problem} of {name!r} can't be made to judge its answers: {error}"
+        ) from error
+    found = call_bounded(f"{__name__}:score", name, seed, config, problem, answer)
+    return found if partly else float(found >= 1)
+
+
+def prepare(name: str, seed: int, config: str, number: int) -> None:
+    """Import reasoning-gym, and make a problem, so that :func:`score` finds it made.
+
+    :param name: the name of a data set.
+    :param seed: its seed.
+    :param config: its configuration, as JSON.
+    :param number: the number of a problem.
+    """
+    _item(name, seed, config, number)
 
 
 def score(name: str, seed: int, config: str, number: int, answer: str) -> float:
@@ -112,19 +132,27 @@ def score(name: str, seed: int, config: str, number: int, answer: str) -> float:
 
 @cache
 def _dataset(name: str, seed: int, config: str) -> Any:
+    return _created(name, seed, json.loads(config))
+
+
+def _created(name: str, seed: int, config: dict[str, Any]) -> Any:
     with _own_randomness():
         import reasoning_gym
 
         try:
-            return reasoning_gym.create_dataset(name, seed=seed, **json.loads(config))
+            return reasoning_gym.create_dataset(name, seed=seed, **config)
         except (TypeError, ValueError, AssertionError) as error:
             raise ValueError(f"The data set {name!r} of reasoning-gym does not take {config}: {error}") from error
 
 
 @lru_cache(maxsize=4096)  # some take a second to make, and those of a group are asked for many times
 def _item(name: str, seed: int, config: str, number: int) -> dict[str, Any]:
+    number %= 2**31  # some seed NumPy with a sum of the two, which must be below 2**32
     with _own_randomness():
-        return dict(_dataset(name, seed, config)[number])
+        try:
+            return dict(_dataset(name, seed, config)[number])
+        except IndexError:  # some make a list of problems when they are created; another seed makes another list
+            return dict(_created(name, seed + number, {**json.loads(config), "size": 1})[0])
 
 
 @cache

@@ -7,8 +7,9 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import gymnasium as gym
 
@@ -41,7 +42,7 @@ def file_task(
     :param match: how it is compared with the right one, likewise.
     :param column: the column of the right answers.
     :return: the task.
-    :raises ValueError: if there is no such file, or its rows have no such column.
+    :raises ValueError: if there is no such file, its rows have no such column, or belong to another part.
     """
     rows = load_prompts(path)
     if missing := [number for number, row in enumerate(rows) if column not in row]:
@@ -50,17 +51,24 @@ def file_task(
             f"has {sorted(rows[missing[0]])}. Name another: task_kwargs={{'column': ...}}."
         )
 
-    def prompts(split: Split) -> list[dict[str, Any]]:
-        part = [row for row in rows if row.get("split", split_of(str(row["prompt"]))) == split]
-        if not part:
+    for number, row in enumerate(rows):
+        if row.setdefault("split", split_of(str(row["prompt"]))) not in get_args(Split):
             raise ValueError(
-                f"Expected {str(path)!r} to have rows that belong to {split!r}, got none of {len(rows)}: say which do "
-                "in a column 'split', or add some."
+                f"Expected the column 'split' of {str(path)!r} to hold 'train' or 'eval' (the held-out part), got "
+                f"{row['split']!r} in row {number}."
             )
-        return [{name: value for name, value in row.items() if name != "split"} for row in part]
-
     settings = {"max_prompt_tokens": None, "max_new_tokens": 256}
-    return Task(str(path), prompts, Verifier(extract, match, column), settings=settings)
+    return Task(str(path), partial(_part, rows, str(path)), Verifier(extract, match, column), settings=settings)
+
+
+def _part(rows: list[dict[str, Any]], path: str, split: Split) -> list[dict[str, Any]]:
+    part = [{name: value for name, value in row.items() if name != "split"} for row in rows if row["split"] == split]
+    if not part:
+        raise ValueError(
+            f"Expected {path!r} to have rows that belong to {split!r}, got none of {len(rows)}: say which do in a "
+            "column 'split', or add some."
+        )
+    return part
 
 
 def make_task(spec: Any, **kwargs: Any) -> Task:
@@ -136,19 +144,26 @@ def with_task(settings: EpisodeSettings) -> EpisodeSettings:
     """
     :param settings: the settings of an environment.
     :return: the same settings; where they have a task, what it says takes the place of every default.
-    :raises ValueError: if ``task_kwargs`` are given without a task; and for the reasons of :func:`make_task`.
+    :raises ValueError: if ``task_kwargs``, or the reward ``"task"``, are given without a task; and for the reasons of
+        :func:`make_task`.
     """
     kwargs = dict(settings.task_kwargs or {})
     if settings.task is None:
         if kwargs:
             raise ValueError(f"Expected task_kwargs only together with a task, got {kwargs!r}.")
+        if "task" in _weights(settings.reward):
+            raise ValueError(f"Expected 'task' in a reward only together with a task, got {settings.reward!r}.")
         return settings
     split = kwargs.pop("split", "train")
     check_split(split)
     task = make_task(settings.task, **kwargs)
     fields = {field.name: field.default for field in dataclasses.fields(EpisodeSettings)}
-    if unknown := sorted(set(task.settings) - set(fields)):
-        raise ValueError(f"The task {task.name!r} says what {unknown} is; no setting of an environment is called so.")
+    own = {"task", "task_kwargs", "prompts", "reward", "metrics"}  # which a task says otherwise, or cannot say
+    if unknown := sorted(set(task.settings) - (set(fields) - own)):
+        raise ValueError(
+            f"Expected the settings of the task {task.name!r} to be settings of an environment other than "
+            f"{sorted(own)}, got {unknown}."
+        )
     said: dict[str, Any] = {**task.settings, "reward": task.reward}
     changes = {name: value for name, value in said.items() if _is_default(getattr(settings, name), fields[name])}
     if _is_default(settings.prompts, fields["prompts"]):
@@ -158,10 +173,16 @@ def with_task(settings: EpisodeSettings) -> EpisodeSettings:
     return dataclasses.replace(settings, **changes, task=None, task_kwargs=None)
 
 
+def _weights(spec: Any) -> Mapping[Any, Any]:
+    """The weights by name of a reward that is a weighted sum or may name the task's own; of another none."""
+    weights = parse_sum(spec) if isinstance(spec, str) and re.search(r"\btask\b", spec) else spec
+    return weights if isinstance(weights, Mapping) else {}
+
+
 def _reward(spec: Any, task: Task) -> Any:
     """The reward, where ``"task"`` in a weighted sum is the task's own."""
-    weights = parse_sum(spec) if isinstance(spec, str) and re.search(r"\btask\b", spec) else spec
-    if not isinstance(weights, Mapping) or "task" not in weights:
+    weights = _weights(spec)
+    if "task" not in weights:
         return spec
     return {make_reward(task.reward) if name == "task" else name: weight for name, weight in weights.items()}
 

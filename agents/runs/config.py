@@ -79,22 +79,24 @@ class EnvConfig(EpisodeSettings):
         """
         :return: the same environment with the prompts that are held out, if there are such.
         """
-        if self.task is not None:
-            return dataclasses.replace(self, task_kwargs={**self.task_kwargs, "split": "eval"})
-        said = said_by_name(self.env)
-        if "task" in said:
-            kwargs = {name: json.dumps(value) for name, value in (said.get("task_kwargs") or {}).items()}
-            return dataclasses.replace(self, task=said["task"], task_kwargs={**kwargs, "split": "eval"})
+        task, kwargs = self._task()
+        if task is not None:
+            return dataclasses.replace(self, task=task, task_kwargs={**kwargs, "split": "eval"})
         return dataclasses.replace(self, prompts="builtin:eval") if self.prompts == "builtin" else self
 
     def model(self) -> str:
         """
         :return: the name of the model that the task was made for; without one, ``"builtin"``.
         """
+        task, kwargs = self._task()
+        return model_of_task(task, parsed(kwargs)) or "builtin"
+
+    def _task(self) -> tuple[Any, dict[str, str]]:
+        """The task and its arguments, those that the registered name stands for included; None: there is none."""
         said = said_by_name(self.env)
-        if self.task is not None:
-            return model_of_task(self.task, parsed(self.task_kwargs)) or "builtin"
-        return model_of_task(said.get("task"), said.get("task_kwargs")) or "builtin"
+        if self.task is not None or self.task_kwargs:
+            return self.task or said.get("task"), self.task_kwargs
+        return said.get("task"), {name: json.dumps(value) for name, value in (said.get("task_kwargs") or {}).items()}
 
     def make(self, num_envs: int, model: str, gamma: float | None = None, **overrides: Any) -> TextVectorEnv:
         """Make the environment of a run.
@@ -109,8 +111,8 @@ class EnvConfig(EpisodeSettings):
             algorithms would ignore.
         """
         options = {option.name: getattr(self, option.name) for option in dataclasses.fields(EpisodeSettings)}
-        of_task = self.task is not None or "task" in said_by_name(self.env)
-        gold = {"gold_score": self.gold} if self.gold and not (of_task and self.gold == EnvConfig.gold) else {}
+        no_gold = not self.gold or (self._task()[0] is not None and self.gold == EnvConfig.gold)
+        gold = {} if no_gold else {"gold_score": self.gold}
         shaping = None
         if self.shaping is not None and gamma is not None:
             shaping = PotentialShaping(self.shaping, gamma, self.shaping_every)
@@ -121,8 +123,9 @@ class EnvConfig(EpisodeSettings):
             reward_kwargs=parsed(self.reward_kwargs),
             task_kwargs=parsed(self.task_kwargs),
         )
-        if self.task is None:  # whatever the registered name says
-            del options["task"], options["task_kwargs"]
+        for name in ("task", "task_kwargs"):  # whatever the registered name says
+            if not options[name]:
+                del options[name]
         options.update(overrides)
         if options["group_size"] is None:  # neither the configuration nor an algorithm asks for groups
             options["group_size"] = 1
