@@ -138,8 +138,11 @@ def as_number(value: Any) -> Fraction | None:
         if isinstance(value, int | Decimal | Fraction):
             return Fraction(value)
         match = _WHOLE_NUMBER.fullmatch(str(value).strip())
+        if match is None:
+            return None
+        over, _, under = re.sub(r"[,\s$€£]", "", match["number"]).replace("−", "-").partition("/")
         # int() refuses more than 4300 digits, so that even an odd text costs little.
-        return Fraction(re.sub(r"[,\s$€£]", "", match["number"]).replace("−", "-")) if match else None
+        return Fraction(over) / int(under or 1)
     except (ValueError, ZeroDivisionError, OverflowError):
         return None
 

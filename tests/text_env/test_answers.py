@@ -109,6 +109,8 @@ def test_no_text_makes_an_extractor_raise_and_what_it_finds_stands_in_the_text(t
 
 
 @settings(max_examples=300, deadline=None)
+@example(".0/1")
+@example("1.5/2")
 @given(ODD)
 def test_what_the_last_number_finds_is_a_number_unless_it_is_divided_by_zero(text: str) -> None:
     found = EXTRACTORS["last_number"](text)

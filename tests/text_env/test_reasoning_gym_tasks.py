@@ -29,7 +29,7 @@ NAMES = reasoning_gym_tasks._names()
 # One problem takes a second to make.
 SLOW = {"knight_swap", "quantum_lock"}
 
-# A mistake of reasoning-gym 0.1.25: where the answer is "False", every text but an empty one is right.
+# A mistake of reasoning-gym 0.1.25, which compares the truth of two strings: every answer but an empty one is right.
 LAX = {"game_of_life_halting"}
 
 
