@@ -90,18 +90,25 @@ def run_sample(config: SampleConfig) -> int:
     check_device(config.device)
     run = run_of(config.policy)
     env_config = run.env if run is not None else EnvConfig()
-    env_config = dataclasses.replace(env_config, max_new_tokens=config.max_new_tokens, max_prompt_tokens=None)
+    budget = {} if config.max_new_tokens is None else {"max_new_tokens": config.max_new_tokens}
+    env_config = dataclasses.replace(env_config, max_prompt_tokens=None, **budget)
     prompts = [prompt for prompt in config.prompt for _ in range(config.n)]
-    env = env_config.make(len(prompts), config.policy, prompts=prompts)
+    # The right answers of these prompts are unknown, so that a task can't judge what is written.
+    judge = {"reward": _unjudged} if env_config.has_task else {}
+    env = env_config.make(len(prompts), config.policy, prompts=prompts, **judge)
     set_random_seed(config.seed)
     policy = load_policy(config.policy, env, config.device, config.dtype, config.temperature)
     for info in sample_texts(policy, env, prompts, config.greedy):
         console.print(
             f"[bold]{escape(info['prompt'])}[/bold]{escape(info['completion'])}",
-            f"[dim]({info['score']:+.2f})[/dim]",
+            "" if env_config.has_task else f"[dim]({info['score']:+.2f})[/dim]",
             soft_wrap=True,
         )
     return 0
+
+
+def _unjudged(completions: Sequence[Any], **_: Any) -> list[float]:
+    return [0.0] * len(completions)
 
 
 def run_train(config: TrainConfig) -> int:

@@ -336,7 +336,7 @@ def run_demo_with(monkeypatch: pytest.MonkeyPatch, run_dir: Path, **changed: flo
         (config.run_dir / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
     monkeypatch.setattr("agents.runs.train.train", train)
-    monkeypatch.setattr("agents.cli._evaluate", lambda *_: {"policy": policy, "reference": reference, **figures})
+    monkeypatch.setattr("agents.cli._evaluate", lambda *_: {"policy": policy, "reference": reference, "prompt_set": "p", **figures})
     return main(["demo", "--run-dir", str(run_dir)])
 
 

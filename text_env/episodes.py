@@ -29,7 +29,6 @@ from text_env.settings import EpisodeSettings, check_integer
 from text_env.shaping import PotentialShaping, make_shaping
 from text_env.stop_strings import StopStrings
 from text_env.streams import TokenStream
-from text_env.task_names import with_task
 from text_env.tokenization import decode, decode_completions, load_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
@@ -104,7 +103,6 @@ class Episodes:
 
     def __init__(self, n: int, settings: EpisodeSettings) -> None:
         check_integer("num_envs", n, 1)
-        settings = with_task(settings)
         settings.check()
         self.n = n
         self.tokenizer = load_tokenizer(settings.tokenizer)

@@ -34,7 +34,7 @@ class EpisodeSettings:
     :param task: a task with a right answer: ``"arithmetic"``; ``"reasoning_gym:chain_sum"`` or another data set of
         reasoning-gym; a file of prompts with a column ``answer``; ``"module:object"``; or a
         :class:`text_env.tasks.Task` (see :func:`text_env.task_names.make_task`). It says what every argument is that is
-        left at its default here: prompts and reward above all. ``metrics`` are added to its own. None: there is none.
+        not given: prompts and reward above all. ``metrics`` are added to its own. None: there is none.
     :param task_kwargs: the arguments of the task, such as ``size`` and ``seed`` of its problems, and ``split``:
         ``"train"``, the default, or ``"eval"``, the problems that are held out.
     :param tokenizer: ``"builtin"``, ``"builtin:arithmetic"``, a directory, a hub name, or a live Hugging Face

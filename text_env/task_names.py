@@ -140,13 +140,14 @@ def model_of_task(task: Any, task_kwargs: Mapping[str, Any] | None) -> str | Non
     return make_task(task, **{name: value for name, value in (task_kwargs or {}).items() if name != "split"}).model
 
 
-def with_task(settings: EpisodeSettings) -> EpisodeSettings:
+def settings_of(given: Mapping[str, Any]) -> EpisodeSettings:
     """
-    :param settings: the settings of an environment.
-    :return: the same settings; where they have a task, what it says takes the place of every default.
+    :param given: the settings that an environment was given, by name.
+    :return: all of its settings. What is not given a task says, if there is one, and else the default counts.
     :raises ValueError: if ``task_kwargs``, or the reward ``"task"``, are given without a task; and for the reasons of
         :func:`make_task`.
     """
+    settings = EpisodeSettings(**given)
     kwargs = dict(settings.task_kwargs or {})
     if settings.task is None:
         if kwargs:
@@ -157,20 +158,19 @@ def with_task(settings: EpisodeSettings) -> EpisodeSettings:
     split = kwargs.pop("split", "train")
     check_split(split)
     task = make_task(settings.task, **kwargs)
-    fields = {field.name: field.default for field in dataclasses.fields(EpisodeSettings)}
+    fields = {field.name for field in dataclasses.fields(EpisodeSettings)}
     own = {"task", "task_kwargs", "prompts", "reward", "metrics"}  # which a task says otherwise, or cannot say
-    if unknown := sorted(set(task.settings) - (set(fields) - own)):
+    if unknown := sorted(set(task.settings) - (fields - own)):
         raise ValueError(
             f"Expected the settings of the task {task.name!r} to be settings of an environment other than "
             f"{sorted(own)}, got {unknown}."
         )
-    said: dict[str, Any] = {**task.settings, "reward": task.reward}
-    changes = {name: value for name, value in said.items() if _is_default(getattr(settings, name), fields[name])}
-    if _is_default(settings.prompts, fields["prompts"]):
-        changes["prompts"] = task.prompts(split)
-    changes["reward"] = _reward(changes.get("reward", settings.reward), task)
-    changes["metrics"] = {**task.metrics, **(settings.metrics or {})} or None
-    return dataclasses.replace(settings, **changes, task=None, task_kwargs=None)
+    said: dict[str, Any] = {**task.settings, "reward": task.reward, **given}
+    if "prompts" not in given:
+        said["prompts"] = task.prompts(split)
+    said["reward"] = _reward(said["reward"], task)
+    said["metrics"] = {**task.metrics, **(settings.metrics or {})} or None
+    return EpisodeSettings(**{**said, "task": None, "task_kwargs": None})
 
 
 def _weights(spec: Any) -> Mapping[Any, Any]:
@@ -185,8 +185,3 @@ def _reward(spec: Any, task: Task) -> Any:
     if "task" not in weights:
         return spec
     return {make_reward(task.reward) if name == "task" else name: weight for name, weight in weights.items()}
-
-
-def _is_default(value: Any, default: Any) -> bool:
-    # Not `==` alone: a data frame, say, has an answer of its own to that.
-    return value is default or (isinstance(value, str | int | Mapping) and bool(value == default))

@@ -93,8 +93,8 @@ class SampleConfig:
     """Choose the most probable token instead of sampling one."""
     temperature: float = 1.0
     """The temperature of the policy's distribution."""
-    max_new_tokens: int = 48
-    """The response budget, in tokens."""
+    max_new_tokens: int | None = None
+    """The response budget, in tokens; by default that of the policy's run."""
     seed: int = 0
     """The seed of the texts."""
     device: str = "auto"
@@ -108,7 +108,8 @@ class SampleConfig:
         """
         check_integer("n", self.n, 1)
         check_number("temperature", self.temperature, above=0)
-        check_integer("max_new_tokens", self.max_new_tokens, 1)
+        if self.max_new_tokens is not None:
+            check_integer("max_new_tokens", self.max_new_tokens, 1)
 
 
 @dataclass

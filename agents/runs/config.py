@@ -91,6 +91,11 @@ class EnvConfig(EpisodeSettings):
         task, kwargs = self._task()
         return model_of_task(task, parsed(kwargs)) or "builtin"
 
+    @property
+    def has_task(self) -> bool:
+        """Whether the environment poses a task, by ``task`` or by the registered name."""
+        return self._task()[0] is not None
+
     def _task(self) -> tuple[Any, dict[str, str]]:
         """The task and its arguments, those that the registered name stands for included; None: there is none."""
         said = said_by_name(self.env)
@@ -111,7 +116,7 @@ class EnvConfig(EpisodeSettings):
             algorithms would ignore.
         """
         options = {option.name: getattr(self, option.name) for option in dataclasses.fields(EpisodeSettings)}
-        no_gold = not self.gold or (self._task()[0] is not None and self.gold == EnvConfig.gold)
+        no_gold = not self.gold or (self.has_task and self.gold == EnvConfig.gold)
         gold = {} if no_gold else {"gold_score": self.gold}
         shaping = None
         if self.shaping is not None and gamma is not None:
@@ -126,8 +131,12 @@ class EnvConfig(EpisodeSettings):
         for name in ("task", "task_kwargs"):  # whatever the registered name says
             if not options[name]:
                 del options[name]
+        if self.has_task:  # which says what is left at its default
+            defaults = {field.name: field.default for field in dataclasses.fields(self)}
+            left = {name for name in options if name != "tokenizer" and getattr(self, name) == defaults[name]}
+            options = {name: value for name, value in options.items() if name not in left - {"task", "metrics"}}
         options.update(overrides)
-        if options["group_size"] is None:  # neither the configuration nor an algorithm asks for groups
+        if options.get("group_size") is None:  # neither the configuration nor an algorithm asks for groups
             options["group_size"] = 1
         if self.env.rpartition(":")[2] == CONTINUOUS_ID:
             # Checked here, since the wrapper would first complain that its embeddings have another tokenizer.
