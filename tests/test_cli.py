@@ -324,6 +324,7 @@ def run_demo_with(monkeypatch: pytest.MonkeyPatch, run_dir: Path, **changed: flo
     reference = {"score": 0.0, "gold_score": 0.1, "distinct_2": 0.8}
     policy = {"score": 2.0, "gold_score": 0.9, "distinct_2": 0.7}
     figures = {"kl": 9.0, "score_gain_std": 2.0, "episodes": 256, "compared_with": "reference", "comparison": {}}
+    writers = {"policy": policy, "reference": reference, "prompt_set": "builtin:eval"}
     for name, value in changed.items():
         (policy if name in policy else figures)[name] = value
 
@@ -336,7 +337,7 @@ def run_demo_with(monkeypatch: pytest.MonkeyPatch, run_dir: Path, **changed: flo
         (config.run_dir / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
     monkeypatch.setattr("agents.runs.train.train", train)
-    monkeypatch.setattr("agents.cli._evaluate", lambda *_: {"policy": policy, "reference": reference, "prompt_set": "p", **figures})
+    monkeypatch.setattr("agents.cli._evaluate", lambda *_: {**writers, **figures})
     return main(["demo", "--run-dir", str(run_dir)])
 
 
