@@ -14,7 +14,7 @@ from gymnasium import spaces
 from transformers import PreTrainedTokenizerBase
 
 from text_env.constraints import name_of
-from text_env.task_names import said_by_name
+from text_env.task_names import model_of_task, said_by_name
 from text_env.vector_env import TextVectorEnv
 
 
@@ -24,13 +24,14 @@ def options_by_name(env: str, policy_kwargs: Mapping[str, Any]) -> dict[str, Any
     :param env: the name, perhaps with a module in front (``"my_module:MyText-v0"``).
     :param policy_kwargs: the policy's; its ``tokenizer`` or else that of its ``model`` becomes the environment's.
     :return: ``tokenizer`` and ``max_prompt_tokens`` (None: as long as the longest prompt is in that tokenizer), without
-        what the registered name says itself. Empty for the built-in model and for one that has no name to go by.
+        what the registered name says itself. Empty for the model that the environment was made for (the built-in one,
+        or its task's) and for one that has no name to go by.
     """
-    model = policy_kwargs.get("model", "builtin")
-    tokenizer = policy_kwargs.get("tokenizer") or model
-    if tokenizer == "builtin" or not isinstance(tokenizer, str | Path | PreTrainedTokenizerBase):
-        return {}
     said = said_by_name(env)
+    own = model_of_task(said.get("task"), said.get("task_kwargs")) or "builtin"
+    tokenizer = policy_kwargs.get("tokenizer") or policy_kwargs.get("model", "builtin")
+    if tokenizer == own or not isinstance(tokenizer, str | Path | PreTrainedTokenizerBase):
+        return {}
     options: dict[str, Any] = {} if "tokenizer" in said else {"tokenizer": tokenizer}
     if "max_prompt_tokens" not in said and "overlong_prompts" not in said:
         options["max_prompt_tokens"] = None

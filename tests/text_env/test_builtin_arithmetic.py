@@ -69,7 +69,14 @@ def test_it_is_right_as_often_as_its_card_says_and_ends_its_texts_itself() -> No
 
 
 def test_the_script_rebuilds_a_miniature(script: ModuleType, tmp_path: Path) -> None:
-    small = {"hidden_size": 16, "n_layers": 1, "n_heads": 2, "intermediate_size": 16, "batch_tokens": 512}
+    small = {
+        "hidden_size": 16,
+        "n_layers": 1,
+        "n_heads": 2,
+        "intermediate_size": 16,
+        "batch_tokens": 512,
+        "compile": False,
+    }
     script.build(script.Build(tmp_path, threads=1, n_batches=2, n_problems=4, **small))
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report) == {"settings", "versions", "parameters", "megabytes", "held_out", "longer", "seconds"}
