@@ -68,9 +68,9 @@ def held_out_pairs() -> list[Preference]:
 # --------------------------------------------------------------------------------------------------- what ships
 
 
-def test_everything_together_is_under_twelve_megabytes() -> None:
+def test_everything_together_is_under_fifteen_megabytes() -> None:
     sizes = [file.stat().st_size for file in BUILTIN.rglob("*") if "__pycache__" not in file.parts]
-    assert sum(sizes) < 12e6
+    assert sum(sizes) < 15e6  # 12 for film reviews, 3 for arithmetic
     assert max(sizes) < 10e6
 
 
