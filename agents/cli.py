@@ -90,11 +90,11 @@ def run_sample(config: SampleConfig) -> int:
     check_device(config.device)
     run = run_of(config.policy)
     env_config = run.env if run is not None else EnvConfig()
-    budget = {} if config.max_new_tokens is None else {"max_new_tokens": config.max_new_tokens}
+    budget: dict[str, Any] = {} if config.max_new_tokens is None else {"max_new_tokens": config.max_new_tokens}
     env_config = dataclasses.replace(env_config, max_prompt_tokens=None, **budget)
     prompts = [prompt for prompt in config.prompt for _ in range(config.n)]
     # The right answers of these prompts are unknown, so that a task can't judge what is written.
-    judge = {"reward": _unjudged} if env_config.has_task else {}
+    judge: dict[str, Any] = {"reward": _unjudged} if env_config.has_task else {}
     env = env_config.make(len(prompts), config.policy, prompts=prompts, **judge)
     set_random_seed(config.seed)
     policy = load_policy(config.policy, env, config.device, config.dtype, config.temperature)
