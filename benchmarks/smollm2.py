@@ -98,7 +98,7 @@ def main(config: Config) -> int:
         dtype=settings.dtype,
     )
     result = evaluate_policy(question)
-    print_evaluation(result, question.prompts)
+    print_evaluation(result)
     print_pairs(result)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes on Linux
     result |= {"seconds": seconds, "peak_rss_gb": peak, "total_timesteps": config.total_timesteps}

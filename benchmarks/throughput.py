@@ -124,6 +124,21 @@ def varied(plan: Plan) -> Figures:
     return {"rollout_vs_generate_varied": figure}
 
 
+def long_texts(plan: Plan) -> Figures:
+    """Tokens per second of a rollout of texts that are eight times as long, as tasks with right answers have them."""
+    what = plan.subject("gpt2-4m")._replace(episodes=plan.growth_episodes, response=8 * plan.response)
+    ours = rollout.Ours(what)
+    speeds = alternate({"ours": ours, "generate": rollout.generate(what, ours.env, ends=False)}, plan.slow_repeats)
+    figure = speed_ratio(
+        speeds["ours"],
+        speeds["generate"],
+        ">= 1.3",
+        f"Rollout through TextVectorEnv.step ÷ generate(); gpt2-4m, prompt 8, response {8 * plan.response} fixed, "
+        f"{plan.growth_episodes} rows.",
+    )
+    return {"rollout_vs_generate_long": figure}
+
+
 def updates(plan: Plan) -> Figures:
     """Action tokens per second of an update, on the small models."""
     figures: Figures = {}
@@ -261,6 +276,7 @@ SECTIONS: dict[Callable[[Plan], Figures], tuple[str, ...]] = {
         for suffix in ("", "_builtin", "_smollm2")
     ),
     varied: ("rollout_vs_generate_varied",),
+    long_texts: ("rollout_vs_generate_long",),
     updates: ("update_vs_bare", "update_vs_bare_builtin"),
     growth: ("growth_128_256",),
     trl: ("trl_ppo_vs_ours", "trl_ppo_vs_ours_separate_critic", "rss_vs_trl"),

@@ -356,6 +356,75 @@ def tokenize(tokenizer: Any, reviews: list[Record]) -> list[list[int]]:
     return [[*sequence[:255], tokenizer.eos_token_id] for sequence in ids]
 
 
+def fit(
+    model: Any,
+    batches: Iterable[list[list[int]]],
+    n_batches: int,
+    losses_of: Callable[[Any, list[list[int]]], Tensor],
+    learning_rate: float,
+    weight_decay: float,
+    compile_decoder: bool,
+) -> None:
+    """Train a language model: AdamW, a short warm-up, half a cosine wave, matrix products in bfloat16.
+
+    :param model: a Hugging Face causal language model
+    :param batches: lists of sequences of token ids
+    :param n_batches: how many of them there are
+    :param losses_of: called with the model and a batch; the losses of the tokens that count, 1-D
+    :param learning_rate: the highest learning rate
+    :param weight_decay: of matrices only
+    :param compile_decoder: whether to compile the decoder, which needs a C++ compiler
+    """
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    gains = [p for p in model.parameters() if p.ndim != 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices}, {"params": gains, "weight_decay": 0.0}],
+        lr=learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=weight_decay,
+    )
+    warmup = max(1, min(100, n_batches // 10))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / n_batches))),
+    )
+    if compile_decoder:
+        model.model.compile(dynamic=True)
+    n_tokens, start = 0, time.perf_counter()
+    model.train()
+    for step, batch in zip(range(n_batches), batches, strict=False):  # batches may be endless
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            losses = losses_of(model, batch)
+        optimizer.zero_grad()
+        losses.mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        n_tokens += len(losses)
+        if step % 100 == 0 or step == n_batches - 1:
+            speed = n_tokens / (time.perf_counter() - start)
+            print(
+                f"step {step}/{n_batches}  loss {losses.mean().item():.4f}  {speed:,.0f} tokens/s",
+                flush=True,
+            )
+
+
+def set_generation(model: Any, tokenizer: Any) -> None:
+    """Let ``model.generate`` sample from the model itself, not from a nucleus of it.
+
+    :param model: a Hugging Face causal language model
+    :param tokenizer: its tokenizer
+    """
+    model.generation_config = transformers.GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,  # 0 and 1.0 say "off"
+        top_p=1.0,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
 def save_fp16(model: Any, path: Path) -> None:
     """Save a model with half-precision weights that loads as float32 unless told otherwise.
 
@@ -395,47 +464,9 @@ def build_language_model(config: Build) -> Record:
     rng = np.random.default_rng(config.seed)
     lengths = [len(sequence) for sequence in train]
     batches = [batch for _ in range(config.epochs) for batch in batches_of_tokens(lengths, config.batch_tokens, rng)]
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    gains = [p for p in model.parameters() if p.ndim != 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices}, {"params": gains, "weight_decay": 0.0}],
-        lr=config.learning_rate,
-        betas=(0.9, 0.95),
-        weight_decay=config.weight_decay,
-    )
-    warmup = max(1, min(100, len(batches) // 10))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / len(batches)))),
-    )
-    if config.compile:
-        model.model.compile(dynamic=True)
-    n_tokens, start = 0, time.perf_counter()
-    model.train()
-    for step, batch in enumerate(batches):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            losses = next_token_losses(model, [train[i] for i in batch])
-        optimizer.zero_grad()
-        losses.mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        n_tokens += len(losses)
-        if step % 100 == 0 or step == len(batches) - 1:
-            speed = n_tokens / (time.perf_counter() - start)
-            print(
-                f"step {step}/{len(batches)}  loss {losses.mean().item():.3f}  {speed:,.0f} tokens/s",
-                flush=True,
-            )
-
-    model.generation_config = transformers.GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,  # 0 and 1.0 say "off": a text is a sample of the model itself, not of its nucleus
-        top_p=1.0,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    sequences = ([train[i] for i in batch] for batch in batches)
+    fit(model, sequences, len(batches), next_token_losses, config.learning_rate, config.weight_decay, config.compile)
+    set_generation(model, tokenizer)
     save_fp16(model, path)
     shipped = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     return {

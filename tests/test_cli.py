@@ -16,11 +16,12 @@ from learners import PROMPTS, make_env, save_model, weights_of
 from transformers import AutoModelForCausalLM
 
 from agents.algorithms.ppo import PPO
-from agents.cli import EvaluateConfig, main, run_of
+from agents.cli import main, run_of
 from agents.policies.causal_lm_policy import load_policy
 from agents.runs.algorithms import algorithm_named
 from agents.runs.config import EnvConfig, TrainConfig, dump_config, load_config
 from agents.state.schedules import LearningRate
+from text_env.builtin import prompts
 
 TINY = ["--max-new-tokens", "6", "--n-episodes", "8", "--batch-size", "4", "--n-epochs", "1", "--device", "cpu"]
 
@@ -264,8 +265,19 @@ def test_evaluate_says_how_often_k_texts_hold_a_right_answer(
     assert "Use such a reward, or leave pass_at_k out." in " ".join(capsys.readouterr().out.split())
 
 
-def test_evaluate_uses_held_out_prompts_by_default() -> None:
-    assert EvaluateConfig(policy="x").prompts == "builtin:eval"
+def test_evaluate_uses_held_out_prompts_by_default(tmp_path: Path) -> None:
+    task, out = tmp_path / "sums.jsonl", tmp_path / "out.json"
+    rows = [{"prompt": f"{n}+1=", "answer": n + 1, "split": "eval" if n < 3 else "train"} for n in range(9)]
+    task.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--policy", "builtin", "--reference", "builtin", "--device", "cpu", "--json", str(out), "--texts", "8"]
+    for more, prompt_set, held_out in (
+        ([], "builtin:eval", set(prompts("eval"))),
+        (["--task", str(task), "--max-new-tokens", "4"], str(task), {"0+1=", "1+1=", "2+1="}),
+    ):
+        assert main(["evaluate", *options, "--episodes", "8", *more]) == 0
+        result = json.loads(out.read_text())
+        assert result["prompt_set"] == prompt_set
+        assert {text["prompt"] for text in result["texts"]} <= held_out
 
 
 # ---- sample --------------------------------------------------------------------------------------------------------
@@ -312,6 +324,7 @@ def run_demo_with(monkeypatch: pytest.MonkeyPatch, run_dir: Path, **changed: flo
     reference = {"score": 0.0, "gold_score": 0.1, "distinct_2": 0.8}
     policy = {"score": 2.0, "gold_score": 0.9, "distinct_2": 0.7}
     figures = {"kl": 9.0, "score_gain_std": 2.0, "episodes": 256, "compared_with": "reference", "comparison": {}}
+    writers = {"policy": policy, "reference": reference, "prompt_set": "builtin:eval"}
     for name, value in changed.items():
         (policy if name in policy else figures)[name] = value
 
@@ -324,7 +337,7 @@ def run_demo_with(monkeypatch: pytest.MonkeyPatch, run_dir: Path, **changed: flo
         (config.run_dir / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
     monkeypatch.setattr("agents.runs.train.train", train)
-    monkeypatch.setattr("agents.cli._evaluate", lambda *_: {"policy": policy, "reference": reference, **figures})
+    monkeypatch.setattr("agents.cli._evaluate", lambda *_: {**writers, **figures})
     return main(["demo", "--run-dir", str(run_dir)])
 
 

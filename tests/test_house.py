@@ -181,9 +181,10 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else() -> None:
 def test_what_the_packages_import_is_declared() -> None:
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())
     project = config["project"]
+    extras = project["optional-dependencies"]
     declared, optional = (
         {requirement.split(">")[0].split("[")[0].lower() for requirement in requirements}
-        for requirements in (project["dependencies"], project["optional-dependencies"]["reward"])
+        for requirements in (project["dependencies"], [*extras["reward"], *extras["tasks"]])
     )
     distribution = {
         "yaml": "pyyaml",
@@ -192,6 +193,8 @@ def test_what_the_packages_import_is_declared() -> None:
         "sb3_contrib": "sb3-contrib",
         "PIL": "pillow",
         "pyarrow": "datasets",  # which requires it
+        "math_verify": "math-verify",
+        "reasoning_gym": "reasoning-gym",
     }
     standard = set(sys.stdlib_module_names)
     for name, path in NAMES.items():

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from text_env.episodes import Episodes, EpisodesFace, Observation, checked_options, checked_seed, unpaid
 from text_env.rendering import METADATA, check_render_mode, render
-from text_env.settings import EpisodeSettings, takes_settings
+from text_env.settings import takes_settings
+from text_env.task_names import settings_of
 
 
 class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
@@ -45,7 +46,7 @@ class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
         check_render_mode(render_mode)
         self.render_mode = render_mode
         self.metadata = dict(self.metadata)  # SyncVectorEnv of Gymnasium 1.1 writes its autoreset mode into it
-        self.episodes = Episodes(1, EpisodeSettings(**settings))
+        self.episodes = Episodes(1, settings_of(settings))
         self.observation_space = self.episodes.observation_space()
         self.action_space = self.episodes.action_space()
         self._time_limit: int | None = None  # of the wrappers around this environment

@@ -111,7 +111,6 @@ class Episodes:
         self.eos_token_id = self.eos_token_ids[0]  # the tokenizer's own
         pad = self.tokenizer.pad_token_id
         self.pad_token_id = self.eos_token_id if pad is None else int(pad)
-        self.max_prompt_tokens = settings.max_prompt_tokens
         self.max_new_tokens = settings.max_new_tokens
         self.min_new_tokens = settings.min_new_tokens
         self.constraint: Constraint | None = make_constraint(settings.constraint)
@@ -131,6 +130,7 @@ class Episodes:
             settings.chat_template,
             self.eos_token_ids,
         )
+        self.max_prompt_tokens = self.prompts.max_prompt_tokens
         options = dict(settings.reward_kwargs or {})
         self.reward = make_reward(settings.reward, **options)
         self.metrics = {name: make_reward(metric, **options) for name, metric in (settings.metrics or {}).items()}

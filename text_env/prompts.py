@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from text_env.ends_of_text import ends_of_text
+from text_env.generated import GeneratedPrompts
 from text_env.imports import import_object, is_object_name
 from text_env.tables import FORMATS, read_rows, rows_of, table_format
 from text_env.tokenization import (
@@ -160,8 +162,12 @@ def _load_by_name(spec: str | Path) -> Any:
     )
 
 
+N_INSPECTED = 64
+"""The number of generated prompts that are looked at when the environment is made."""
+
+
 class Prompts(Sequence[Prompt]):
-    """A set of prompts, tokenised.
+    """A set of prompts, tokenised: all of them at once, or generated ones when they are asked for.
 
     A prompt never ends in EOS, after which a policy has nothing to write. Whatever tokens the tokenizer itself appends
     to a text (EOS, ``[SEP]``) are dropped, and so are EOS tokens at the end of the text, of the chat template or of
@@ -170,7 +176,9 @@ class Prompts(Sequence[Prompt]):
 
     :param spec: the set of prompts, as :func:`load_prompts` takes it.
     :param tokenizer: the tokenizer. It is called on the plain text, so that it adds its BOS if it has one.
-    :param max_prompt_tokens: the length of the longest prompt allowed, in tokens.
+    :param max_prompt_tokens: the length of the longest prompt allowed, in tokens. None: that of the longest prompt of
+        the set; of generated prompts, that of the longest of the first :data:`N_INSPECTED`. A later generated prompt
+        that is longer is replaced by another one.
     :param overlong: what happens to a longer prompt: ``"error"``, or ``"truncate_left"``, which keeps the last
         ``max_prompt_tokens`` tokens (a leading BOS is then lost).
     :param chat_template: whether a string becomes the user's turn in a conversation, written in the tokenizer's chat
@@ -186,7 +194,7 @@ class Prompts(Sequence[Prompt]):
         self,
         spec: str | Path | Iterable[str | Mapping[str, Any]],
         tokenizer: PreTrainedTokenizerBase,
-        max_prompt_tokens: int,
+        max_prompt_tokens: int | None,
         overlong: OverlongPrompts = "error",
         chat_template: bool | None = None,
         eos_token_ids: Sequence[int] | None = None,
@@ -194,9 +202,10 @@ class Prompts(Sequence[Prompt]):
         if overlong not in get_args(OverlongPrompts):
             raise ValueError(f"Expected overlong_prompts to be one of {get_args(OverlongPrompts)}, got {overlong!r}.")
         self.tokenizer = tokenizer
-        self.max_prompt_tokens = max_prompt_tokens
+        self.max_prompt_tokens = sys.maxsize if max_prompt_tokens is None else max_prompt_tokens
         self.overlong = overlong
-        rows = load_prompts(spec)
+        self._generated = spec if isinstance(spec, GeneratedPrompts) else None
+        rows = load_prompts(spec if self._generated is None else self._generated[:N_INSPECTED])
         uses_template = tokenizer.chat_template is not None if chat_template is None else chat_template
         self.conversational = uses_template or not isinstance(rows[0]["prompt"], str)
         if self.conversational and overlong != "error":
@@ -212,15 +221,35 @@ class Prompts(Sequence[Prompt]):
         if not self.conversational and (text := next(filter(None, prompts), None)) is not None:
             self._appended = appended_ids(tokenizer, text)
         self._prompts = [
-            self._made(*encoded, {column: row.get(column) for column in self.columns})
+            self._made(*encoded, self._columns_of(row))
             for encoded, row in zip(self._encode(prompts), rows, strict=True)
         ]
+        if max_prompt_tokens is None:
+            self.max_prompt_tokens = max(len(prompt.token_ids) for prompt in self._prompts)
 
     def __len__(self) -> int:
-        return len(self._prompts)
+        return len(self._prompts if self._generated is None else self._generated)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._prompts[index]
+        if self._generated is None:
+            return self._prompts[index]
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        place = range(len(self))[index]  # an IndexError where there is none
+        return self._prompts[place] if place < len(self._prompts) else self._generate(self._generated, place)
+
+    def _generate(self, source: GeneratedPrompts, place: int) -> Prompt:
+        for row in source.candidates(place):
+            encoded = self._encode([row["prompt"]])[0]
+            if self.overlong != "error" or len(encoded[1]) <= self.max_prompt_tokens:
+                return self._made(*encoded, self._columns_of(row))
+        raise ValueError(
+            f"Expected generated prompts of at most max_prompt_tokens={self.max_prompt_tokens} tokens, but all that "
+            f"may stand in place {place} are longer: raise max_prompt_tokens."
+        )
+
+    def _columns_of(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        return {column: row.get(column) for column in self.columns}
 
     def make(self, prompt: str | Sequence[int] | list[Message]) -> Prompt:
         """Make a prompt that is not in the set. The same rules apply to it, and all of its columns are None.

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from text_env.answers import Verifier
 from text_env.classifier_reward import (
     REWARD_KWARGS,
     SequenceClassifierReward,
@@ -30,6 +31,8 @@ from text_env.classifier_reward import (
 from text_env.coroutines import run_coroutine
 from text_env.finished_texts import TRL_EXTRAS, FinishedTexts, Messages, TrainerState, assistant_texts
 from text_env.imports import import_object, is_object_name
+from text_env.reward_names import parse_call, parse_sum
+from text_env.text_rewards import FormatReward, LengthPenalty, OverlongPenalty
 
 __all__ = [
     "KNOWN_REWARDS",
@@ -295,28 +298,33 @@ def _builtin(**kwargs: Any) -> SequenceClassifierReward:
     return shared_classifier(REWARD_MODEL, "builtin", **kwargs)
 
 
-def _sentiment(**_: Any) -> Sentiment:
-    return Sentiment()
-
-
-KNOWN_REWARDS: dict[str, Callable[..., Any]] = {"builtin": _builtin, "sentiment": _sentiment}
+KNOWN_REWARDS: dict[str, Callable[..., Any]] = {
+    "builtin": _builtin,
+    "sentiment": Sentiment,
+    "correct": Verifier,
+    "format": FormatReward,
+    "length": LengthPenalty,
+    "overlong": OverlongPenalty,
+}
+"""What makes a reward that has a name. It takes the arguments that stand in parentheses after the name."""
 
 
 def make_reward(spec: Any, **kwargs: Any) -> Any:
     """Resolve the environment's argument ``reward``, or one of ``metrics``.
 
-    :param spec: a callable, which is used as it is; ``"builtin"`` or ``"sentiment"``; the directory or hub name
-        (``"organisation/model"``) of a Hugging Face sequence classifier; ``"module:function"``; a mapping of such names
-        to weights; or that mapping as a string, ``"builtin+0.5*sentiment"``. A known name takes precedence over a
-        directory of the same name.
+    :param spec: a callable, which is used as it is; one of :data:`KNOWN_REWARDS`, with arguments in parentheses where
+        it takes some, written as in Python: ``"sentiment"``, ``"overlong(max_new_tokens=256, buffer=64)"``; the
+        directory or hub name (``"organisation/model"``) of a Hugging Face sequence classifier; ``"module:function"``; a
+        mapping of such names to weights; or that mapping as a string, ``"correct+0.1*format"``. A known name takes
+        precedence over a directory of the same name.
     :param kwargs: the arguments :data:`REWARD_KWARGS` of :class:`SequenceClassifierReward`, for every classifier that
         is made by name. They mean nothing to other rewards.
     :return: a callable with the signature of :class:`Reward`.
-    :raises ValueError: for an unknown name or keyword; the error lists the known ones.
+    :raises ValueError: for an unknown name or keyword, the error lists the known ones; or for arguments in parentheses
+        that the reward does not take.
     :raises TypeError: if the reward is not callable.
     """
-    if unknown := sorted(set(kwargs) - set(REWARD_KWARGS)):
-        raise ValueError(f"Unknown reward_kwargs {unknown}; known are {', '.join(map(repr, REWARD_KWARGS))}.")
+    _check_kwargs(kwargs)
     if isinstance(spec, Mapping):
         parts: dict[str, tuple[Any, float]] = {}
         for part, weight in spec.items():
@@ -334,11 +342,13 @@ def make_reward(spec: Any, **kwargs: Any) -> Any:
 
 def _make_by_name(name: str, kwargs: Mapping[str, Any]) -> Any:
     if name in KNOWN_REWARDS:
-        return KNOWN_REWARDS[name](**kwargs)
+        return _make_known(name, [], {}, kwargs)
     if Path(name).is_dir():
         return shared_classifier(name, **kwargs)
+    if (called := parse_call(name)) is not None and called[0] in KNOWN_REWARDS:
+        return _make_known(*called, kwargs)
     if "+" in name or "*" in name:
-        return make_reward(_parse_sum(name), **kwargs)
+        return make_reward(parse_sum(name), **kwargs)
     if is_object_name(name):
         return make_reward(import_object(name), **kwargs)
     if "/" in name:
@@ -350,16 +360,19 @@ def _make_by_name(name: str, kwargs: Mapping[str, Any]) -> Any:
     )
 
 
-def _parse_sum(text: str) -> dict[str, float]:
-    weights: dict[str, float] = {}
-    for term in text.split("+"):
-        weight, star, name = term.rpartition("*")
-        try:
-            number = float(weight) if star else 1.0
-        except ValueError as error:
-            raise ValueError(f"Expected each term of {text!r} to be 'name' or 'weight*name', got {term!r}.") from error
-        name = name.strip()
-        if not name or name in weights:
-            raise ValueError(f"Expected each term of {text!r} to name another reward, got {term!r}.")
-        weights[name] = number
-    return weights
+def _make_known(name: str, arguments: list[Any], keywords: dict[str, Any], kwargs: Mapping[str, Any]) -> Any:
+    make = KNOWN_REWARDS[name]
+    if make is _builtin:  # a classifier, and `kwargs` are for all of these
+        _check_kwargs(keywords)
+        keywords = {**kwargs, **keywords}
+    try:
+        inspect.signature(make).bind(*arguments, **keywords)
+    except TypeError as error:
+        takes = ", ".join(map(str, inspect.signature(make).parameters.values()))
+        raise ValueError(f"Reward {name!r}: {error}. It is written {name}({takes}).") from error
+    return make(*arguments, **keywords)
+
+
+def _check_kwargs(kwargs: Mapping[str, Any]) -> None:
+    if unknown := sorted(set(kwargs) - set(REWARD_KWARGS)):
+        raise ValueError(f"Unknown reward_kwargs {unknown}; known are {', '.join(map(repr, REWARD_KWARGS))}.")

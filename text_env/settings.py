@@ -31,18 +31,28 @@ class EpisodeSettings:
     Names are the better form wherever a live object is accepted too: Gymnasium deep-copies live objects when the
     ``spec`` of a wrapper is read.
 
-    :param tokenizer: ``"builtin"``, a directory, a hub name, or a live Hugging Face tokenizer with an eos token.
+    :param task: a task with a right answer: ``"arithmetic"``; ``"reasoning_gym:chain_sum"`` or another data set of
+        reasoning-gym; a file of prompts with a column ``answer``; ``"module:object"``; or a
+        :class:`text_env.tasks.Task` (see :func:`text_env.task_names.make_task`). It says what every argument is that is
+        not given: prompts and reward above all. ``metrics`` are added to its own. None: there is none.
+    :param task_kwargs: the arguments of the task, such as ``size`` and ``seed`` of its problems, and ``split``:
+        ``"train"``, the default, or ``"eval"``, the problems that are held out.
+    :param tokenizer: ``"builtin"``, ``"builtin:arithmetic"``, a directory, a hub name, or a live Hugging Face
+        tokenizer with an eos token.
     :param prompts: ``"builtin"``, ``"builtin:eval"``, a file (.jsonl, .json, .csv, .txt), ``"module:function"``, a list
-        of strings, a list of mappings with the key ``"prompt"``, or a table with such a column (``datasets.Dataset``,
-        data frame, Arrow table, mapping from names to columns). The reward is given the
-        other columns. A prompt may be a conversation, which is a list of messages ``{"role": ..., "content": ...}``: it
-        is written in the tokenizer's chat template, and rewards are given prompts and completions as lists of messages,
-        as TRL gives them. A prompt never ends in EOS: EOS tokens at its end, and whatever the tokenizer appends to a
-        text, are dropped.
+        of strings, a list of mappings with the key ``"prompt"``, a table with such a column (``datasets.Dataset``, data
+        frame, Arrow table, mapping from names to columns), or :class:`text_env.generated.GeneratedPrompts`. The reward
+        is given the other columns. A prompt may be a conversation, which is a list of messages ``{"role": ...,
+        "content": ...}``: it is written in the tokenizer's chat template, and rewards are given prompts and completions
+        as lists of messages, as TRL gives them. A prompt never ends in EOS: EOS tokens at its end, and whatever the
+        tokenizer appends to a text, are dropped.
     :param reward: ``"builtin"``, ``"sentiment"``, the directory or hub name of a sequence classifier,
         ``"module:function"``, a callable ``(prompts, completions, completion_ids, **columns) -> list[float]``, or a
-        weighted sum of these, as ``{"builtin": 1.0, "sentiment": 0.5}`` or ``"builtin+0.5*sentiment"``.
-    :param max_prompt_tokens: the length of the longest prompt, in tokens.
+        weighted sum of these, as ``{"builtin": 1.0, "sentiment": 0.5}`` or ``"builtin+0.5*sentiment"``. Further names
+        are ``"correct"``, ``"format"``, ``"length"`` and ``"overlong"``, which take arguments: ``"overlong(256, 64)"``
+        (see :func:`text_env.rewards.make_reward`). ``"task"`` is the reward of ``task``.
+    :param max_prompt_tokens: the length of the longest prompt, in tokens. None: as long as the longest one is (of
+        generated prompts, the longest of the first 64).
     :param max_new_tokens: the response budget, in tokens. An EOS counts.
     :param min_new_tokens: an EOS ends the text only if at least this many response tokens stand before it, and the
         policies of this package never sample an earlier one. Stop strings and the budget end a text regardless.
@@ -72,10 +82,12 @@ class EpisodeSettings:
         ``metrics`` and ``shaping`` name.
     """
 
+    task: Any = None
+    task_kwargs: Mapping[str, Any] | None = None
     tokenizer: str | Path | PreTrainedTokenizerBase = "builtin"
     prompts: str | Path | Iterable[str | Mapping[str, Any]] = "builtin"
     reward: Any = "builtin"
-    max_prompt_tokens: int = 16
+    max_prompt_tokens: int | None = 16
     max_new_tokens: int = 48
     min_new_tokens: int = 0
     stop: str | Sequence[str] | None = None
@@ -98,7 +110,8 @@ class EpisodeSettings:
 
         :raises ValueError: if one of them is out of range.
         """
-        check_integer("max_prompt_tokens", self.max_prompt_tokens, 1)
+        if self.max_prompt_tokens is not None:
+            check_integer("max_prompt_tokens", self.max_prompt_tokens, 1)
         check_integer("max_new_tokens", self.max_new_tokens, 1)
         check_integer("min_new_tokens", self.min_new_tokens, 0)
         check_integer("group_size", self.group_size, 1)

@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from text_env.builtin import LANGUAGE_MODEL
+from text_env.builtin import ARITHMETIC_MODEL, LANGUAGE_MODEL
 from text_env.streams import TokenStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+BUILTIN_MODELS = {"builtin": LANGUAGE_MODEL, "builtin:arithmetic": ARITHMETIC_MODEL}
+"""The language models that ship with the package, by their names."""
 
 Message = dict[str, str]
 """One turn of a conversation: ``{"role": "system" | "user" | "assistant", "content": text}``."""
@@ -19,12 +22,12 @@ Message = dict[str, str]
 
 def pretrained_name(name: str | Path) -> tuple[str, dict[str, Any]]:
     """
-    :param name: ``"builtin"``, a directory, a hub name, or a GGUF file.
+    :param name: ``"builtin"``, ``"builtin:arithmetic"``, a directory, a hub name, or a GGUF file.
     :return: the name that transformers' ``from_pretrained`` takes, and its further arguments (``gguf_file``).
     :raises ValueError: if there is no such GGUF file.
     """
-    if str(name) == "builtin":
-        return str(LANGUAGE_MODEL), {}
+    if str(name) in BUILTIN_MODELS:
+        return str(BUILTIN_MODELS[str(name)]), {}
     path = Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -53,7 +56,8 @@ def base_of_adapter(name: str | Path) -> str | None:
 
 def pretrained_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """
-    :param name: ``"builtin"``, a directory (which may be a PEFT adapter's), a hub name, or a GGUF file.
+    :param name: ``"builtin"``, ``"builtin:arithmetic"``, a directory (which may be a PEFT adapter's), a hub name, or a
+        GGUF file.
     :return: the tokenizer of that name; for an adapter without a tokenizer, the tokenizer of its base model.
     :raises ValueError: if there is no such tokenizer.
     """

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from text_env.episodes import NO_ACTION, Episodes, EpisodesFace, Observation, checked_options, checked_seed, unpaid
 from text_env.rendering import METADATA, check_render_mode, render
-from text_env.settings import EpisodeSettings, check_integer, takes_settings
+from text_env.settings import check_integer, takes_settings
+from text_env.task_names import settings_of
 
 
 class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDArray[Any]]):
@@ -52,7 +53,7 @@ class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDAr
         self.num_envs = num_envs
         self.metadata = dict(self.metadata)  # the autoreset mode belongs to this instance, not to the class
         self.autoreset_mode = autoreset_mode
-        self.episodes = Episodes(num_envs, EpisodeSettings(**settings))
+        self.episodes = Episodes(num_envs, settings_of(settings))
         self.single_observation_space = self.episodes.observation_space()
         self.single_action_space = self.episodes.action_space()
         self.observation_space = batch_space(self.single_observation_space, num_envs)

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
-import sys
 from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from transformers import PreTrainedTokenizerBase
 
 from text_env.constraints import name_of
-from text_env.prompts import Prompts
-from text_env.tokenization import load_tokenizer
+from text_env.task_names import model_of_task, said_by_name
 from text_env.vector_env import TextVectorEnv
 
 
@@ -27,24 +23,18 @@ def options_by_name(env: str, policy_kwargs: Mapping[str, Any]) -> dict[str, Any
 
     :param env: the name, perhaps with a module in front (``"my_module:MyText-v0"``).
     :param policy_kwargs: the policy's; its ``tokenizer`` or else that of its ``model`` becomes the environment's.
-    :return: ``tokenizer`` and ``max_prompt_tokens``, the length of the longest prompt in that tokenizer; without what
-        the registered name says itself. Empty for the built-in model and for one that has no name to go by.
+    :return: ``tokenizer`` and ``max_prompt_tokens`` (None: as long as the longest prompt is in that tokenizer), without
+        what the registered name says itself. Empty for the model that the environment was made for (the built-in one,
+        or its task's) and for one that has no name to go by.
     """
-    model = policy_kwargs.get("model", "builtin")
-    tokenizer = policy_kwargs.get("tokenizer") or model
-    if tokenizer == "builtin" or not isinstance(tokenizer, str | Path | PreTrainedTokenizerBase):
+    said = said_by_name(env)
+    own = model_of_task(said.get("task"), said.get("task_kwargs")) or "builtin"
+    tokenizer = policy_kwargs.get("tokenizer") or policy_kwargs.get("model", "builtin")
+    if tokenizer == own or not isinstance(tokenizer, str | Path | PreTrainedTokenizerBase):
         return {}
-    module, _, name = env.rpartition(":")
-    if module:
-        importlib.import_module(module)
-    spec = gym.envs.registry.get(name)
-    said = dict(spec.kwargs) if spec is not None else {}
     options: dict[str, Any] = {} if "tokenizer" in said else {"tokenizer": tokenizer}
     if "max_prompt_tokens" not in said and "overlong_prompts" not in said:
-        loaded = load_tokenizer(said.get("tokenizer", tokenizer))
-        settings: dict[str, Any] = {name: said.get(name) for name in ("chat_template", "eos_token_ids")}
-        prompts = Prompts(said.get("prompts", "builtin"), loaded, sys.maxsize, **settings)
-        options["max_prompt_tokens"] = max(len(prompt.token_ids) for prompt in prompts)
+        options["max_prompt_tokens"] = None
     return options
 
 

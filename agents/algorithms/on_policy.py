@@ -36,6 +36,7 @@ from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.collector import Interrupted, collect_episodes
 from agents.rollouts.episode_buffer import EpisodeBuffer, EpisodeSamples
 from agents.rollouts.sb3_vec_env import TextVecEnv, make_vec_env
+from text_env.task_names import model_of_task, said_by_name
 from text_env.vector_env import TextVectorEnv, plain
 
 MAX_ROWS = 64  # the largest number of rows of an environment that is given by name
@@ -51,8 +52,10 @@ class OnPolicyAlgorithm(Resumable):
 
     :param policy: ``"CausalLMPolicy"``, or a class of policies that take packed batches of episodes.
     :param env: a registered name, a ``TextVectorEnv``, or the SB3 environment that ``make_vec_env`` returns.
-        An environment given by name gets the tokenizer of ``policy_kwargs["model"]`` and, where that is not the
-        built-in one, room for the longest prompt in it, unless the registered name says otherwise.
+        An environment given by name that poses a task which has a model of its own, as ``TextArithmetic-v0`` does,
+        makes that the policy's, unless ``policy_kwargs`` name another. It gets the tokenizer of
+        ``policy_kwargs["model"]`` and, where that is not the built-in one, room for the longest prompt in it, unless
+        the registered name says otherwise.
     :param learning_rate: a number, a ``LearningRate``, or another function of the remaining progress, which goes from 1
         to 0. A checkpoint can't hold such a function.
     :param n_episodes: the number of episodes of a rollout. All of them are started and finished under the same weights.
@@ -505,6 +508,9 @@ def _as_vec_env(
     env: str | VecEnv | TextVectorEnv, n_episodes: int, group_size: int, policy_kwargs: dict[str, Any]
 ) -> TextVecEnv:
     if isinstance(env, str):
+        said = said_by_name(env)
+        if "model" not in policy_kwargs and (model := model_of_task(said.get("task"), said.get("task_kwargs"))):
+            policy_kwargs["model"] = model
         options = options_by_name(env, policy_kwargs)
         if group_size > 1:
             options["group_size"] = group_size

@@ -21,6 +21,8 @@ from agents.rollouts.episode_buffer import EpisodeBuffer
 from agents.rollouts.sampling import collect_texts, sample_texts
 from text_env.vector_env import TextVectorEnv
 
+MANY_PROMPTS = 2**20  # more than this are not shuffled: generated prompts may be without end
+
 
 class Written(NamedTuple):
     """What one policy wrote, one text for each of n prompts.
@@ -152,8 +154,12 @@ def draw_prompts(n_prompts: int, n_episodes: int, seed: int, samples_per_prompt:
         many different prompts are drawn as this allows.
     :return: int [n_episodes], indices of prompts.
     """
-    order = np.random.default_rng(seed).permutation(n_prompts)
-    return np.resize(order[: n_episodes // samples_per_prompt], n_episodes)
+    generator, n_different = np.random.default_rng(seed), n_episodes // samples_per_prompt
+    if n_prompts > MANY_PROMPTS:
+        order = generator.choice(n_prompts, n_different, replace=False)
+    else:
+        order = generator.permutation(n_prompts)[:n_different]
+    return np.resize(order, n_episodes)
 
 
 def write(policy: CausalLMPolicy, reference: Reference, env: TextVectorEnv, prompts: Sequence[Any]) -> Written:

@@ -8,16 +8,15 @@ from rich.markup import escape
 from rich.table import Table
 
 
-def evaluation_table(result: dict[str, Any], prompts: str) -> Table:
+def evaluation_table(result: dict[str, Any]) -> Table:
     """
-    :param result: what :func:`agents.evaluation.evaluate.evaluate` says.
-    :param prompts: what the prompts are called.
+    :param result: what :func:`agents.cli.evaluate_policy` returned.
     :return: the figures of both writers side by side.
     """
     other = result["compared_with"]
     table = Table(
         *("", other, "policy", "change" if other == "reference" else "difference", "win rate"),
-        title=f"{result['episodes']} episodes each, prompts: {escape(prompts)}",
+        title=f"{result['episodes']} episodes each, prompts: {escape(result['prompt_set'])}",
         caption="In brackets: 95 % intervals. Win rate: how often the policy's text scores higher than the other's for "
         "the same prompt; ties count half.",
     )

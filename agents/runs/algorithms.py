@@ -77,6 +77,8 @@ def resolved(config: TrainConfig) -> TrainConfig:
         changes["batch_size"] = min(changes["batch_size"], n_episodes)
     if config.env.group_size is None:
         changes["env"] = dataclasses.replace(config.env, group_size=algorithm.default_group_size)
+    if config.model is None:
+        changes["model"] = config.env.model()
     if config.run_dir is None:
         changes["run_dir"] = Path("runs") / config.algo.rpartition(":")[2].lower()
     config = dataclasses.replace(config, **changes)

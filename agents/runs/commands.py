@@ -6,7 +6,7 @@ The options of ``train`` are in ``config.py``, those of ``reward-model`` beside 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,8 +32,12 @@ class EvaluateConfig:
     """The reward; by default that of the policy's run."""
     gold: str | None = None
     """A second score; by default that of the policy's run."""
-    prompts: str = "builtin:eval"
-    """The held-out prompts."""
+    prompts: str | None = None
+    """The prompts; by default the held-out ones of the policy's run or of `--task`, or else 'builtin:eval'."""
+    task: str | None = None
+    """A task with a right answer; by default that of the policy's run."""
+    task_kwargs: dict[str, str] = field(default_factory=dict)
+    """Arguments of the task, for example `--task-kwargs n_steps 5`."""
     max_new_tokens: int | None = None
     """The response budget, in tokens; by default that of the policy's run."""
     episodes: int = 256
@@ -89,8 +93,8 @@ class SampleConfig:
     """Choose the most probable token instead of sampling one."""
     temperature: float = 1.0
     """The temperature of the policy's distribution."""
-    max_new_tokens: int = 48
-    """The response budget, in tokens."""
+    max_new_tokens: int | None = None
+    """The response budget, in tokens; by default that of the policy's run."""
     seed: int = 0
     """The seed of the texts."""
     device: str = "auto"
@@ -104,7 +108,8 @@ class SampleConfig:
         """
         check_integer("n", self.n, 1)
         check_number("temperature", self.temperature, above=0)
-        check_integer("max_new_tokens", self.max_new_tokens, 1)
+        if self.max_new_tokens is not None:
+            check_integer("max_new_tokens", self.max_new_tokens, 1)
 
 
 @dataclass
@@ -147,7 +152,16 @@ COMMANDS = {
         {
             "The run": ("algo", "model", "total_timesteps", "run_dir", "seed", "progress"),
             "Prompts and texts": (
-                *("env", "prompts", "tokenizer", "chat_template", "max_prompt_tokens", "overlong_prompts"),
+                *(
+                    "task",
+                    "task_kwargs",
+                    "env",
+                    "prompts",
+                    "tokenizer",
+                    "chat_template",
+                    "max_prompt_tokens",
+                    "overlong_prompts",
+                ),
                 *("max_new_tokens", "min_new_tokens", "stop", "eos_token_ids", "constraint", "group_size"),
             ),
             "Rewards": (*("reward", "gold", "reward_kwargs", "missing_eos_penalty", "shaping", "shaping_every"),),
@@ -173,7 +187,7 @@ COMMANDS = {
         {
             "Who is compared": ("policy", "reference", "against"),
             "On what": (
-                *("prompts", "episodes", "samples_per_prompt", "pass_at_k"),
+                *("prompts", "task", "task_kwargs", "episodes", "samples_per_prompt", "pass_at_k"),
                 *("reward", "gold", "max_new_tokens", "temperature", "seed"),
             ),
             "What comes out": ("texts", "json"),
@@ -183,6 +197,7 @@ COMMANDS = {
             "textrlhf evaluate --policy runs/mine/policy --texts 5",
             "textrlhf evaluate --policy runs/mine/policy --against runs/other/policy --json evaluation.json",
             "textrlhf evaluate --policy runs/sums/policy --prompts sums.jsonl --samples-per-prompt 8 --pass-at-k 1 4 8",
+            "textrlhf evaluate --policy builtin:arithmetic --reference builtin:arithmetic --task arithmetic",
         ),
     ),
     "sample": Command(

@@ -19,8 +19,11 @@ from agents.state.arguments import check_number
 from agents.state.schedules import LearningRate
 from text_env.settings import EpisodeSettings, check_integer
 from text_env.shaping import PotentialShaping
+from text_env.task_names import model_of_task, said_by_name
 from text_env.vector_env import TextVectorEnv, plain, wrapped_error
 from text_env.wrappers import CONTINUOUS_ID
+
+KEYWORDS = ("algo_kwargs", "reward_kwargs", "task_kwargs")
 
 
 # A field of the environment's settings is declared again here only if the command line accepts less than Python does
@@ -30,13 +33,18 @@ from text_env.wrappers import CONTINUOUS_ID
 class EnvConfig(EpisodeSettings):
     """The environment of a run, as data."""
 
+    task: str | None = None
+    """A task with a right answer: 'arithmetic', 'reasoning_gym:NAME', a file with a column `answer`, or
+    'module:object'. It says what prompts, reward and budgets are where they are left at their defaults."""
+    task_kwargs: dict[str, str] = field(default_factory=dict)
+    """Arguments of the task, for example `--task-kwargs seed 1 size 1000`."""
     tokenizer: str | None = None  # type: ignore[assignment]
     """A directory or a hub name; by default the model's tokenizer."""
     prompts: str = "builtin"
     """'builtin', 'builtin:eval', a file (.jsonl, .json, .csv, .txt) or 'module:function'."""
     reward: str = "builtin"
-    """'builtin', 'sentiment', the directory or hub name of a classifier, 'module:function',
-    or a weighted sum of these ('builtin+0.5*sentiment')."""
+    """'builtin', 'sentiment', 'correct' (the right answer), 'format', 'length(budget=64)', 'overlong(64, 16)', the
+    directory or hub name of a classifier, 'module:function', or a weighted sum of these ('builtin+0.5*sentiment')."""
     constraint: str | None = None
     """'module:function', a function that decides which tokens may follow a context."""
     stop: str | None = None
@@ -54,7 +62,8 @@ class EnvConfig(EpisodeSettings):
     env: str = "TextRLHF-v0"
     """The registered name of the environment."""
     gold: str | None = "sentiment"
-    """A second score, named in the same way as a reward, which is logged as gold_score and never trained on."""
+    """A second score, named in the same way as a reward, which is logged as gold_score and never trained on.
+    A task has none unless another than the default is named."""
     shaping_every: int = 1
     """The number of tokens after which the potential is computed again."""
 
@@ -65,6 +74,34 @@ class EnvConfig(EpisodeSettings):
         """
         check_integer("shaping_every", self.shaping_every, 1)
         EpisodeSettings.check(self if self.group_size is not None else dataclasses.replace(self, group_size=1))
+
+    def held_out(self) -> EnvConfig:
+        """
+        :return: the same environment with the prompts that are held out, if there are such.
+        """
+        task, kwargs = self._task()
+        if task is not None:
+            return dataclasses.replace(self, task=task, task_kwargs={**kwargs, "split": "eval"})
+        return dataclasses.replace(self, prompts="builtin:eval") if self.prompts == "builtin" else self
+
+    def model(self) -> str:
+        """
+        :return: the name of the model that the task was made for; without one, ``"builtin"``.
+        """
+        task, kwargs = self._task()
+        return model_of_task(task, parsed(kwargs)) or "builtin"
+
+    @property
+    def has_task(self) -> bool:
+        """Whether the environment poses a task, by ``task`` or by the registered name."""
+        return self._task()[0] is not None
+
+    def _task(self) -> tuple[Any, dict[str, str]]:
+        """The task and its arguments, those that the registered name stands for included; None: there is none."""
+        said = said_by_name(self.env)
+        if self.task is not None or self.task_kwargs:
+            return self.task or said.get("task"), self.task_kwargs
+        return said.get("task"), {name: json.dumps(value) for name, value in (said.get("task_kwargs") or {}).items()}
 
     def make(self, num_envs: int, model: str, gamma: float | None = None, **overrides: Any) -> TextVectorEnv:
         """Make the environment of a run.
@@ -79,7 +116,8 @@ class EnvConfig(EpisodeSettings):
             algorithms would ignore.
         """
         options = {option.name: getattr(self, option.name) for option in dataclasses.fields(EpisodeSettings)}
-        gold = {"gold_score": self.gold} if self.gold else {}
+        no_gold = not self.gold or (self.has_task and self.gold == EnvConfig.gold)
+        gold = {} if no_gold else {"gold_score": self.gold}
         shaping = None
         if self.shaping is not None and gamma is not None:
             shaping = PotentialShaping(self.shaping, gamma, self.shaping_every)
@@ -88,9 +126,17 @@ class EnvConfig(EpisodeSettings):
             metrics={**(self.metrics or {}), **gold} or None,
             shaping=shaping,
             reward_kwargs=parsed(self.reward_kwargs),
+            task_kwargs=parsed(self.task_kwargs),
         )
+        for name in ("task", "task_kwargs"):  # whatever the registered name says
+            if not options[name]:
+                del options[name]
+        if self.has_task:  # which says what is left at its default
+            defaults = {field.name: field.default for field in dataclasses.fields(self)}
+            left = {name for name in options if name != "tokenizer" and getattr(self, name) == defaults[name]}
+            options = {name: value for name, value in options.items() if name not in left - {"task", "metrics"}}
         options.update(overrides)
-        if options["group_size"] is None:  # neither the configuration nor an algorithm asks for groups
+        if options.get("group_size") is None:  # neither the configuration nor an algorithm asks for groups
             options["group_size"] = 1
         if self.env.rpartition(":")[2] == CONTINUOUS_ID:
             # Checked here, since the wrapper would first complain that its embeddings have another tokenizer.
@@ -111,8 +157,9 @@ class TrainConfig:
 
     algo: str = "ppo"
     """'ppo', 'a2c', 'reinforce', 'rloo', 'grpo', or 'module:Class' for another algorithm."""
-    model: str = "builtin"
-    """'builtin', a directory, a hub name, a GGUF file, or the directory of a PEFT adapter, which is trained on."""
+    model: str | None = None
+    """'builtin', 'builtin:arithmetic', a directory, a hub name, a GGUF file, or the directory of a PEFT adapter, which
+    is trained on. By default it is the task's own model, or else 'builtin'."""
     env: Annotated[EnvConfig, tyro.conf.arg(name="")] = field(default_factory=EnvConfig)
     total_timesteps: int = 60_000
     """The number of tokens to generate."""
@@ -267,11 +314,9 @@ def _typed_fields(path: Path, values: dict[str, Any], cls: type[Any]) -> dict[st
     wider = hints_of(EpisodeSettings) if issubclass(cls, EpisodeSettings) else {}
     for name, value in values.items():
         # Python takes more than the command line does: rewards with weights, several stop strings, lists of prompts.
-        hint = (
-            wider[name] if name in wider and isinstance(value, list | dict) and name != "reward_kwargs" else hints[name]
-        )
+        hint = wider[name] if name in wider and isinstance(value, list | dict) and name not in KEYWORDS else hints[name]
         value = typed(f"{path}: {name}", value, hint)
-        if name in ("algo_kwargs", "reward_kwargs"):  # strings on the command line, which are read as YAML later
+        if name in KEYWORDS:  # strings on the command line, which are read as YAML later
             value = {str(k): v if isinstance(v, str) else json.dumps(v) for k, v in value.items()}
         found[name] = value
     return found

@@ -15,7 +15,6 @@ from stable_baselines3.common.callbacks import BaseCallback
 from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.rollouts.sampling import sample_texts
 from agents.runs.config import TrainConfig
-from text_env.prompts import load_prompts
 
 
 def check_directory(directory: Path) -> None:
@@ -57,11 +56,10 @@ class SampleTexts(BaseCallback):
         self._path = path
         self._every = config.sample_every
         self._iteration = 0
-        # Other prompts than the built-in ones have no held-out part, so texts are written for the first of them.
-        held_out = "builtin:eval" if config.env.prompts == "builtin" else config.env.prompts
-        rows = load_prompts(held_out)[: config.n_samples]
-        self._env = config.env.make(len(rows), config.model, prompts=rows)
-        self._prompts = list(self._env.prompts)  # with their columns, which rewards may need
+        assert config.model is not None
+        # Prompts without a held-out part are those of the training, so texts are written for the first of them.
+        self._env = config.env.held_out().make(config.n_samples, config.model)
+        self._prompts = self._env.prompts[: config.n_samples]  # with their columns, which rewards may need
 
     def _on_step(self) -> bool:
         return True

@@ -45,6 +45,7 @@ def train(config: TrainConfig) -> OnPolicyAlgorithm:
             f"Unknown algo_kwargs {sorted(unknown)}; {algorithm.__name__} takes {sorted(known)}, and "
             f"{sorted(OWN_OPTIONS)} are options of their own."
         )
+    assert config.model is not None
     assert config.n_episodes is not None
     assert config.n_epochs is not None
     assert config.env.group_size is not None

@@ -68,9 +68,9 @@ def held_out_pairs() -> list[Preference]:
 # --------------------------------------------------------------------------------------------------- what ships
 
 
-def test_everything_together_is_under_twelve_megabytes() -> None:
+def test_everything_together_is_under_fifteen_megabytes() -> None:
     sizes = [file.stat().st_size for file in BUILTIN.rglob("*") if "__pycache__" not in file.parts]
-    assert sum(sizes) < 12e6
+    assert sum(sizes) < 15e6  # 12 for film reviews, 3 for arithmetic
     assert max(sizes) < 10e6
 
 
@@ -305,9 +305,8 @@ def test_one_command_rebuilds_everything_from_the_corpus_in_miniature(
     report = json.loads((tmp_path / "report.json").read_text())
     assert list(report) == list(script.STAGES) == list(REPORT)
     assert report["language_model"]["held_out_nats_per_token"] < 0.9 * np.log(320)  # it has learned something
-    assert {file.name for file in tmp_path.iterdir()} == {
-        file.name for file in BUILTIN.iterdir() if file.name not in {"__init__.py", "__pycache__", "README.md"}
-    }
+    others = {"__init__.py", "__pycache__", "README.md", "arithmetic"}  # not made by this script
+    assert {file.name for file in tmp_path.iterdir()} == {file.name for file in BUILTIN.iterdir()} - others
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "reward_model")
     assert len(tokenizer) == 320

@@ -201,7 +201,11 @@ def test_names_are_matched_before_directories(tmp_path: Path, monkeypatch: Any) 
 @pytest.mark.parametrize(
     ("spec", "error", "message"),
     [
-        ("sentimnt", ValueError, r"Unknown reward 'sentimnt'. Known names: builtin, sentiment. Otherwise give"),
+        (
+            "sentimnt",
+            ValueError,
+            r"Unknown reward 'sentimnt'. Known names: builtin, sentiment, correct, format, length, overlong. Otherwise",
+        ),
         ("sentiment+sentimnt", ValueError, "Unknown reward 'sentimnt'"),
         ("half*sentiment", ValueError, "'name' or 'weight\\*name', got 'half\\*sentiment'"),
         ("sentiment+", ValueError, "to name another reward, got ''"),

@@ -10,6 +10,8 @@ _HERE = Path(__file__).resolve().parent
 
 LANGUAGE_MODEL: Path = _HERE / "language_model"
 """A Hugging Face directory: a Llama-shaped causal language model with its tokenizer."""
+ARITHMETIC_MODEL: Path = _HERE / "arithmetic"
+"""A Hugging Face directory: a Llama-shaped causal language model that writes calculations out, with its tokenizer."""
 REWARD_MODEL: Path = _HERE / "reward_model"
 """A Hugging Face directory: a sequence classifier with one output. ``reward_mean`` and ``reward_std`` in its
 ``config.json`` are the mean and the standard deviation of the output on texts of the language model before any

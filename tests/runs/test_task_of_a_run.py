@@ -1,0 +1,73 @@
+"""The task of a run: its model, its held-out part, and what is measured beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import pytest
+
+import text_env.builtin
+from agents.runs.config import EnvConfig
+from text_env import Task, TextEnv
+
+MODULE = "test_task_of_a_run"
+BUILTIN = str(Path(text_env.builtin.__file__).parent / "language_model")
+"""A tokenizer by another name than the default's, which would leave the choice to the task."""
+
+
+def one_sum(largest: int = 9) -> Task:
+    return Task("one sum", lambda split: [{"prompt": f"1+{largest}=", "answer": 1 + largest}], "correct", {"n": len_of})
+
+
+def len_of(completions: list[str], **_: Any) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
+def metrics(**kwargs: Any) -> set[str]:
+    return set(EnvConfig(**kwargs).make(1, BUILTIN).episodes.metrics)
+
+
+def test_a_run_starts_from_the_model_that_its_task_was_made_for() -> None:
+    assert EnvConfig(task="arithmetic").model() == EnvConfig(env="TextArithmetic-v0").model() == "builtin:arithmetic"
+    assert EnvConfig().model() == EnvConfig(task=f"{MODULE}:one_sum").model() == "builtin"
+    assert EnvConfig(env="TextArithmetic-v0", task=f"{MODULE}:one_sum").model() == "builtin"
+
+
+NAMED = [{"task": "arithmetic"}, {"env": "TextArithmetic-v0"}]
+
+
+@pytest.mark.parametrize("named", NAMED)
+def test_a_run_trains_on_one_part_and_is_measured_on_the_other(named: dict[str, Any]) -> None:
+    config = EnvConfig(**named, task_kwargs={"n_steps": "1", "size": "70"}, max_prompt_tokens=40)
+    parts = []
+    for env_config in (config, config.held_out()):
+        env = env_config.make(2, BUILTIN)
+        assert len(env.prompts) == 70
+        assert env.max_new_tokens == 54  # one step: the arguments reach the task
+        assert env.episodes.metrics == {}
+        parts.append({prompt.text for prompt in env.prompts})
+    assert not parts[0] & parts[1]
+    assert config.held_out().held_out() == config.held_out()
+
+
+def test_the_arguments_that_a_registered_name_stands_for_hold_for_the_held_out_part() -> None:
+    gym.register("OneSum-v0", TextEnv, kwargs={"task": f"{MODULE}:one_sum", "task_kwargs": {"largest": 9}})
+    try:
+        held_out = EnvConfig(env="OneSum-v0").held_out()
+        assert (held_out.task, held_out.task_kwargs) == (f"{MODULE}:one_sum", {"largest": "9", "split": "eval"})
+        given = EnvConfig(env="OneSum-v0", task_kwargs={"largest": "5"}).held_out()
+        assert given.task_kwargs == {"largest": "5", "split": "eval"}
+    finally:
+        del gym.registry["OneSum-v0"]
+
+
+def test_arguments_of_a_run_without_a_task_are_refused_and_a_score_beside_the_task_must_be_named() -> None:
+    with pytest.raises(ValueError, match="task_kwargs only together with a task"):
+        EnvConfig(task_kwargs={"n_steps": "1"}).make(1, BUILTIN)
+    assert metrics() == {"gold_score"}
+    assert metrics(task=f"{MODULE}:one_sum") == {"n"}
+    assert metrics(task=f"{MODULE}:one_sum", gold="builtin") == {"n", "gold_score"}
+    assert EnvConfig().held_out().prompts == "builtin:eval"
+    assert EnvConfig(prompts="mine.jsonl").held_out() == EnvConfig(prompts="mine.jsonl")

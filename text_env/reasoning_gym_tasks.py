@@ -1,0 +1,178 @@
+"""The data sets of reasoning-gym as tasks (https://github.com/open-thought/reasoning-gym), an optional dependency.
+
+Answers are judged by the ``score_answer`` of the data set. It runs in the process of :mod:`text_env.bounded_calls`,
+which ends what would compute for ever.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, lru_cache, partial
+from typing import Any
+
+import numpy as np
+
+from text_env.answers import ExpectedAnswerError, Extractor, Verifier
+from text_env.bounded_calls import BoundedCallError, call_bounded
+from text_env.generated import GeneratedPrompts
+from text_env.tasks import Task
+
+PREFIX = "reasoning_gym:"
+
+RUNS_ANSWERS = frozenset(
+    {
+        *("binary_matrix", "countdown", "intermediate_integration", "n_queens", "polynomial_multiplication"),
+        *("puzzle24", "simple_integration", "spiral_matrix", "string_insertion"),
+    }
+)
+"""Data sets whose ``score_answer`` evaluates the answer as Python (in version 0.1.25): what a model writes is run."""
+
+INSTRUCTION = "\n\nEnd with the final answer between <answer> and </answer>."
+
+
+def reasoning_gym_task(
+    name: str,
+    size: int | None = None,
+    seed: int = 0,
+    extract: str | Extractor = "answer_tags",
+    instruction: str = INSTRUCTION,
+    partial_credit: bool = False,
+    max_new_tokens: int = 256,
+    runs_answers: bool = False,
+    **config: Any,
+) -> Task:
+    """A data set of reasoning-gym as a task.
+
+    :param name: the name of the data set, such as ``"chain_sum"``.
+    :param size: the number of training problems, and of held-out ones; None: without end.
+    :param seed: the seed that the problems are made from.
+    :param extract: how the answer is found in a text, as :class:`text_env.answers.Verifier` takes it.
+    :param instruction: what follows each question.
+    :param partial_credit: whether the score is what ``score_answer`` returns, from 0 to 1; otherwise it is 1 where that
+        returns 1 and else 0. The metric ``correct`` is the latter in any case.
+    :param max_new_tokens: the response budget.
+    :param runs_answers: must be True for the data sets in :data:`RUNS_ANSWERS`, which run the model's answers as
+        Python.
+    :param config: the configuration of the data set, such as ``max_terms=3``.
+    :return: the task.
+    :raises ImportError: if reasoning-gym is not installed.
+    :raises ValueError: if there is no such data set, or it does not take the configuration.
+    """
+    known = _names()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 3)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(known)}."
+        raise ValueError(f"Unknown data set {name!r} of reasoning-gym; {hint}")
+    if name in RUNS_ANSWERS and not runs_answers:
+        raise ValueError(
+            f"The data set {name!r} judges an answer by running it as Python, so that the model could do anything on "
+            "this machine. If it may, say so: task_kwargs={'runs_answers': True}."
+        )
+    try:
+        written = json.dumps(config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Expected the configuration of {name!r} to be JSON values, got {config!r}.") from error
+    _dataset(name, seed, written)
+
+    def verifier(partly: bool) -> Verifier:
+        return Verifier(extract, partial(_judged, name, seed, written, partly), column="problem")
+
+    return Task(
+        f"{PREFIX}{name}",
+        lambda split: GeneratedPrompts(partial(_row, name, seed, written, instruction), split, size),
+        verifier(partial_credit),
+        metrics={"correct": verifier(False)} if partial_credit else {},
+        settings={"max_prompt_tokens": None, "max_new_tokens": max_new_tokens},
+    )
+
+
+# Not functions inside another, which could not be pickled with an environment.
+def _row(name: str, seed: int, config: str, instruction: str, number: int) -> dict[str, Any]:
+    item = _item(name, seed, config, number)
+    return {"prompt": item["question"] + instruction, "problem": number, "answer": item["answer"]}
+
+
+def _judged(name: str, seed: int, config: str, partly: bool, answer: str, problem: int) -> float:
+    try:  # what the answer has no part in must not take the time that judging it may take
+        call_bounded(f"{__name__}:prepare", name, seed, config, problem, seconds=120.0)
+    except BoundedCallError as error:
+        raise ExpectedAnswerError(
+            f"Problem {problem} of {name!r} can't be made to judge its answers: {error}"
+        ) from error
+    found = call_bounded(f"{__name__}:score", name, seed, config, problem, answer)
+    return found if partly else float(found >= 1)
+
+
+def prepare(name: str, seed: int, config: str, number: int) -> None:
+    """Import reasoning-gym, and make a problem, so that :func:`score` finds it made.
+
+    :param name: the name of a data set.
+    :param seed: its seed.
+    :param config: its configuration, as JSON.
+    :param number: the number of a problem.
+    """
+    _item(name, seed, config, number)
+
+
+def score(name: str, seed: int, config: str, number: int, answer: str) -> float:
+    """
+    :param name: the name of a data set.
+    :param seed: its seed.
+    :param config: its configuration, as JSON.
+    :param number: the number of a problem.
+    :param answer: an answer to it.
+    :return: the data set's ``score_answer``, from 0 to 1.
+    """
+    return float(_dataset(name, seed, config).score_answer(answer, _item(name, seed, config, number)))
+
+
+@cache
+def _dataset(name: str, seed: int, config: str) -> Any:
+    return _created(name, seed, json.loads(config))
+
+
+def _created(name: str, seed: int, config: dict[str, Any]) -> Any:
+    with _own_randomness():
+        import reasoning_gym
+
+        try:
+            return reasoning_gym.create_dataset(name, seed=seed, **config)
+        except (TypeError, ValueError, AssertionError) as error:
+            raise ValueError(f"The data set {name!r} of reasoning-gym does not take {config}: {error}") from error
+
+
+@lru_cache(maxsize=4096)  # some take a second to make, and those of a group are asked for many times
+def _item(name: str, seed: int, config: str, number: int) -> dict[str, Any]:
+    number %= 2**31  # some seed NumPy with a sum of the two, which must be below 2**32
+    with _own_randomness():
+        try:
+            return dict(_dataset(name, seed, config)[number])
+        except IndexError:  # some make a list of problems when they are created; another seed makes another list
+            return dict(_created(name, seed + number, {**json.loads(config), "size": 1})[0])
+
+
+@cache
+def _names() -> list[str]:
+    try:
+        with _own_randomness():
+            from reasoning_gym.factory import DATASETS
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f'Its tasks need reasoning-gym: pip install "textrlhf[tasks]" (there is no module {error.name!r}).'
+        ) from error
+    return sorted(set(DATASETS) - {"composite"})
+
+
+@contextmanager
+def _own_randomness() -> Iterator[None]:
+    """Importing reasoning-gym, and some of its data sets, move the global random generators."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
