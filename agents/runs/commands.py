@@ -217,7 +217,7 @@ COMMANDS = {
         },
         (
             'textrlhf sample --policy runs/mine/policy --prompt "The movie" "I loved" --n 3',
-            'textrlhf sample --policy builtin:arithmetic --task arithmetic --prompt "12*3+45+6=" --greedy',
+            'textrlhf sample --policy builtin:arithmetic --task arithmetic --prompt "(72+60+880+26)*7="',
         ),
     ),
     "reward-model": Command(
