@@ -65,9 +65,7 @@ def evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
     :raises ValueError: if no reference is given, and the policy belongs to no run that names one.
     """
     run = run_of(config.policy)
-    env_config = run.env if run is not None else EnvConfig()
-    given = {name: getattr(config, name) for name in ("reward", "gold", "max_new_tokens", "task", "task_kwargs")}
-    env_config = dataclasses.replace(env_config, **{name: value for name, value in given.items() if value})
+    env_config = _changed(run.env if run is not None else EnvConfig(), config, "reward", "gold", *TASK_OPTIONS)
     reference = config.reference or (run.model if run is not None else None)
     if reference is None:
         raise ValueError(f"{config.policy!r} belongs to no run that says what it started from: pass --reference.")
@@ -89,9 +87,8 @@ def run_sample(config: SampleConfig) -> int:
 
     check_device(config.device)
     run = run_of(config.policy)
-    env_config = run.env if run is not None else EnvConfig()
-    budget: dict[str, Any] = {} if config.max_new_tokens is None else {"max_new_tokens": config.max_new_tokens}
-    env_config = dataclasses.replace(env_config, max_prompt_tokens=None, **budget)
+    env_config = _changed(run.env if run is not None else EnvConfig(), config, *TASK_OPTIONS)
+    env_config = dataclasses.replace(env_config, max_prompt_tokens=None)
     prompts = [prompt for prompt in config.prompt for _ in range(config.n)]
     # The right answers of these prompts are unknown, so that a task can't judge what is written.
     judge: dict[str, Any] = {"reward": _unjudged} if env_config.has_task else {}
@@ -99,12 +96,18 @@ def run_sample(config: SampleConfig) -> int:
     set_random_seed(config.seed)
     policy = load_policy(config.policy, env, config.device, config.dtype, config.temperature)
     for info in sample_texts(policy, env, prompts, config.greedy):
-        console.print(
-            f"[bold]{escape(info['prompt'])}[/bold]{escape(info['completion'])}",
-            "" if env_config.has_task else f"[dim]({info['score']:+.2f})[/dim]",
-            soft_wrap=True,
-        )
+        score = "" if env_config.has_task else f" [dim]({info['score']:+.2f})[/dim]"
+        console.print(f"[bold]{escape(info['prompt'])}[/bold]{escape(info['completion'])}{score}", soft_wrap=True)
     return 0
+
+
+TASK_OPTIONS = ("max_new_tokens", "task", "task_kwargs")
+
+
+def _changed(env_config: EnvConfig, config: EvaluateConfig | SampleConfig, *names: str) -> EnvConfig:
+    """The environment, except for those of the options that are given."""
+    given = {name: getattr(config, name) for name in names}
+    return dataclasses.replace(env_config, **{name: value for name, value in given.items() if value})
 
 
 def _unjudged(completions: Sequence[Any], **_: Any) -> list[float]:
@@ -123,7 +126,10 @@ def run_train(config: TrainConfig) -> int:
 
     config = resolved(config)
     train(config)
-    console.print(f"Wrote {config.run_dir}/: policy/, learning_curve.png, progress.csv, samples.jsonl, config.yaml")
+    console.print(
+        f"Wrote {config.run_dir}/: policy/, learning_curve.png, progress.csv, samples.jsonl, config.yaml",
+        soft_wrap=True,
+    )
     return 0
 
 

@@ -29,7 +29,7 @@ from text_env.settings import EpisodeSettings, check_integer
 from text_env.shaping import PotentialShaping, make_shaping
 from text_env.stop_strings import StopStrings
 from text_env.streams import TokenStream
-from text_env.tokenization import decode, decode_completions, load_tokenizer, vocabulary_size
+from text_env.tokenization import decode, decode_completions, encode, load_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -261,7 +261,7 @@ class Episodes:
             return []
         if isinstance(response, str):
             check_text(response, "the response")
-            ids = list(self.tokenizer(response, add_special_tokens=False)["input_ids"])
+            [ids] = encode(self.tokenizer, [response], add_special_tokens=False)
         else:
             ids = checked_ids(response, self.vocabulary, "response")
         if len(ids) >= self.max_new_tokens:

@@ -19,6 +19,7 @@ from text_env.tokenization import (
     appended_ids,
     chat_prompt,
     decode,
+    encode,
     is_conversation,
     vocabulary_size,
     without_end,
@@ -275,8 +276,8 @@ class Prompts(Sequence[Prompt]):
             raise ValueError(
                 f"Expected a string or token ids as a prompt, since the others are plain texts; got {conversations[0]}."
             )
-        encoded = self.tokenizer(list(prompts))["input_ids"]
-        return [self._ended(prompt, list(ids)) for prompt, ids in zip(prompts, encoded, strict=True)]
+        encoded = encode(self.tokenizer, prompts)
+        return [self._ended(prompt, ids) for prompt, ids in zip(prompts, encoded, strict=True)]
 
     def _encode_chat(self, messages: list[Message]) -> tuple[str, list[int], list[Message] | None]:
         ids, seen = chat_prompt(self.tokenizer, messages)

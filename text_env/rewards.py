@@ -118,8 +118,8 @@ def score_where_it_applies(reward: Any, texts: FinishedTexts) -> NDArray[np.floa
     except Exception as error:
         hint = " Let it accept **kwargs." if "unexpected keyword argument" in str(error) else ""
         raise RewardError(
-            f"Reward {name!r} raised {type(error).__name__}: {error}.{hint} It was called with {expected} texts, "
-            f"the first being: {texts.show(0)}."
+            f"Reward {name!r} raised {type(error).__name__}: {str(error).rstrip('.')}.{hint} It was called with "
+            f"{expected} texts, the first being: {texts.show(0)}."
         ) from error
     values = _listed(name, returned, texts)
     if len(values) != expected:

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import gymnasium as gym
 
-from text_env.answers import Extractor, Matcher, Verifier
+from text_env.answers import ExpectedAnswerError, Extractor, Matcher, Verifier, number
 from text_env.arithmetic import arithmetic_task
 from text_env.generated import Split, check_split, split_of
 from text_env.imports import import_object, is_object_name
@@ -26,6 +26,9 @@ from text_env.tables import FORMATS, table_format
 from text_env.tasks import Task
 
 KNOWN_TASKS: dict[str, Callable[..., Task]] = {"arithmetic": arithmetic_task}
+
+MARKED = ("answer_tags", "boxed", "hash")
+"""Ways to find an answer by a mark beside it, so that what has the mark is a whole solution."""
 
 
 def file_task(
@@ -40,25 +43,48 @@ def file_task(
         they belong, ``"train"`` or ``"eval"``; otherwise :func:`text_env.generated.split_of` does, by the prompt.
     :param extract: how the answer is found in a text, as :class:`text_env.answers.Verifier` takes it.
     :param match: how it is compared with the right one, likewise.
-    :param column: the column of the right answers.
+    :param column: the column of the right answers. It may hold whole solutions, as GSM8K's does, if ``extract`` finds
+        an answer by a mark (:data:`MARKED`).
     :return: the task.
-    :raises ValueError: if there is no such file, its rows have no such column, or belong to another part.
+    :raises ValueError: if there is no such file, its rows have no such column, or belong to another part, or if right
+        answers are to be compared as numbers and are none.
     """
     rows = load_prompts(path)
-    if missing := [number for number, row in enumerate(rows) if column not in row]:
+    if missing := [index for index, row in enumerate(rows) if column not in row]:
         raise ValueError(
             f"Expected each row of {str(path)!r} to have a column {column!r} with the right answer; row {missing[0]} "
             f"has {sorted(rows[missing[0]])}. Name another: task_kwargs={{'column': ...}}."
         )
 
-    for number, row in enumerate(rows):
+    verifier = Verifier(extract, match, column)
+    for index, row in enumerate(rows):
         if row.setdefault("split", split_of(str(row["prompt"]))) not in get_args(Split):
             raise ValueError(
                 f"Expected the column 'split' of {str(path)!r} to hold 'train' or 'eval' (the held-out part), got "
-                f"{row['split']!r} in row {number}."
+                f"{row['split']!r} in row {index}."
             )
+        row[column] = _right_answer(
+            row[column], extract, verifier, f"in the column {column!r} of {str(path)!r}, row {index}"
+        )
     settings = {"max_prompt_tokens": None, "max_new_tokens": 256}
-    return Task(str(path), partial(_part, rows, str(path)), Verifier(extract, match, column), settings=settings)
+    return Task(str(path), partial(_part, rows, str(path)), verifier, settings=settings)
+
+
+def _right_answer(written: Any, extract: str | Extractor, verifier: Verifier, where: str) -> Any:
+    """What texts are compared with. It is checked here, since a training would come upon it late."""
+    answer = written
+    if extract in MARKED and isinstance(written, str):
+        answer = verifier.extract(written) or written
+    if verifier.match is number and answer is not None:
+        try:
+            number("0", answer)
+        except ExpectedAnswerError as error:
+            raise ValueError(
+                f"Expected a number as the right answer {where}, got {answer!r}. If it is a whole solution, say how "
+                f"the answer is marked, task_kwargs={{'extract': 'hash'}} (one of {', '.join(map(repr, MARKED))}); if "
+                "it is no number, compare it in another way, {'match': 'exact'}."
+            ) from error
+    return answer
 
 
 def _part(rows: list[dict[str, Any]], path: str, split: Split) -> list[dict[str, Any]]:

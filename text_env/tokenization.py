@@ -120,13 +120,30 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max([*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder], default=-1) + 1
 
 
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], add_special_tokens: bool = True
+) -> list[list[int]]:
+    """
+    :param tokenizer: any tokenizer.
+    :param texts: the texts.
+    :param add_special_tokens: whether the tokenizer adds its own, such as BOS.
+    :return: the token ids of each text.
+    :raises ValueError: if there is a text that the tokenizer has no tokens for.
+    """
+    try:
+        return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"]]
+    except Exception as error:  # the tokenizers package raises nothing more precise
+        shown = f"{list(texts[:3])!r}{' and more' if len(texts) > 3 else ''}"
+        raise ValueError(f"Expected texts that the tokenizer has tokens for, got {shown}: {error}.") from error
+
+
 def appended_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """
     :param tokenizer: any tokenizer.
     :param text: a text that it can encode, not empty.
     :return: the special tokens that it writes behind a text, such as EOS or ``[SEP]``.
     """
-    bare, whole = (list(tokenizer(text, add_special_tokens=special)["input_ids"]) for special in (False, True))
+    [bare], [whole] = (encode(tokenizer, [text], special) for special in (False, True))
     for end in range(len(whole), len(bare) - 1, -1):
         if bare and whole[end - len(bare) : end] == bare:
             return whole[end:]

@@ -17,7 +17,7 @@ class ProgressBar(BaseCallback):
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("score {task.fields[score]:+.2f}  KL {task.fields[kl]:.2f} nats"),
+            TextColumn("score {task.fields[score]:+.2f}  KL {task.fields[kl]:z.2f} nats"),
         )
 
     def _on_training_start(self) -> None:

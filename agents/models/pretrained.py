@@ -230,7 +230,8 @@ def check_positions(model: PreTrainedModel, longest: int) -> None:
     if available is not None and longest > available:
         raise ValueError(
             f"Expected a model with at least {longest} positions (max_prompt_tokens + max_new_tokens of the "
-            f"environment); {type(model).__name__} has {available}. Make the environment's budgets smaller."
+            f"environment); {type(model).__name__} has {available}. Make the environment's budgets smaller, "
+            "max_new_tokens above all, or take a model with more positions."
         )
     for kind, switch in _frequency_switches(config):
         if switch is not None and longest > switch:

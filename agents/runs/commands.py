@@ -37,7 +37,7 @@ class EvaluateConfig:
     task: str | None = None
     """A task with a right answer; by default that of the policy's run."""
     task_kwargs: dict[str, str] = field(default_factory=dict)
-    """Arguments of the task, for example `--task-kwargs n_steps 5`."""
+    """Arguments of the task in place of those of the run, for example `--task-kwargs n_steps 5`."""
     max_new_tokens: int | None = None
     """The response budget, in tokens; by default that of the policy's run."""
     episodes: int = 256
@@ -48,7 +48,7 @@ class EvaluateConfig:
     """For tasks with a right answer: the numbers k of attempts of which one, or the majority, is to be right; at most
     `--samples-per-prompt`. By default 1 and that number."""
     texts: int = 0
-    """The number of texts of both that are shown side by side."""
+    """The number of texts of both that are shown side by side, with their scores."""
     temperature: float = 1.0
     """The temperature of both models; 1 evaluates the models themselves."""
     json: Path | None = None
@@ -81,7 +81,10 @@ class EvaluateConfig:
 
 @dataclass
 class SampleConfig:
-    """Let a policy write texts."""
+    """Let a policy write texts.
+
+    The reward's score stands behind each, unless the prompts are problems of a task.
+    """
 
     policy: str
     """The directory of a trained policy, or the name of any model."""
@@ -89,6 +92,11 @@ class SampleConfig:
     """One or more prompts."""
     n: int = 1
     """The number of texts for each prompt."""
+    task: str | None = None
+    """The task that the prompts are problems of; by default that of the policy's run. It says how long a text may be.
+    Texts are not judged, since the right answers of these prompts are unknown."""
+    task_kwargs: dict[str, str] = field(default_factory=dict)
+    """Arguments of the task in place of those of the run, for example `--task-kwargs n_steps 5`."""
     greedy: bool = False
     """Choose the most probable token instead of sampling one."""
     temperature: float = 1.0
@@ -177,6 +185,7 @@ COMMANDS = {
         },
         (
             "textrlhf train --total-timesteps 60000 --run-dir runs/mine",
+            "textrlhf train --task arithmetic --task-kwargs n_steps 3 --run-dir runs/sums",
             "textrlhf train --algo grpo --model path/to/model --prompts prompts.jsonl --reward my_rewards:brevity",
             "textrlhf train --model path/to/model --lora-r 16 --dtype bfloat16 --kl-target 6",
             "textrlhf train --config runs/mine/config.yaml --run-dir runs/again --seed 1",
@@ -203,10 +212,13 @@ COMMANDS = {
     "sample": Command(
         SampleConfig,
         {
-            "What is written": ("policy", "prompt", "n", "max_new_tokens"),
+            "What is written": ("policy", "prompt", "n", "task", "task_kwargs", "max_new_tokens"),
             "How": ("greedy", "temperature", "seed", "device", "dtype"),
         },
-        ('textrlhf sample --policy runs/mine/policy --prompt "The movie" "I loved" --n 3',),
+        (
+            'textrlhf sample --policy runs/mine/policy --prompt "The movie" "I loved" --n 3',
+            'textrlhf sample --policy builtin:arithmetic --task arithmetic --prompt "(72+60+880+26)*7="',
+        ),
     ),
     "reward-model": Command(
         RewardModelConfig,

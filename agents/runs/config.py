@@ -37,7 +37,7 @@ class EnvConfig(EpisodeSettings):
     """A task with a right answer: 'arithmetic', 'reasoning_gym:NAME', a file with a column `answer`, or
     'module:object'. It says what prompts, reward and budgets are where they are left at their defaults."""
     task_kwargs: dict[str, str] = field(default_factory=dict)
-    """Arguments of the task, for example `--task-kwargs seed 1 size 1000`."""
+    """Arguments of the task, each value as YAML, for example `--task-kwargs n_steps "[3, 4]" size 1000`."""
     tokenizer: str | None = None  # type: ignore[assignment]
     """A directory or a hub name; by default the model's tokenizer."""
     prompts: str = "builtin"

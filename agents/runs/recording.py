@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -47,7 +47,8 @@ def remove_start(directory: Path) -> None:
 class SampleTexts(BaseCallback):
     """Writes texts for fixed held-out prompts to a file, at the start, every few iterations and at the end.
 
-    :param path: the file, ``samples.jsonl``, with one line per text.
+    :param path: the file, ``samples.jsonl``, with one line per text: the final info of its episode, ``timesteps``, and
+        the ``columns`` of its prompt, if it has any.
     :param config: the configuration of the run.
     """
 
@@ -79,9 +80,16 @@ class SampleTexts(BaseCallback):
             torch.manual_seed(0)
             infos = sample_texts(policy, self._env, self._prompts)
         with self._path.open("a") as file:
-            for info in infos:
-                row = {k: float(v) if isinstance(v, np.floating) else v for k, v in info.items()}
-                file.write(json.dumps({"timesteps": self.num_timesteps, **row}, ensure_ascii=False) + "\n")
+            for prompt, info in zip(self._prompts, infos, strict=True):
+                row = {"timesteps": self.num_timesteps, **info}
+                if prompt.columns:  # such as the right answer; `answer` in the row itself is what the text answers
+                    row["columns"] = dict(prompt.columns)
+                file.write(json.dumps(row, ensure_ascii=False, default=_as_json) + "\n")
+
+
+def _as_json(value: Any) -> Any:
+    """A value that is none of JSON's: a number of NumPy's, or what somebody's prompts have in a column."""
+    return value.item() if isinstance(value, np.generic) else str(value)
 
 
 class Checkpoint(BaseCallback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import gymnasium as gym
 import pytest
 
 import text_env.builtin
+from agents.cli import main
 from agents.runs.config import EnvConfig
 from text_env import Task, TextEnv
 
@@ -71,3 +73,29 @@ def test_arguments_of_a_run_without_a_task_are_refused_and_a_score_beside_the_ta
     assert metrics(task=f"{MODULE}:one_sum", gold="builtin") == {"n", "gold_score"}
     assert EnvConfig().held_out().prompts == "builtin:eval"
     assert EnvConfig(prompts="mine.jsonl").held_out() == EnvConfig(prompts="mine.jsonl")
+
+
+def test_a_run_writes_down_what_a_text_answers_and_what_would_have_been_right(tmp_path: Path) -> None:
+    options = ["--total-timesteps", "8", "--n-episodes", "2", "--n-samples", "1", "--max-new-tokens", "4"]
+    place = ["--run-dir", str(tmp_path / "run"), "--no-progress", "--device", "cpu"]
+    assert main(["train", "--task", f"{MODULE}:one_sum", *options, *place]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert rows
+    assert all(row["columns"] == {"answer": 10} for row in rows)
+    assert all(row["correct"] == float(row["answer"] == "10") for row in rows)
+
+
+def test_texts_are_sampled_at_the_length_of_the_task_that_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--policy", "builtin:arithmetic", "--prompt", "10*10+11+1=", "--greedy", "--device", "cpu"]
+    assert main(["sample", *options, "--task", "arithmetic"]) == 0
+    assert "\n#### " in capsys.readouterr().out
+    assert main(["sample", *options, "--task", "arithmetic", "--max-new-tokens", "9"]) == 0
+    assert "####" not in capsys.readouterr().out
+
+
+def test_a_prompt_that_the_tokenizer_has_no_tokens_for_is_an_error_on_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ["--policy", "builtin:arithmetic", "--task", "arithmetic", "--device", "cpu"]
+    assert main(["sample", *options, "--prompt", "What is 1+1?"]) == 1
+    assert "Expected texts that the tokenizer has tokens for, got ['What is 1+1?']" in capsys.readouterr().out

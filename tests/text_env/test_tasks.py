@@ -220,6 +220,28 @@ def test_a_file_says_how_answers_are_found_and_compared(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("extract", "solution"),
+    [("hash", "2+3 = <<2+3=5>>5\n#### 5"), ("boxed", r"So $x=\boxed{5}$."), ("answer_tags", "2+3. <answer>5</answer>")],
+)
+def test_a_file_may_give_whole_solutions_in_which_the_answer_is_marked(
+    tmp_path: Path, extract: str, solution: str
+) -> None:
+    rows = [{"prompt": "2+3=", "answer": solution, "split": "train"}, {"prompt": "5=", "answer": 5, "split": "train"}]
+    task = file_task(write(tmp_path / "rows.jsonl", rows), extract)
+    assert [str(row["answer"]) for row in task.prompts("train")] == ["5", "5"]
+    env = TextEnv(task=str(tmp_path / "rows.jsonl"), task_kwargs={"extract": extract})
+    assert finish(env, solution)["score"] == 1.0
+
+
+def test_right_answers_that_are_no_numbers_are_noticed_before_a_text_is_written(tmp_path: Path) -> None:
+    rows = [{"prompt": "1", "answer": None}, {"prompt": "2+3=", "answer": "We add.\n#### 5"}]
+    path = write(tmp_path / "rows.jsonl", [{**row, "split": "train"} for row in rows])
+    with pytest.raises(ValueError, match=r"right answer in the column 'answer' of .*, row 1, got .*'extract': 'hash'"):
+        file_task(path)
+    assert file_task(path, match="exact").prompts("train")[1]["answer"] == "We add.\n#### 5"
+
+
+@pytest.mark.parametrize(
     ("rows", "kwargs", "message"),
     [
         ([{"prompt": "1"}], {}, "a column 'answer' with the right answer; row 0 has .'prompt'.*task_kwargs="),
