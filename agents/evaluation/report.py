@@ -27,11 +27,11 @@ def evaluation_table(result: dict[str, Any]) -> Table:
             change += _interval(compared["difference_interval"])
             percent = [100 * rate for rate in (compared["win_rate"], *compared["win_rate_interval"])]
             win_rate = "{:.0f}% [{:.0f}, {:.0f}]".format(*percent)
-        table.add_row(escape(name), f"{before:.3f}", f"{after:.3f}", change, win_rate)
+        table.add_row(escape(name), f"{before:z.3f}", f"{after:z.3f}", change, win_rate)
     gain = result["score_gain_std"]
     table.add_row("score gain (std)", "", "", "–" if gain is None else f"{gain:+.3f}", style="bold")
     kl_of_other = f"{result['kl_against']:.2f}" if other == "against" else ""
-    table.add_row("KL (nats/episode)", kl_of_other, f"{result['kl']:.2f}", "", style="bold")
+    table.add_row("KL (nats/episode)", kl_of_other, f"{result['kl']:z.2f}", "", style="bold")
     return table
 
 
