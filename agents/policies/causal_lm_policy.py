@@ -467,6 +467,7 @@ def load_policy(
     device: str = "auto",
     dtype: str = "float32",
     temperature: float = 1.0,
+    separate_critic: bool | str | Path = False,
 ) -> CausalLMPolicy:
     """Load a policy for evaluation and sampling.
 
@@ -475,6 +476,8 @@ def load_policy(
     :param device: the device that the policy runs on.
     :param dtype: the floating-point type of the weights.
     :param temperature: the temperature of the policy's distribution; 1 gives that of the model itself.
+    :param separate_critic: what the critic was made of, as for ``CausalLMPolicy``. Its weights are another matter:
+        :meth:`CausalLMActorCritic.load_value_head` loads them.
     :return: the policy.
     :raises ValueError: for the reasons of ``CausalLMPolicy``.
     """
@@ -488,6 +491,7 @@ def load_policy(
         min_new_tokens=env.min_new_tokens,
         constraint=env.constraint,
         eos_token_id=env.eos_token_ids,
+        separate_critic=separate_critic,
         tokenizer=env.tokenizer,
     )
     return policy.to(get_device(device))
