@@ -168,7 +168,7 @@ def train(env: TextVectorEnv, policy: CausalLMPolicy, reference: CausalLMPolicy,
     return scores
 
 
-def main(iterations: int = 15, num_envs: int = 64, seed: int = 0) -> list[float]:
+def main(iterations: int = 12, num_envs: int = 64, seed: int = 0) -> list[float]:
     """Train the built-in model to write what the built-in reward model likes."""
     torch.manual_seed(seed)
     np.random.seed(seed)

@@ -128,8 +128,9 @@ def _siblings(axes: Any, result: dict[str, Any]) -> None:
     if not pairs["decided"]:
         return
     shares = [pairs[name] for name in names]
-    bars = axes.bar(list(names.values()), shares, color=["tab:blue", "tab:green", "tab:green"], width=0.6)
-    axes.bar_label(bars, [f"{share:.0%}" for share in shares], label_type="edge", padding=-14, color="white")
+    axes.bar(list(names.values()), shares, color=["tab:blue", "tab:green", "tab:green"], width=0.6)
+    for number, share in enumerate(shares):  # at the foot, where the interval doesn't cross it
+        axes.text(number, 0.04, f"{share:.0%}", ha="center", color="black" if share < 0.15 else "white")
     low, high = pairs["critic_interval"]
     axes.vlines(0, low, high, color="black", linewidth=1.5, zorder=4)
 
