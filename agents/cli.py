@@ -1,4 +1,4 @@
-"""The command line: ``textrlhf train | evaluate | sample | reward-model | demo``.
+"""The command line: ``textrlhf train | evaluate | critic | sample | reward-model | demo``.
 
 This module only parses options and prints results. The work is done by ``agents.runs``, ``agents.evaluation`` and
 ``agents.reward_models``.
@@ -25,7 +25,7 @@ from rich.markup import escape
 
 from agents.evaluation.report import answers_table, evaluation_table, texts_table
 from agents.reward_models.config import RewardModelConfig
-from agents.runs.commands import COMMANDS, DemoConfig, EvaluateConfig, SampleConfig
+from agents.runs.commands import COMMANDS, CriticConfig, DemoConfig, EvaluateConfig, SampleConfig
 from agents.runs.config import EnvConfig, TrainConfig, load_config
 from agents.runs.usage import usage
 from text_env.rewards import RewardError
@@ -70,6 +70,25 @@ def evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
     if reference is None:
         raise ValueError(f"{config.policy!r} belongs to no run that says what it started from: pass --reference.")
     return _evaluate(config, env_config, reference)
+
+
+def run_critic(config: CriticConfig) -> int:
+    """Run ``textrlhf critic``.
+
+    :param config: the options.
+    :return: the exit status.
+    """
+    config.check()
+    from agents.evaluation.critic_report import critic_table, plot_critic
+    from agents.runs.critic import examine_run
+
+    result = examine_run(config)
+    console.print(critic_table(result))
+    plot_critic(result, config.picture())
+    console.print(f"Wrote {config.picture()}")
+    if config.json is not None:
+        config.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
 
 
 def run_sample(config: SampleConfig) -> int:
@@ -231,11 +250,7 @@ def _evaluate(config: EvaluateConfig, env_config: EnvConfig, reference: str) -> 
     from agents.state.devices import check_device
 
     check_device(config.device)
-    env_config = env_config.held_out()
-    if config.prompts is not None:
-        env_config = dataclasses.replace(env_config, prompts=config.prompts)
-    if env_config.overlong_prompts == "error":  # held-out prompts may be longer than those of the training
-        env_config = dataclasses.replace(env_config, max_prompt_tokens=None)
+    env_config = env_config.for_evaluation(config.prompts)
     # As many prompts as texts, even if the policy was trained on groups of texts.
     env = env_config.make(min(64, config.episodes), config.policy, group_size=1)
     set_random_seed(config.seed)
@@ -276,6 +291,7 @@ def _print_texts(path: Path) -> None:
 FUNCTIONS: dict[str, Callable[[Any], int]] = {
     "train": run_train,
     "evaluate": run_evaluate,
+    "critic": run_critic,
     "sample": run_sample,
     "reward-model": run_reward_model,
     "demo": run_demo,

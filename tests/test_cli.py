@@ -280,6 +280,53 @@ def test_evaluate_uses_held_out_prompts_by_default(tmp_path: Path) -> None:
         assert {text["prompt"] for text in result["texts"]} <= held_out
 
 
+# ---- critic --------------------------------------------------------------------------------------------------------
+
+SMALL = ["--texts", "6", "--positions", "2", "--branches", "3", "--device", "cpu"]
+
+
+def test_critic_examines_a_run_by_what_it_paid_and_draws_a_picture(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, picture = tmp_path / "out.json", run.directory / "critic.png"
+    assert main(["critic", "--policy", str(run.directory), *SMALL, "--json", str(path)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert "The critic: 6 texts, 2 positions, 3 branches" in shown
+    result = json.loads(path.read_text())
+    assert result["overall"]["states"] == len(result["states"]["value"])
+    assert len(set(result["states"]["value"])) > 2  # the critic that was saved, not a new one
+    assert result["kl_coef"] == 0.04
+    again = ["--policy", str(run.directory / "policy"), "--plot", str(tmp_path / "again.png")]
+    assert main(["critic", *again, *SMALL, "--json", str(tmp_path / "again.json")]) == 0
+    assert json.loads((tmp_path / "again.json").read_text()) == result
+    assert (tmp_path / "again.png").exists()
+
+
+def test_critic_pays_the_kl_coefficient_that_an_adaptive_run_ended_with(run: Run, tmp_path: Path) -> None:
+    directory, path = tmp_path / "run", tmp_path / "out.json"
+    assert run.train(directory, "--kl-target", "50", "--algo-kwargs", "gamma", "0.9", "--no-progress") == 0
+    assert main(["critic", "--policy", str(directory), *SMALL, "--json", str(path)]) == 0
+    with (directory / "progress.csv").open() as file:
+        last = float(list(csv.DictReader(file))[-1]["objective/kl_coef"])
+    assert json.loads(path.read_text())["kl_coef"] == last != 0.04
+
+
+def test_critic_finds_a_critic_with_a_decoder_of_its_own(tmp_path: Path) -> None:
+    options = ["--model", "builtin", "--critic", "builtin", *TINY, "--total-timesteps", "8", "--no-progress"]
+    assert main(["train", *options, "--run-dir", str(tmp_path / "run")]) == 0
+    assert main(["critic", "--policy", str(tmp_path / "run"), *SMALL]) == 0
+
+
+def test_critic_refuses_what_has_none(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "got one without config.yaml" in failed(capsys, main(["critic", "--policy", run.model, *SMALL]))
+    directory = tmp_path / "run"
+    assert run.train(directory, "--algo", "reinforce", "--no-progress") == 0
+    assert "Expected a trained critic" in failed(capsys, main(["critic", "--policy", str(directory), *SMALL]))
+    (directory / "policy" / "value_head.safetensors").unlink()
+    assert "holds no value_head.safetensors" in failed(capsys, main(["critic", "--policy", str(directory), *SMALL]))
+
+
 # ---- sample --------------------------------------------------------------------------------------------------------
 
 

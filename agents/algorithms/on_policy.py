@@ -13,6 +13,7 @@ import time
 import warnings
 from abc import abstractmethod
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -379,9 +380,8 @@ class OnPolicyAlgorithm(Resumable):
         start = time.perf_counter()
         history: dict[str, list[float]] = defaultdict(list)
         stopped, used = False, 0
-        for _ in range(self.n_epochs):
-            order = np.random.permutation(self.n_episodes)
-            for minibatch in np.split(order, range(self.batch_size, self.n_episodes, self.batch_size)):
+        for minibatches in self._epochs(self.n_epochs):
+            for minibatch in minibatches:
                 used += int(buffer.lengths[minibatch].sum())
                 means = self._backward(minibatch)
                 if self._first_ratio is not None:
@@ -404,6 +404,12 @@ class OnPolicyAlgorithm(Resumable):
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if "value_loss" in history:
             self.logger.record("train/explained_variance", self._explained_variance())
+
+    def _epochs(self, n_epochs: int) -> Iterator[list[np.ndarray]]:
+        """For each pass over the rollout its minibatches, each the int [E] numbers of its episodes."""
+        for _ in range(n_epochs):
+            order = np.random.permutation(self.n_episodes)
+            yield np.split(order, range(self.batch_size, self.n_episodes, self.batch_size))
 
     def _backward(self, minibatch: np.ndarray) -> dict[str, float]:
         """Compute the gradient of the weighted mean loss of a minibatch.

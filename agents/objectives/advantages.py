@@ -14,7 +14,7 @@ Array = np.ndarray
 
 
 def gae(
-    rewards: Array, values: Array, last_values: Array, mask: Array, gamma: float, gae_lambda: float
+    rewards: Array, values: Array, last_values: Array, mask: Array, gamma: float, gae_lambda: float | Array
 ) -> tuple[Array, Array]:
     """Generalized advantage estimation (Schulman et al. 2016, https://arxiv.org/abs/1506.02438, eq. 16).
 
@@ -27,7 +27,8 @@ def gae(
         terminated.
     :param mask: bool [E, T], true where a row has a step.
     :param gamma: the discount γ.
-    :param gae_lambda: λ. 1 gives Monte-Carlo returns minus values, 0 gives one-step advantages.
+    :param gae_lambda: λ, one number or one for each episode, [E]. 1 gives Monte-Carlo returns minus values, 0 gives
+        one-step advantages.
     :return: the advantages and the targets of the value function, float64 [E, T] each, 0 on padding.
     """
     assert rewards.shape == values.shape == mask.shape, (rewards.shape, values.shape, mask.shape)
@@ -41,6 +42,18 @@ def gae(
         next_advantage = np.where(real, advantages[:, t], next_advantage)
         next_value = np.where(real, values[:, t], next_value)
     return advantages, np.where(mask, advantages + values, 0.0)
+
+
+def length_adaptive_lambda(lengths: Array, alpha: float) -> Array:
+    """λ = 1 − 1/(α l), VAPO's choice for an episode of l steps (Yue et al. 2025, https://arxiv.org/abs/2504.05118).
+
+    The sum of the powers of λ, 1/(1 − λ), is then α times the length.
+
+    :param lengths: int [E], the number of steps of each episode.
+    :param alpha: α, greater than 0.
+    :return: λ of each episode, float [E]; 0 where α l is at most 1.
+    """
+    return np.maximum(1.0 - 1.0 / (alpha * lengths), 0.0)
 
 
 def discounted_returns(rewards: Array, last_values: Array, mask: Array, gamma: float) -> Array:

@@ -173,8 +173,21 @@ class CausalLMActorCritic(BasePolicy):
         self._build(lr_schedule)
 
     def _build(self, lr_schedule: Schedule) -> None:
-        trainable = [p for p in self.parameters() if p.requires_grad]
-        self.optimizer = self.optimizer_class(trainable, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        actor = [p for name, p in trained if is_actor(name, p)]
+        critic = [p for name, p in trained if not is_actor(name, p)]
+        # Apart, since the critic may have a learning rate of its own.
+        groups = [{"params": parameters} for parameters in (actor, critic)]
+        self.optimizer = self.optimizer_class(groups, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+
+    def set_learning_rates(self, actor: float, critic: float) -> None:
+        """
+        :param actor: the learning rate of the actor's weights, those of a decoder that it shares with the critic
+            included.
+        :param critic: that of the critic's own weights.
+        """
+        for group, rate in zip(self.optimizer.param_groups, (actor, critic), strict=True):
+            group["lr"] = rate
 
     # ---- SB3's interface ------------------------------------------------------------------------------------------
 
@@ -229,6 +242,17 @@ class CausalLMActorCritic(BasePolicy):
         values = self._values(hidden)
         check_numbers(values, "values", lambda i: input_ids[at.row[i], : at.column[i] + 1].tolist(), self)
         return values, log_prob, entropy
+
+    def evaluate_values(self, obs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Values that only the critic's own weights have a gradient of, not those of a decoder shared with the actor.
+
+        :param obs: a packed batch of E whole episodes, as for :meth:`evaluate_actions`.
+        :return: values, [N].
+        """
+        input_ids, at = obs["input_ids"], packed_positions(obs)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.critic is not None):
+            hidden = self.lm.run(self.lm.backbone if self.critic is None else self.critic, input_ids)[at.row, at.column]
+        return self._values(hidden).flatten()
 
     def predict_values(self, obs: PyTorchObs) -> torch.Tensor:
         """
@@ -443,6 +467,7 @@ def load_policy(
     device: str = "auto",
     dtype: str = "float32",
     temperature: float = 1.0,
+    separate_critic: bool | str | Path = False,
 ) -> CausalLMPolicy:
     """Load a policy for evaluation and sampling.
 
@@ -451,6 +476,8 @@ def load_policy(
     :param device: the device that the policy runs on.
     :param dtype: the floating-point type of the weights.
     :param temperature: the temperature of the policy's distribution; 1 gives that of the model itself.
+    :param separate_critic: what the critic was made of, as for ``CausalLMPolicy``. Its weights are another matter:
+        :meth:`CausalLMActorCritic.load_value_head` loads them.
     :return: the policy.
     :raises ValueError: for the reasons of ``CausalLMPolicy``.
     """
@@ -464,6 +491,7 @@ def load_policy(
         min_new_tokens=env.min_new_tokens,
         constraint=env.constraint,
         eos_token_id=env.eos_token_ids,
+        separate_critic=separate_critic,
         tokenizer=env.tokenizer,
     )
     return policy.to(get_device(device))

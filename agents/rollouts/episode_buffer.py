@@ -375,18 +375,27 @@ class EpisodeBuffer(RolloutBuffer):
         self.finalize()
         self.estimate_gae(self.gamma, self.gae_lambda, bootstrap)
 
-    def estimate_gae(self, gamma: float, gae_lambda: float, last_values: np.ndarray | None = None) -> None:
+    def estimate_gae(
+        self,
+        gamma: float,
+        gae_lambda: float | np.ndarray,
+        last_values: np.ndarray | None = None,
+        gae_lambda_value: float | None = None,
+    ) -> None:
         """Set ``advantages`` and ``returns`` by generalized advantage estimation.
 
         :param gamma: the discount γ.
-        :param gae_lambda: λ.
+        :param gae_lambda: λ, one number or one for each segment, [E].
         :param last_values: the value of the context after the last step of each segment, [E]; None: 0, since all
             episodes have terminated.
+        :param gae_lambda_value: λ of ``returns``, the critic's targets; None: ``gae_lambda``.
         """
         mask = self.mask
         last_values = np.zeros(self.n_episodes) if last_values is None else last_values
         rewards, values = self.padded(self.rewards), self.padded(self.values)
         advantages, returns = gae(rewards, values, last_values, mask, gamma, gae_lambda)
+        if gae_lambda_value is not None:
+            _, returns = gae(rewards, values, last_values, mask, gamma, gae_lambda_value)
         self.advantages = advantages[mask].astype(np.float32)
         self.returns = returns[mask].astype(np.float32)
 

@@ -14,7 +14,7 @@ from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.algorithms.ppo import PPO
 from agents.algorithms.reinforce import REINFORCE
 from agents.algorithms.rloo import RLOO
-from agents.runs.config import TrainConfig
+from agents.runs.config import TrainConfig, parsed
 from agents.state.arguments import argument_defaults
 from text_env.imports import import_object, is_object_name
 
@@ -55,6 +55,15 @@ def algorithm_named(name: str) -> type[OnPolicyAlgorithm]:
             f"Expected {name!r} to be a subclass of agents.algorithms.on_policy.OnPolicyAlgorithm, got {found!r}."
         )
     return found
+
+
+def discount(config: TrainConfig) -> float:
+    """
+    :param config: of a run.
+    :return: γ, the algorithm's own if the configuration doesn't say.
+    """
+    defaults = argument_defaults(algorithm_named(config.algo))
+    return float(parsed(config.algo_kwargs).get("gamma", defaults.get("gamma", 1.0)))
 
 
 def resolved(config: TrainConfig) -> TrainConfig:

@@ -84,6 +84,18 @@ class EnvConfig(EpisodeSettings):
             return dataclasses.replace(self, task=task, task_kwargs={**kwargs, "split": "eval"})
         return dataclasses.replace(self, prompts="builtin:eval") if self.prompts == "builtin" else self
 
+    def for_evaluation(self, prompts: str | None = None) -> EnvConfig:
+        """
+        :param prompts: the name of other prompts; None: those that are held out.
+        :return: the same environment with these prompts, which may be longer than those of the training.
+        """
+        config = self.held_out()
+        if prompts is not None:
+            config = dataclasses.replace(config, prompts=prompts)
+        if config.overlong_prompts == "error":
+            config = dataclasses.replace(config, max_prompt_tokens=None)
+        return config
+
     def model(self) -> str:
         """
         :return: the name of the model that the task was made for; without one, ``"builtin"``.

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents.objectives.advantages import discounted_returns, gae, variance, whiten
+from agents.objectives.advantages import discounted_returns, gae, length_adaptive_lambda, variance, whiten
 
 # Two episodes, of three steps and of two; the 99s are padding, which must not be looked at.
 REWARDS = np.array([[1.0, 2.0, 3.0], [5.0, -1.0, 99.0]])
@@ -155,3 +155,15 @@ def test_whitening_forgets_shift_and_scale(advantages: list[float], shift: float
 def test_shapes_that_do_not_match_are_refused() -> None:
     with pytest.raises(AssertionError, match=r"\(2, 3\), \(2, 2\)"):
         gae(REWARDS, VALUES[:, :2], ENDED, MASK, 1.0, 1.0)
+
+
+def test_each_episode_may_have_a_lambda_of_its_own() -> None:
+    both, _ = gae(REWARDS, VALUES, ENDED, MASK, 0.9, np.array([0.5, 1.0]))
+    for row, lambda_ in enumerate((0.5, 1.0)):
+        one, _ = gae(REWARDS, VALUES, ENDED, MASK, 0.9, lambda_)
+        np.testing.assert_array_equal(both[row], one[row])
+
+
+def test_the_length_adaptive_lambda_is_vapos() -> None:
+    # α = 0.05: 1 − 1/(0.05 · 100) = 0.8; 1 − 1/(0.05 · 1000) = 0.98; up to 20 steps it would be negative.
+    np.testing.assert_allclose(length_adaptive_lambda(np.array([100, 1000, 10, 20]), 0.05), [0.8, 0.98, 0.0, 0.0])
