@@ -27,5 +27,5 @@ class DrGRPO(OnPolicyAlgorithm):
         buffer.advantages = np.repeat(advantages.flatten(), buffer.lengths).astype(np.float32)
 
     def loss(self, samples: EpisodeSamples, values: torch.Tensor, log_prob: torch.Tensor, entropy: torch.Tensor):
-        loss = clipped_surrogate(log_prob, samples.old_log_prob, samples.advantages, self.clip_range)
+        loss = clipped_surrogate(log_prob - samples.old_log_prob, samples.advantages, self.clip_range)
         return loss, {"policy_gradient_loss": loss, "entropy_loss": -entropy}

@@ -51,7 +51,7 @@ class GRPO(OnPolicyAlgorithm):
         self, samples: EpisodeSamples, values: torch.Tensor, log_prob: torch.Tensor, entropy: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The clipped surrogate, and the weighted KL divergence from the reference by the estimator k3."""
-        policy_loss = clipped_surrogate(log_prob, samples.old_log_prob, samples.advantages, self.clip_range)
+        policy_loss = clipped_surrogate(log_prob - samples.old_log_prob, samples.advantages, self.clip_range)
         kl_loss = kl_k3(log_prob - samples.ref_log_prob)
         return policy_loss + self.kl.coef * kl_loss, {
             "policy_gradient_loss": policy_loss,

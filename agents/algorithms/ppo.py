@@ -77,8 +77,9 @@ class PPO(ActorCritic):
         self, samples: EpisodeSamples, log_prob: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The clipped surrogate."""
-        loss = clipped_surrogate(log_prob, samples.old_log_prob, samples.advantages, self.clip_range)
-        log_ratio = (log_prob - samples.old_log_prob).detach()
+        log_ratio = log_prob - samples.old_log_prob
+        loss = clipped_surrogate(log_ratio, samples.advantages, self.clip_range)
+        log_ratio = log_ratio.detach()
         return loss, {
             "approx_kl": kl_k3(-log_ratio),  # KL(π_old ‖ π), from samples of π_old
             "clip_fraction": ((log_ratio.exp() - 1).abs() > self.clip_range).float(),

@@ -122,3 +122,15 @@ def whiten(advantages: Array, mean: Callable[[Array], float] = np.mean) -> Array
     """
     centred = advantages - mean(advantages)
     return centred / (np.sqrt(variance(centred, mean)) + 1e-8)
+
+
+def whiten_groups(advantages: Array, lengths: Array, group_size: int) -> Array:
+    """Shift and scale the advantages of each group of episodes to mean 0 and variance 1 over the tokens of the group.
+
+    :param advantages: float [N], without padding, one episode after the other.
+    :param lengths: int [E], the number of advantages of each episode; N in all.
+    :param group_size: the number k of episodes in each group.
+    :return: float [N]; zeros for a group whose advantages are all equal.
+    """
+    ends = np.cumsum(lengths.reshape(-1, group_size).sum(axis=1))
+    return np.concatenate([whiten(group) for group in np.split(advantages, ends[:-1])])
