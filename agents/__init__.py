@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what editors and mypy read; at run time the table below says where each name comes from
     from agents.algorithms.a2c import A2C as A2C
+    from agents.algorithms.dapo import DAPO as DAPO
     from agents.algorithms.engine import Engine as Engine
     from agents.algorithms.grpo import GRPO as GRPO
     from agents.algorithms.on_policy import OnPolicyAlgorithm as OnPolicyAlgorithm
@@ -34,6 +35,7 @@ if TYPE_CHECKING:  # what editors and mypy read; at run time the table below say
 
 _HOMES = {
     "A2C": "agents.algorithms.a2c",
+    "DAPO": "agents.algorithms.dapo",
     "Engine": "agents.algorithms.engine",
     "GRPO": "agents.algorithms.grpo",
     "OnPolicyAlgorithm": "agents.algorithms.on_policy",

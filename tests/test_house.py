@@ -153,7 +153,7 @@ def test_no_algorithm_is_built_on_another() -> None:
     algorithms = {
         name
         for name in edges
-        if name in {f"agents.algorithms.{a}" for a in ("ppo", "a2c", "reinforce", "rloo", "grpo")}
+        if name in {f"agents.algorithms.{a}" for a in ("ppo", "a2c", "reinforce", "rloo", "grpo", "dapo")}
     }
     assert "agents.algorithms.ppo" in algorithms
     for name in algorithms:

@@ -6,19 +6,18 @@ models.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from stable_baselines3.common.type_aliases import Schedule
 
 from agents.algorithms.actor_critic import ActorCritic
+from agents.algorithms.surrogate import Surrogate
 from agents.algorithms.trust_region import TrustRegion
-from agents.objectives.kl import kl_k3
-from agents.objectives.losses import clipped_surrogate
 from agents.rollouts.episode_buffer import EpisodeSamples
 
 
-class PPO(ActorCritic):
+class PPO(Surrogate, ActorCritic):
     """Several minibatches per rollout, with the clipped surrogate and a learned critic.
 
     :param policy: the policy, as for ``OnPolicyAlgorithm``.
@@ -28,15 +27,17 @@ class PPO(ActorCritic):
     :param n_episodes: the number of episodes of a rollout.
     :param batch_size: the number of episodes of a minibatch; None: all of the rollout.
     :param n_epochs: the number of passes over a rollout.
-    :param clip_range: ε of the clipped surrogate.
     :param clip_range_vf: ε of value clipping; None: no value clipping.
-    :param target_kl: an update stops when the KL divergence from the policy that sampled, in nats per token, exceeds
-        1.5 times this number; None: never.
     :param trust_region: the largest KL divergence from the policy that sampled, in nats per *episode*, that an update
         may reach. A longer update is shortened, and the learning rate of the next ones is lowered as long as they would
         be too long; None: no limit.
-    :param normalize_advantage: whether to shift and scale advantages to mean 0 and variance 1 over the whole rollout.
-    :param kwargs: the other arguments of ``ActorCritic`` and ``OnPolicyAlgorithm``.
+    :param normalize_advantage: as for ``OnPolicyAlgorithm``.
+    :param positive_lm_coef: the weight of −log π of the tokens of good texts, which are imitated in addition (VAPO, Yue
+        et al. 2025, https://arxiv.org/abs/2504.05118, who take 0.1, for right answers). The mean is over the tokens of
+        all texts, in place of VAPO's over those of good ones.
+    :param positive_score: the score from which on a text is a good one.
+    :param kwargs: the other arguments of ``Surrogate``, ``ActorCritic`` and ``OnPolicyAlgorithm``.
+    :raises ValueError: if a number is out of range.
     """
 
     state_attributes: ClassVar[tuple[str, ...]] = (*ActorCritic.state_attributes, "step_factor")
@@ -49,18 +50,20 @@ class PPO(ActorCritic):
         n_episodes: int = 64,
         batch_size: int | None = 16,
         n_epochs: int = 4,
-        clip_range: float = 0.2,
         clip_range_vf: float | None = 0.2,
-        target_kl: float | None = None,
         trust_region: float | None = None,
-        normalize_advantage: bool = True,
+        normalize_advantage: bool | Literal["group"] = True,
+        positive_lm_coef: float = 0.0,
+        positive_score: float = 1.0,
         **kwargs: Any,
     ) -> None:
         if trust_region is not None and not trust_region > 0:
             raise ValueError(f"Expected a trust_region > 0 nats per episode, or None, got {trust_region}.")
-        self.clip_range = clip_range
-        self.target_kl = target_kl
+        if not positive_lm_coef >= 0:
+            raise ValueError(f"Expected positive_lm_coef >= 0, got {positive_lm_coef}.")
         self.trust_region = trust_region
+        self.positive_lm_coef = positive_lm_coef
+        self.positive_score = positive_score
         super().__init__(
             policy,
             env,
@@ -76,17 +79,13 @@ class PPO(ActorCritic):
     def policy_loss(
         self, samples: EpisodeSamples, log_prob: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The clipped surrogate."""
-        loss = clipped_surrogate(log_prob, samples.old_log_prob, samples.advantages, self.clip_range)
-        log_ratio = (log_prob - samples.old_log_prob).detach()
-        return loss, {
-            "approx_kl": kl_k3(-log_ratio),  # KL(π_old ‖ π), from samples of π_old
-            "clip_fraction": ((log_ratio.exp() - 1).abs() > self.clip_range).float(),
-        }
-
-    def stop_early(self, means: dict[str, float]) -> bool:
-        """Whether the KL divergence from the policy that sampled exceeds 1.5 times ``target_kl``."""
-        return self.target_kl is not None and means["approx_kl"] > 1.5 * self.target_kl
+        """The surrogate, and the weighted negative log-likelihood of good texts."""
+        loss, logged = self.surrogate_loss(samples, log_prob)
+        if self.positive_lm_coef:
+            lm_loss = -log_prob * (samples.scores >= self.positive_score)
+            loss = loss + self.positive_lm_coef * lm_loss
+            logged = {**logged, "positive_lm_loss": lm_loss}
+        return loss, logged
 
     def update_policy(self) -> None:
         """Update policy and critic, within the trust region."""

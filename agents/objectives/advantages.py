@@ -102,6 +102,18 @@ def group_relative(returns: Array, group_size: int, scale: bool) -> Array:
     return centred.reshape(-1)
 
 
+def informative_groups(scores: Array, group_size: int) -> Array:
+    """Which episodes belong to a group whose scores are not all the same. In any other group all advantages that
+    :func:`group_relative` and :func:`leave_one_out` give are 0.
+
+    :param scores: float [E], one group after the other.
+    :param group_size: the number k of episodes in each group.
+    :return: bool [E].
+    """
+    groups = scores.reshape(-1, group_size)
+    return np.repeat(groups.min(axis=1) < groups.max(axis=1), group_size)
+
+
 def variance(values: Array, mean: Callable[[Array], float] = np.mean) -> float:
     """The variance of an array: the mean squared distance from its mean.
 
@@ -122,3 +134,15 @@ def whiten(advantages: Array, mean: Callable[[Array], float] = np.mean) -> Array
     """
     centred = advantages - mean(advantages)
     return centred / (np.sqrt(variance(centred, mean)) + 1e-8)
+
+
+def whiten_groups(advantages: Array, lengths: Array, group_size: int) -> Array:
+    """Shift and scale the advantages of each group of episodes to mean 0 and variance 1 over the tokens of the group.
+
+    :param advantages: float [N], without padding, one episode after the other.
+    :param lengths: int [E], the number of advantages of each episode; N in all.
+    :param group_size: the number k of episodes in each group.
+    :return: float [N]; zeros for a group whose advantages are all equal.
+    """
+    ends = np.cumsum(lengths.reshape(-1, group_size).sum(axis=1))
+    return np.concatenate([whiten(group) for group in np.split(advantages, ends[:-1])])

@@ -35,7 +35,7 @@ REFERENCE_TOKENS = 2048
 
 
 class EpisodeSamples(NamedTuple):
-    """A packed batch of E whole episodes with N actions: SB3's ``RolloutBufferSamples``, and log π_ref.
+    """A packed batch of E whole episodes with N actions: SB3's ``RolloutBufferSamples``, log π_ref, and the scores.
 
     All tensors but ``observations`` have one entry per action, row by row. They are float32 [N], except for
     ``actions``.
@@ -49,6 +49,7 @@ class EpisodeSamples(NamedTuple):
     :param returns: the targets of the value function.
     :param ref_log_prob: log π_ref, the log-probabilities under the reference; equal to ``old_log_prob`` if there is no
         reference.
+    :param scores: the score of the text that the action belongs to; NaN where it isn't known.
     """
 
     observations: dict[str, torch.Tensor]
@@ -58,6 +59,12 @@ class EpisodeSamples(NamedTuple):
     advantages: torch.Tensor
     returns: torch.Tensor
     ref_log_prob: torch.Tensor
+    scores: torch.Tensor
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """int64 [E], the number of actions of each episode, in the order of the batch."""
+        return self.observations["action_mask"].sum(dim=1)
 
 
 class PackedObservations(dict[str, torch.Tensor]):
@@ -231,16 +238,17 @@ class EpisodeBuffer(RolloutBuffer):
             self._extend_stream(np.full(len(tokens), self._open[row]), tokens, False)
         self._written[rows[longer]] = length
 
-    def _extend_stream(self, segment: np.ndarray, tokens: np.ndarray, is_action: bool) -> None:
+    def _extend_stream(self, segment: np.ndarray, tokens: np.ndarray, is_action: bool | np.ndarray) -> None:
         self._stream["segment"].extend(segment)
         self._stream["token"].extend(tokens)
-        self._stream["is_action"].extend(np.full(len(tokens), is_action))
+        self._stream["is_action"].extend(np.broadcast_to(is_action, len(tokens)))
 
-    def extend(self, other: EpisodeBuffer) -> None:
-        """Append the episodes of another buffer, for rollouts that several collectors share.
+    def extend(self, other: EpisodeBuffer, episodes: np.ndarray | None = None) -> None:
+        """Append episodes of another buffer, for rollouts that are put together from several.
 
         :param other: a buffer of whole episodes, which is not changed. Its first episode becomes number ``n_episodes``
             of this buffer.
+        :param episodes: int [E], the numbers of the episodes to append, in ascending order; None: all of them.
         :raises ValueError: if :meth:`finalize` has been called for one of the buffers, or if the other one holds an
             unfinished episode.
         """
@@ -251,13 +259,16 @@ class EpisodeBuffer(RolloutBuffer):
                 f"Expected a buffer of whole episodes; those of rows {np.flatnonzero(other._open >= 0).tolist()} are "
                 "not over: close() them first."
             )
-        for name, column in self._stream.items():
-            theirs = other._stream[name].array
-            column.extend(theirs + self._n_segments if name == "segment" else theirs)
+        episodes = np.arange(other.n_episodes) if episodes is None else episodes
+        number = np.full(other.n_episodes, -1)  # of each of their episodes in this buffer; −1: left out
+        number[episodes] = self._n_segments + np.arange(len(episodes))
+        segment, tokens, is_action = (column.array for column in other._stream.values())
+        wanted = number[segment] >= 0
+        self._extend_stream(number[segment[wanted]], tokens[wanted], is_action[wanted])
         for name, column in self._logged.items():
-            column.extend(other._logged[name].array)
-        self._prompt_lengths += other._prompt_lengths
-        self._n_segments += other._n_segments
+            column.extend(other._logged[name].array[wanted[is_action]])
+        self._prompt_lengths += [other._prompt_lengths[episode] for episode in episodes]
+        self._n_segments += len(episodes)
 
     def close(self, row: int) -> int:
         """Mark a row's episode as finished.
@@ -293,6 +304,9 @@ class EpisodeBuffer(RolloutBuffer):
         self._finalized = True
         self.advantages = np.zeros_like(self.rewards)
         self.returns = np.zeros_like(self.rewards)
+        # What only the environment knows of an episode; whoever collects whole episodes sets it.
+        self.scores = np.full(self.n_episodes, np.nan, dtype=np.float32)
+        self.truncated = np.zeros(self.n_episodes, dtype=bool)  # cut by the response budget
         self.log_ratio = np.zeros_like(self.rewards)  # log π_old − log π_ref
         if self.reference is not None:
             for batch in self.batches(np.arange(self.n_episodes), REFERENCE_TOKENS):
@@ -430,6 +444,7 @@ class EpisodeBuffer(RolloutBuffer):
             self.to_torch(self.advantages[index]),
             self.to_torch(self.returns[index]),
             self.to_torch(self.log_probs[index] - self.log_ratio[index]),
+            self.to_torch(np.repeat(self.scores[episodes], self.lengths[episodes])),
         )
 
     def batches(self, episodes: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:

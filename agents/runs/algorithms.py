@@ -9,6 +9,7 @@ from typing import Any
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from agents.algorithms.a2c import A2C
+from agents.algorithms.dapo import DAPO
 from agents.algorithms.grpo import GRPO
 from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.algorithms.ppo import PPO
@@ -30,6 +31,7 @@ ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {
     "reinforce": REINFORCE,
     "rloo": RLOO,
     "grpo": GRPO,
+    "dapo": DAPO,
 }
 
 
@@ -74,8 +76,8 @@ def resolved(config: TrainConfig) -> TrainConfig:
     """
     algorithm = algorithm_named(config.algo)
     defaults = argument_defaults(algorithm)
-    own = ("learning_rate", "n_episodes", "batch_size", "n_epochs")
-    if missing := sorted({*own, "kl_coef"} - set(defaults)):
+    own = ("learning_rate", "n_episodes", "batch_size", "n_epochs", "kl_coef")
+    if missing := sorted(set(own) - set(defaults)):
         raise ValueError(
             f"Expected {algorithm.__name__}.__init__ to hand on **kwargs to OnPolicyAlgorithm; it doesn't take "
             f"{missing}."

@@ -51,7 +51,7 @@ class EnvConfig(EpisodeSettings):
     """A string that ends the text."""
     group_size: int | None = None  # type: ignore[assignment]
     """The number of consecutive episodes that share a prompt.
-    By default it is what the algorithm needs, 4 for RLOO and GRPO and 1 for the others."""
+    By default it is what the algorithm needs, 4 for RLOO, GRPO and DAPO and 1 for the others."""
     metrics: tyro.conf.Suppress[Mapping[str, Any] | None] = None
     """Further scores besides `gold`. They can be set only in Python and YAML."""
     shaping: str | None = None
@@ -168,7 +168,7 @@ class TrainConfig:
     """
 
     algo: str = "ppo"
-    """'ppo', 'a2c', 'reinforce', 'rloo', 'grpo', or 'module:Class' for another algorithm."""
+    """'ppo', 'a2c', 'reinforce', 'rloo', 'grpo', 'dapo', or 'module:Class' for another algorithm."""
     model: str | None = None
     """'builtin', 'builtin:arithmetic', a directory, a hub name, a GGUF file, or the directory of a PEFT adapter, which
     is trained on. By default it is the task's own model, or else 'builtin'."""
@@ -192,8 +192,9 @@ class TrainConfig:
     """The number of episodes of a minibatch; by default that of the algorithm."""
     n_epochs: int | None = None
     """The number of passes over a rollout; by default that of the algorithm."""
-    kl_coef: float = 0.04
-    """β, the coefficient of the KL penalty. With 0 the KL divergence is measured without a penalty."""
+    kl_coef: float | None = None
+    """β, the coefficient of the KL penalty; by default that of the algorithm, which is 0.04 for all but DAPO's 0.
+    With 0 the KL divergence is measured without a penalty."""
     kl_target: float | None = None
     """A KL divergence in nats per episode. β is adapted to hold it; by default β is constant."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
@@ -247,7 +248,8 @@ class TrainConfig:
                 f"Expected batch_size, the episodes of a minibatch, to be at most n_episodes={self.n_episodes}, those "
                 f"of the rollout; got {self.batch_size}."
             )
-        check_number("kl_coef", self.kl_coef, least=0)
+        if self.kl_coef is not None:
+            check_number("kl_coef", self.kl_coef, least=0)
         check_number("temperature", self.temperature, above=0)
         check_integer("lora_alpha", self.lora_alpha, 1)
         if self.kl_target is not None:

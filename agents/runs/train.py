@@ -11,7 +11,8 @@ from typing import Any
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 
-from agents.algorithms.on_policy import OnPolicyAlgorithm, default_rows
+from agents.algorithms.environments import default_rows
+from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.models.pretrained import resolve_dtype
 from agents.runs.algorithms import OWN_OPTIONS, algorithm_named, discount, resolved
 from agents.runs.config import TrainConfig, dump_config, lora_kwargs, parsed
@@ -48,6 +49,7 @@ def train(config: TrainConfig) -> OnPolicyAlgorithm:
     assert config.model is not None
     assert config.n_episodes is not None
     assert config.n_epochs is not None
+    assert config.kl_coef is not None
     assert config.env.group_size is not None
     env = config.env.make(default_rows(config.n_episodes, config.env.group_size), config.model, discount(config))
     assert config.learning_rate is not None

@@ -23,7 +23,7 @@ from agents.runs.algorithms import ALGORITHMS
 from text_env.probes import PROBES, VOCABULARY, Probe, make_probe
 from text_env.vector_env import TextVectorEnv
 
-OWN = ("ppo", "a2c", "reinforce", "rloo", "grpo")
+OWN = ("ppo", "a2c", "reinforce", "rloo", "grpo", "dapo")
 EPISODES = 32  # of a rollout
 TEXTS = 1024  # to measure a policy by
 STEPS = {"ppo": 8}  # gradient steps a rollout (two minibatches, four epochs); the others take one

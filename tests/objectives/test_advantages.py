@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents.objectives.advantages import discounted_returns, gae, length_adaptive_lambda, variance, whiten
+from agents.objectives.advantages import (
+    discounted_returns,
+    gae,
+    length_adaptive_lambda,
+    variance,
+    whiten,
+    whiten_groups,
+)
 
 # Two episodes, of three steps and of two; the 99s are padding, which must not be looked at.
 REWARDS = np.array([[1.0, 2.0, 3.0], [5.0, -1.0, 99.0]])
@@ -88,6 +95,19 @@ def test_whitening_by_a_mean_over_two_processes_is_whitening_of_both_together() 
     whitened = whiten(ours, lambda values: both_means(values, next(others)))
     np.testing.assert_allclose(whitened, whiten(everything)[:20], rtol=1e-12)
     assert np.abs(whiten(ours) - whitened).max() > 0.05  # the control: alone it is something else
+
+
+def test_groups_are_whitened_one_by_one() -> None:
+    # Two groups of two texts, of lengths 1 + 2 and 1 + 1. First: 1, 2, 6 with mean 3 and variance (4 + 1 + 9)/3.
+    # Second: 5, 5, which stays zero however large the other group is.
+    whitened = whiten_groups(np.array([1.0, 2.0, 6.0, 5.0, 5.0]), np.array([1, 2, 1, 1]), 2)
+    np.testing.assert_allclose(whitened, [*np.array([-2.0, -1.0, 3.0]) / np.sqrt(14 / 3), 0.0, 0.0], atol=1e-7)
+
+
+def test_one_group_of_everything_is_whitened_as_the_rollout_is() -> None:
+    advantages, lengths = np.random.default_rng(0).normal(1.0, 3.0, 20), np.array([3, 5, 8, 4])
+    np.testing.assert_array_equal(whiten_groups(advantages, lengths, 4), whiten(advantages))
+    assert np.abs(whiten_groups(advantages, lengths, 2) - whiten(advantages)).max() > 0.05
 
 
 # ---- identities ----------------------------------------------------------------------------------------------------
