@@ -12,9 +12,8 @@ import torch
 from stable_baselines3.common.type_aliases import Schedule
 
 from agents.algorithms.actor_critic import ActorCritic
+from agents.algorithms.clipping import beyond, clipped_loss
 from agents.algorithms.trust_region import TrustRegion
-from agents.objectives.kl import kl_k3
-from agents.objectives.losses import clipped_surrogate
 from agents.rollouts.episode_buffer import EpisodeSamples
 
 
@@ -77,16 +76,11 @@ class PPO(ActorCritic):
         self, samples: EpisodeSamples, log_prob: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The clipped surrogate."""
-        loss = clipped_surrogate(log_prob, samples.old_log_prob, samples.advantages, self.clip_range)
-        log_ratio = (log_prob - samples.old_log_prob).detach()
-        return loss, {
-            "approx_kl": kl_k3(-log_ratio),  # KL(π_old ‖ π), from samples of π_old
-            "clip_fraction": ((log_ratio.exp() - 1).abs() > self.clip_range).float(),
-        }
+        return clipped_loss(samples, log_prob, self.clip_range)
 
     def stop_early(self, means: dict[str, float]) -> bool:
         """Whether the KL divergence from the policy that sampled exceeds 1.5 times ``target_kl``."""
-        return self.target_kl is not None and means["approx_kl"] > 1.5 * self.target_kl
+        return beyond(self.target_kl, means)
 
     def update_policy(self) -> None:
         """Update policy and critic, within the trust region."""
