@@ -152,7 +152,7 @@ def test_no_algorithm_is_built_on_another() -> None:
     algorithms = {
         name
         for name in edges
-        if name in {f"agents.algorithms.{a}" for a in ("ppo", "a2c", "reinforce", "rloo", "grpo")}
+        if name in {f"agents.algorithms.{a}" for a in ("ppo", "a2c", "reinforce", "rloo", "grpo", "vineppo")}
     }
     assert "agents.algorithms.ppo" in algorithms
     for name in algorithms:

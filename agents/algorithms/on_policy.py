@@ -49,7 +49,7 @@ FIRST_RATIO_BOUND = 0.1
 
 
 class OnPolicyAlgorithm(Resumable):
-    """The base class of PPO, A2C, REINFORCE, RLOO and GRPO.
+    """The base class of PPO, VinePPO, A2C, REINFORCE, RLOO and GRPO.
 
     :param policy: ``"CausalLMPolicy"``, or a class of policies that take packed batches of episodes.
     :param env: a registered name, a ``TextVectorEnv``, or the SB3 environment that ``make_vec_env`` returns.
@@ -62,7 +62,7 @@ class OnPolicyAlgorithm(Resumable):
     :param n_episodes: the number of episodes of a rollout. All of them are started and finished under the same weights.
     :param batch_size: the number of *episodes* of a minibatch; None: all of the rollout.
     :param n_epochs: the number of passes over a rollout. All steps but the first are off-policy, which the ratio in the
-        loss of PPO and GRPO corrects; the other algorithms take one step by default.
+        loss of PPO, VinePPO and GRPO corrects; the other algorithms take one step by default.
     :param gamma: the discount γ. Algorithms whose action is the whole text (RLOO, GRPO) don't use it.
     :param max_grad_norm: the norm to which longer gradients are scaled down.
     :param kl_coef: β, the coefficient of the KL penalty. With 0 the KL divergence is measured without a penalty.
@@ -348,18 +348,28 @@ class OnPolicyAlgorithm(Resumable):
             return False
         self.policy.clear_cache()  # the update would empty it anyway, and the reference needs memory
         buffer = self.buffer
-        self._tell(buffer)
-        buffer.finalize()
-        cut = np.array([episode["finish_reason"] == "length" for episode in episodes])
-        if self.missing_eos_penalty is not None:
-            last_tokens = buffer.starts[1:] - 1
-            buffer.rewards[last_tokens[cut]] -= self.missing_eos_penalty
+        cut = self.pay_penalties(buffer, episodes)
         self.set_advantages(buffer)
         self._first_ratio = 0.0  # the next step is the first one after these texts were sampled
         self._log_rollout(episodes, cut, seconds)
         callback.update_locals({"episodes": episodes})
         callback.on_rollout_end()
         return True
+
+    def pay_penalties(self, buffer: EpisodeBuffer, episodes: list[dict[str, Any]]) -> np.ndarray:
+        """Finalize a buffer of whole episodes, so that their rewards have the KL penalty and the one for missing ends.
+
+        :param buffer: the E episodes.
+        :param episodes: the final info of each.
+        :return: bool [E], true for those that the response budget has cut off.
+        """
+        self._tell(buffer)
+        buffer.finalize()
+        cut = np.array([episode["finish_reason"] == "length" for episode in episodes])
+        if self.missing_eos_penalty is not None:
+            last_tokens = buffer.starts[1:] - 1
+            buffer.rewards[last_tokens[cut]] -= self.missing_eos_penalty
+        return cut
 
     def set_advantages(self, buffer: EpisodeBuffer) -> None:
         """Estimate the advantages of a rollout, and normalise them if ``normalize_advantage`` is set.

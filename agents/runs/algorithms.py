@@ -14,6 +14,7 @@ from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.algorithms.ppo import PPO
 from agents.algorithms.reinforce import REINFORCE
 from agents.algorithms.rloo import RLOO
+from agents.algorithms.vineppo import VinePPO
 from agents.runs.config import TrainConfig
 from agents.state.arguments import argument_defaults
 from text_env.imports import import_object, is_object_name
@@ -30,6 +31,7 @@ ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {
     "reinforce": REINFORCE,
     "rloo": RLOO,
     "grpo": GRPO,
+    "vineppo": VinePPO,
 }
 
 

@@ -26,7 +26,7 @@ from text_env.vector_env import TextVectorEnv
 OWN = ("ppo", "a2c", "reinforce", "rloo", "grpo")
 EPISODES = 32  # of a rollout
 TEXTS = 1024  # to measure a policy by
-STEPS = {"ppo": 8}  # gradient steps a rollout (two minibatches, four epochs); the others take one
+STEPS = {"ppo": 8, "vineppo": 8}  # gradient steps a rollout (two minibatches, four epochs); the others take one
 
 
 class Allowance(NamedTuple):
@@ -159,3 +159,10 @@ def test_without_credit_for_early_tokens_ppo_fails_the_probe_of_it() -> None:
     models = [make_learner("ppo", "early-credit", seed, gamma=0.0) for seed in (0, 1)]
     scores = [learned_score(model, "early-credit", 1 / 3) for model in models]  # with credit it takes a quarter
     assert np.mean(scores) < 0.5
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_vineppo_solves_the_probe_of_early_credit_in_twice_the_allowance(seed: int) -> None:
+    # Of the tokens, about two thirds are branches: the state without a response, and the one after a token.
+    model = make_learner("vineppo", "early-credit", seed, n_branches=1, branch_every=3)
+    assert learned_score(model, "early-credit", 2.0) >= towards_optimum(PROBES["early-credit"], 0.95)
