@@ -142,6 +142,7 @@ def test_the_pure_functions_import_no_machinery() -> None:
         ("agents.evaluation.intervals", {"functools", "math", "numpy", "typing"}),
         ("agents.evaluation.pass_at_k", {"collections.abc", "itertools", "math", "numpy"}),
         ("agents.objectives.losses", {"torch"}),
+        ("agents.objectives.value_targets", {"torch"}),
         ("agents.objectives.kl", {"torch", "typing"}),
     ):
         assert imports_of(NAMES[name]) - {"__future__"} <= allowed

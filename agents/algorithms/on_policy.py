@@ -243,7 +243,8 @@ class OnPolicyAlgorithm(Resumable):
         """The loss of each token, whose weighted mean over a minibatch is minimised.
 
         :param samples: a packed batch of N actions.
-        :param values: the values under the policy that is trained, [N].
+        :param values: the values under the policy that is trained, [N]; of a critic with ``value_bins`` the logits of
+            its distributions, [N, M]. The policy's ``value_loss`` takes either.
         :param log_prob: the log-probabilities of the actions under the policy that is trained, [N].
         :param entropy: the entropies of the distributions of the actions, [N], nats.
         :return: the losses, [N]; and what to log, by name, [N] each.
@@ -435,12 +436,11 @@ class OnPolicyAlgorithm(Resumable):
         parts = self.engine.micro_batches(list(self.buffer.batches(minibatch, self.micro_batch_tokens)))
         for number, (part, factor) in enumerate(parts, 1):
             samples = self.buffer.pack(part)
-            values, log_prob, entropy = self.policy.evaluate_actions(samples.observations, samples.actions)
-            assert entropy is not None
+            predictions, log_prob, entropy = self.policy.evaluate(samples.observations, samples.actions)
             if self._first_ratio is not None:
                 ratio = torch.exp(log_prob.detach() - samples.old_log_prob)
                 self._first_ratio = max(self._first_ratio, float((ratio - 1).abs().max()))
-            loss, logged = self.loss(samples, values.flatten(), log_prob, entropy)
+            loss, logged = self.loss(samples, predictions.squeeze(-1), log_prob, entropy)
             weight = torch.from_numpy(factor * np.repeat(weights[part], lengths[part])).to(loss)
             self.engine.backward((weight * loss).sum() / total_weight, last=number == len(parts))
             for name, per_token in {"loss": loss, **logged}.items():
