@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # what editors and mypy read; at run time the table below say
     from agents.algorithms.ppo import PPO as PPO
     from agents.algorithms.reinforce import REINFORCE as REINFORCE
     from agents.algorithms.rloo import RLOO as RLOO
+    from agents.algorithms.vineppo import VinePPO as VinePPO
     from agents.models.distribution import TokenDistribution as TokenDistribution
     from agents.models.reference import Reference as Reference
     from agents.models.reference_constraints import ReferenceMinP as ReferenceMinP
@@ -42,6 +43,7 @@ _HOMES = {
     "PPO": "agents.algorithms.ppo",
     "REINFORCE": "agents.algorithms.reinforce",
     "RLOO": "agents.algorithms.rloo",
+    "VinePPO": "agents.algorithms.vineppo",
     "TokenDistribution": "agents.models.distribution",
     "Reference": "agents.models.reference",
     "ReferenceMinP": "agents.models.reference_constraints",

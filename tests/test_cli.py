@@ -446,8 +446,8 @@ def test_unknown_names_are_refused_with_the_known_ones(
 ) -> None:
     message = failed(capsys, run.train(tmp_path / "a", "--algo", "dqn"))
     assert (
-        "Expected algo to be one of ['a2c', 'dapo', 'grpo', 'ppo', 'reinforce', 'rloo'] or 'module:Class', got 'dqn'"
-        in message
+        "Expected algo to be one of ['a2c', 'dapo', 'grpo', 'ppo', 'reinforce', 'rloo', 'vineppo'] or 'module:Class', "
+        "got 'dqn'" in message
     )
     message = failed(capsys, run.train(tmp_path / "b", "--reward", "bilutin"))
     assert "Known names: builtin, sentiment" in message

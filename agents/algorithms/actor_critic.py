@@ -13,7 +13,6 @@ from stable_baselines3.common.utils import FloatSchedule
 
 from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.objectives.advantages import length_adaptive_lambda
-from agents.objectives.losses import value_loss
 from agents.rollouts.episode_buffer import EpisodeBuffer, EpisodeSamples
 
 
@@ -108,7 +107,7 @@ class ActorCritic(OnPolicyAlgorithm):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The policy's loss, the weighted value loss, and minus the weighted entropy."""
         policy_loss, logged = self.policy_loss(samples, log_prob)
-        critic_loss = value_loss(values, samples.old_values, samples.returns, self.clip_range_vf)
+        critic_loss = self.policy.value_loss(values, samples.old_values, samples.returns, self.clip_range_vf)
         loss = policy_loss
         if self.vf_coef:
             loss = policy_loss + self.vf_coef * critic_loss
@@ -147,8 +146,9 @@ class ActorCritic(OnPolicyAlgorithm):
             parts = self.engine.micro_batches(list(self.buffer.batches(minibatch, self.micro_batch_tokens)))
             for number, (part, factor) in enumerate(parts, 1):
                 samples = self.buffer.pack(part)
-                values = self.policy.evaluate_values(samples.observations)
-                error = factor * value_loss(values, samples.old_values, samples.returns, None).sum() / total
+                predictions = self.policy.evaluate_critic(samples.observations)
+                errors = self.policy.value_loss(predictions, samples.old_values, samples.returns, None)
+                error = factor * errors.sum() / total
                 self.engine.backward(error, last=number == len(parts))
                 loss += float(error.detach())
             self.engine.clip(self.max_grad_norm)

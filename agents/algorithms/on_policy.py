@@ -50,7 +50,7 @@ FIRST_RATIO_BOUND = 0.1
 
 
 class OnPolicyAlgorithm(Resumable):
-    """The base class of PPO, A2C, REINFORCE, RLOO, GRPO and DAPO.
+    """The base class of PPO, VinePPO, A2C, REINFORCE, RLOO, GRPO and DAPO.
 
     :param policy: ``"CausalLMPolicy"``, or a class of policies that take packed batches of episodes.
     :param env: a registered name, a ``TextVectorEnv``, or the SB3 environment that ``make_vec_env`` returns.
@@ -63,7 +63,7 @@ class OnPolicyAlgorithm(Resumable):
     :param n_episodes: the number of episodes of a rollout. All of them are started and finished under the same weights.
     :param batch_size: the number of *episodes* of a minibatch; None: all of the rollout.
     :param n_epochs: the number of passes over a rollout. All steps but the first are off-policy, which the ratio in the
-        loss of PPO, GRPO and DAPO corrects; the other algorithms take one step by default.
+        loss of PPO, VinePPO, GRPO and DAPO corrects; the other algorithms take one step by default.
     :param gamma: the discount γ. Algorithms whose action is the whole text (RLOO, GRPO, DAPO) don't use it.
     :param max_grad_norm: the norm to which longer gradients are scaled down.
     :param kl_coef: β, the coefficient of the KL penalty. With 0 the KL divergence is measured without a penalty.
@@ -262,7 +262,8 @@ class OnPolicyAlgorithm(Resumable):
         """The loss of each token, whose weighted mean over a minibatch is minimised.
 
         :param samples: a packed batch of N actions.
-        :param values: the values under the policy that is trained, [N].
+        :param values: the values under the policy that is trained, [N]; of a critic with ``value_bins`` the logits of
+            its distributions, [N, M]. The policy's ``value_loss`` takes either.
         :param log_prob: the log-probabilities of the actions under the policy that is trained, [N].
         :param entropy: the entropies of the distributions of the actions, [N], nats.
         :return: the losses, [N]; and what to log, by name, [N] each.
@@ -380,13 +381,7 @@ class OnPolicyAlgorithm(Resumable):
             return False
         self.policy.clear_cache()  # the update would empty it anyway, and the reference needs memory
         buffer = self.buffer
-        self._tell(buffer)
-        buffer.finalize()
-        buffer.scores = np.array([episode["score"] for episode in episodes], dtype=np.float32)
-        buffer.truncated = np.array([episode["finish_reason"] == "length" for episode in episodes])
-        if self.missing_eos_penalty is not None:
-            last_tokens = buffer.starts[1:] - 1
-            buffer.rewards[last_tokens[buffer.truncated]] -= self.missing_eos_penalty
+        self.pay_penalties(buffer, episodes)
         self.set_advantages(buffer)
         self._first_ratio = 0.0  # the next step is the first one after these texts were sampled
         self._log_rollout(episodes)
@@ -394,6 +389,20 @@ class OnPolicyAlgorithm(Resumable):
         callback.update_locals({"episodes": episodes})
         callback.on_rollout_end()
         return True
+
+    def pay_penalties(self, buffer: EpisodeBuffer, episodes: list[dict[str, Any]]) -> None:
+        """Finalize a buffer of whole episodes, so that their rewards have the KL penalty and the one for missing ends.
+
+        :param buffer: the E episodes.
+        :param episodes: the final info of each.
+        """
+        self._tell(buffer)
+        buffer.finalize()
+        buffer.scores = np.array([episode["score"] for episode in episodes], dtype=np.float32)
+        buffer.truncated = np.array([episode["finish_reason"] == "length" for episode in episodes])
+        if self.missing_eos_penalty is not None:
+            last_tokens = buffer.starts[1:] - 1
+            buffer.rewards[last_tokens[buffer.truncated]] -= self.missing_eos_penalty
 
     def set_advantages(self, buffer: EpisodeBuffer) -> None:
         """Estimate the advantages of a rollout, and normalise them if ``normalize_advantage`` is set.
@@ -470,12 +479,11 @@ class OnPolicyAlgorithm(Resumable):
         parts = self.engine.micro_batches(list(self.buffer.batches(minibatch, self.micro_batch_tokens)))
         for number, (part, factor) in enumerate(parts, 1):
             samples = self.buffer.pack(part)
-            values, log_prob, entropy = self.policy.evaluate_actions(samples.observations, samples.actions)
-            assert entropy is not None
+            predictions, log_prob, entropy = self.policy.evaluate(samples.observations, samples.actions)
             if self._first_ratio is not None:
                 ratio = torch.exp(log_prob.detach() - samples.old_log_prob)
                 self._first_ratio = max(self._first_ratio, float((ratio - 1).abs().max()))
-            loss, logged = self.loss(samples, values.flatten(), log_prob, entropy)
+            loss, logged = self.loss(samples, predictions.squeeze(-1), log_prob, entropy)
             weight = torch.from_numpy(factor * np.repeat(weights[part], lengths[part])).to(loss)
             self.engine.backward((weight * loss).sum() / divisor, last=number == len(parts))
             for name, per_token in {"loss": loss, **logged}.items():

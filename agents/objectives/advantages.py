@@ -70,6 +70,26 @@ def discounted_returns(rewards: Array, last_values: Array, mask: Array, gamma: f
     return gae(rewards, zeros, last_values, mask, gamma, gae_lambda=1.0)[0]
 
 
+def step_advantages(rewards: Array, values: Array, lengths: Array, last: Array, gamma: float) -> Array:
+    """The advantage of a *step*, several tokens that share it: what the step was paid, and what it made of the state.
+
+    A_i = Σ_j γ^j r_{t_i + j} + γ^n V_{i+1} − V_i for a step of n tokens that begins at token t_i (Kazemnejad et al.
+    2024, https://arxiv.org/abs/2410.01679, who take γ = 1).
+
+    :param rewards: the rewards r of the tokens of S steps, step by step, float [N].
+    :param values: the value V of the state at the beginning of each step, float [S].
+    :param lengths: the number n of tokens of each step, int [S], at least 1.
+    :param last: whether the episode ends with the step, bool [S]; the value after it is then 0.
+    :param gamma: the discount γ.
+    :return: the advantage of each token, float64 [N].
+    """
+    first = np.cumsum(lengths) - lengths  # [S], where each step begins
+    place = np.arange(len(rewards)) - np.repeat(first, lengths)  # [N], of each token in its step
+    paid = np.add.reduceat(gamma**place * rewards, first)  # [S]
+    following = np.where(last, 0.0, np.append(values[1:], 0.0))
+    return np.repeat(paid + gamma**lengths * following - values, lengths)
+
+
 def leave_one_out(returns: Array, group_size: int) -> Array:
     """The return of each episode minus the mean return of the *other* episodes of its group (Kool et al. 2019,
     https://openreview.net/forum?id=r1lgTGL5DE).

@@ -127,6 +127,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: 
     :param clip_range: ε; None: no clipping.
     :return: the loss of each token, float [N].
     """
+    assert values.shape == returns.shape, (values.shape, returns.shape)
     error = (values - returns) ** 2
     if clip_range is not None:
         clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)

@@ -42,7 +42,8 @@ def collect_episodes(
     :param policy: the policy that chooses the tokens.
     :param env: the environment, which is switched to ``AutoresetMode.DISABLED``.
     :param n_episodes: the number of episodes.
-    :param buffer: the buffer that is filled, after it has been emptied. Its i-th episode is the i-th that was started.
+    :param buffer: the buffer that is filled, after it has been emptied. Its i-th episode is the i-th that was started,
+        and so is the i-th of its ``prompts``.
     :param deterministic: whether the policy chooses the most probable token instead of sampling one.
     :param prompts: the prompts of the episodes, one per episode, each in a form that a reset takes (see
         :meth:`text_env.episodes.Episodes.openings`); None: the environment draws them.
@@ -69,6 +70,7 @@ def collect_episodes(
         return {name: [*of[first:last], *[None] * others] for name, of in openings.items() if of is not None}
 
     observation, _ = env.reset(options=options(0, started, env.num_envs - started))
+    buffer.prompts += map(env.episodes.prompt, live.tolist())
     starts = np.ones(len(live), dtype=bool)
     length = np.zeros(env.num_envs, dtype=np.int64)
     returns = np.zeros(env.num_envs)
@@ -110,6 +112,7 @@ def collect_episodes(
             if len(refill):
                 mask = np.isin(np.arange(env.num_envs), refill)
                 observation, _ = env.reset(options={"reset_mask": mask, **options(started - len(refill), started)})
+                buffer.prompts += map(env.episodes.prompt, refill.tolist())
             going_on = ~over | np.isin(live, refill)
             starts = over[going_on]
             live = live[going_on]

@@ -29,6 +29,7 @@ from agents.models.distribution import TokenDistribution
 from agents.models.reference import Reference
 from agents.objectives.advantages import gae
 from agents.objectives.kl import KL_ESTIMATORS, FixedKL, KLController, KLEstimator
+from text_env.prompts import Prompt
 
 # Tokens of one forward pass of the reference, which needs no gradient.
 REFERENCE_TOKENS = 2048
@@ -174,6 +175,7 @@ class EpisodeBuffer(RolloutBuffer):
         self._open = np.full(self.n_envs, -1, dtype=np.int64)  # the segment of each row; −1: none
         self._written = np.zeros(self.n_envs, dtype=np.int64)  # the number of tokens in each row's stream so far
         self._prompt_lengths: list[int] = []
+        self.prompts: list[Prompt] = []  # of each episode, if whoever fills the buffer says so
         self._stream = {
             "segment": _Column(np.int32),
             "token": _Column(np.int32),
@@ -268,6 +270,8 @@ class EpisodeBuffer(RolloutBuffer):
         for name, column in self._logged.items():
             column.extend(other._logged[name].array[wanted[is_action]])
         self._prompt_lengths += [other._prompt_lengths[episode] for episode in episodes]
+        if other.prompts:
+            self.prompts += [other.prompts[episode] for episode in episodes]
         self._n_segments += len(episodes)
 
     def close(self, row: int) -> int:
@@ -414,6 +418,18 @@ class EpisodeBuffer(RolloutBuffer):
         self.returns = returns[mask].astype(np.float32)
 
     # ---- handing out ----------------------------------------------------------------------------------------------
+
+    def response_before(self, episode: int, action: int) -> np.ndarray:
+        """
+        :param episode: the number of an episode.
+        :param action: the number of one of its actions, from 0.
+        :return: int32, the tokens of the response before that action. With the episode's prompt they are the state in
+            which the action was chosen, from which a reset can go on.
+        """
+        start, end = self._stream_starts[episode : episode + 2]
+        chosen = start + np.flatnonzero(self.is_action[start:end])
+        response: np.ndarray = self.tokens[start + self._prompt_lengths[episode] : chosen[action]]
+        return response
 
     def pack(self, episodes: np.ndarray) -> EpisodeSamples:
         """

@@ -15,6 +15,7 @@ from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.algorithms.ppo import PPO
 from agents.algorithms.reinforce import REINFORCE
 from agents.algorithms.rloo import RLOO
+from agents.algorithms.vineppo import VinePPO
 from agents.runs.config import TrainConfig, parsed
 from agents.state.arguments import argument_defaults
 from text_env.imports import import_object, is_object_name
@@ -32,6 +33,7 @@ ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {
     "rloo": RLOO,
     "grpo": GRPO,
     "dapo": DAPO,
+    "vineppo": VinePPO,
 }
 
 

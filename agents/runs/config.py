@@ -168,7 +168,7 @@ class TrainConfig:
     """
 
     algo: str = "ppo"
-    """'ppo', 'a2c', 'reinforce', 'rloo', 'grpo', 'dapo', or 'module:Class' for another algorithm."""
+    """'ppo', 'a2c', 'reinforce', 'rloo', 'grpo', 'dapo', 'vineppo', or 'module:Class' for another algorithm."""
     model: str | None = None
     """'builtin', 'builtin:arithmetic', a directory, a hub name, a GGUF file, or the directory of a PEFT adapter, which
     is trained on. By default it is the task's own model, or else 'builtin'."""

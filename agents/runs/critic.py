@@ -64,7 +64,7 @@ def _directories(given: Path) -> tuple[Path, Path]:
 
 def _last_kl_coef(run: TrainConfig, run_dir: Path) -> float:
     """β at the end of the run, which an adaptive one has changed."""
-    if run.kl_target is None:
+    if run.kl_target is None and run.kl_coef is not None:
         return run.kl_coef
     with (run_dir / "progress.csv").open() as file:
         return float(list(csv.DictReader(file))[-1]["objective/kl_coef"])

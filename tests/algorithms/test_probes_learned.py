@@ -23,10 +23,12 @@ from agents.runs.algorithms import ALGORITHMS
 from text_env.probes import PROBES, VOCABULARY, Probe, make_probe
 from text_env.vector_env import TextVectorEnv
 
-OWN = ("ppo", "a2c", "reinforce", "rloo", "grpo", "dapo")
+OWN = ("ppo", "a2c", "reinforce", "rloo", "grpo", "dapo", "vineppo")
 EPISODES = 32  # of a rollout
 TEXTS = 1024  # to measure a policy by
-STEPS = {"ppo": 8}  # gradient steps a rollout (two minibatches, four epochs); the others take one
+STEPS = {"ppo": 8, "vineppo": 8}  # gradient steps a rollout (two minibatches, four epochs); the others take one
+
+OPTIONS = {"vineppo": {"n_branches": 1, "branch_every": 3}}  # texts are short; branches count as tokens
 
 
 class Allowance(NamedTuple):
@@ -86,7 +88,7 @@ def make_learner(algorithm: str, name: str, seed: int = 0, **kwargs: Any) -> OnP
         device="cpu",
         policy_kwargs={"model": model},
         stats_window_size=4 * EPISODES,
-        **kwargs,
+        **{**OPTIONS.get(algorithm, {}), **kwargs},
     )
 
 
