@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from agents.models.adapter import unwrapped
-from agents.models.causal_lm import CausalLM
+from agents.models.causal_lm import CausalLM, OtherLogits
 from agents.models.contexts import Contexts, check_spaces, contexts_of, packed_positions, share_prefixes
 from agents.models.critic import make_critic
 from agents.models.distribution import TokenDistribution, sample
@@ -227,6 +227,25 @@ class CausalLMActorCritic(BasePolicy):
         :raises ValueError: if the log-probabilities of a packed batch under the reference are of another distribution
             than the policy's.
         """
+        return self.evaluate_beside(obs, actions, None, action_masks)[:3]
+
+    def evaluate_beside(
+        self,
+        obs: PyTorchObs,
+        actions: torch.Tensor,
+        other: OtherLogits | None,
+        action_masks: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Score given actions, and compare the distributions that they were chosen from with another model's.
+
+        :param obs: as for :meth:`evaluate_actions`.
+        :param actions: as for :meth:`evaluate_actions`.
+        :param other: the other model's logits, such as ``Reference.logits_at`` returns; None: nothing is compared.
+        :param action_masks: as for :meth:`evaluate_actions`.
+        :return: what :meth:`evaluate_actions` returns; and KL(π ‖ other) at each context, [N], nats, with its gradient,
+            or None.
+        :raises ValueError: as :meth:`evaluate_actions`.
+        """
         assert isinstance(obs, Mapping)
         if "action_mask" in obs:
             measured = getattr(obs, "distribution", None)
@@ -236,12 +255,12 @@ class CausalLMActorCritic(BasePolicy):
             input_ids, at = obs["input_ids"], packed_positions(obs)
         else:
             input_ids, at = share_prefixes(contexts_of(obs), self.lm.device)
-        log_prob, entropy, hidden = self.lm.evaluate(input_ids, at, actions.long().flatten(), action_masks)
+        log_prob, entropy, kl, hidden = self.lm.evaluate(input_ids, at, actions.long().flatten(), action_masks, other)
         if self.critic is not None:
             hidden = self.lm.run(self.critic, input_ids)[at.row, at.column]
         values = self._values(hidden)
         check_numbers(values, "values", lambda i: input_ids[at.row[i], : at.column[i] + 1].tolist(), self)
-        return values, log_prob, entropy
+        return values, log_prob, entropy, kl
 
     def evaluate_values(self, obs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Values that only the critic's own weights have a gradient of, not those of a decoder shared with the actor.
