@@ -69,8 +69,9 @@ class OnPolicyAlgorithm(Resumable):
     :param kl_target: a KL divergence in nats per episode. β is adapted to hold it, starting from ``kl_coef``. None: β
         is constant.
     :param kl_estimator: the estimator of the KL divergence at each token that the penalty in the reward uses: ``"k1"``,
-        the log-ratio, ``"k2"`` or ``"k3"`` (see :mod:`agents.objectives.kl` and ``docs/ppo.md``). ``kl_target`` refers
-        to k1 in any case.
+        the log-ratio, ``"k2"`` or ``"k3"`` (see :mod:`agents.objectives.kl` and ``docs/ppo.md``); or ``"exact"``, the
+        divergence itself over the whole vocabulary, as a reward for the steps before a context and as a term of the
+        loss at the context. ``kl_target`` refers to k1 in any case.
     :param missing_eos_penalty: a number that is subtracted from the reward, but not from the reported score, of texts
         that the response budget has cut off; None: nothing is subtracted.
     :param normalize_advantage: whether to shift and scale advantages to mean 0 and variance 1 over the whole rollout.
@@ -161,6 +162,7 @@ class OnPolicyAlgorithm(Resumable):
         self.kl: KLController = kl_controller(kl_coef, kl_target)
         self.reference = reference
         self.reference_was_given = reference is not None
+        self._advantage_unit = 1.0  # what advantages were divided by
         self._warned_of_first_ratio = False
         self._first_ratio: float | None = (
             None  # largest distance from 1 before the first step after a rollout; else None
@@ -198,6 +200,10 @@ class OnPolicyAlgorithm(Resumable):
 
     def _tell(self, buffer: EpisodeBuffer) -> None:
         """Tell the buffer how to measure and pay the KL divergence: the attributes may have been set in between."""
+        if self.kl_estimator == "exact" and self.gamma != 1:
+            raise ValueError(
+                f"Expected gamma=1 with kl_estimator='exact', which is the divergence of whole texts, got {self.gamma}."
+            )
         buffer.reference, buffer.kl = self.reference, self.kl
         buffer.kl_estimator = self.kl_estimator if self.kl_in_reward else None
 
@@ -349,7 +355,7 @@ class OnPolicyAlgorithm(Resumable):
         self.policy.clear_cache()  # the update would empty it anyway, and the reference needs memory
         buffer = self.buffer
         self._tell(buffer)
-        buffer.finalize()
+        buffer.finalize(self.policy)
         cut = np.array([episode["finish_reason"] == "length" for episode in episodes])
         if self.missing_eos_penalty is not None:
             last_tokens = buffer.starts[1:] - 1
@@ -367,7 +373,9 @@ class OnPolicyAlgorithm(Resumable):
         :param buffer: the rollout, whose advantages are set.
         """
         self.estimate(buffer)
+        self._advantage_unit = 1.0
         if self.normalize_advantage:
+            self._advantage_unit = math.sqrt(variance(buffer.advantages, self.engine.mean)) or 1.0
             buffer.advantages = whiten(buffer.advantages, self.engine.mean).astype(np.float32)
 
     def train(self) -> None:
@@ -425,12 +433,21 @@ class OnPolicyAlgorithm(Resumable):
         parts = self.engine.micro_batches(list(self.buffer.batches(minibatch, self.micro_batch_tokens)))
         for number, (part, factor) in enumerate(parts, 1):
             samples = self.buffer.pack(part)
-            values, log_prob, entropy = self.policy.evaluate_actions(samples.observations, samples.actions)
+            kl, ref_logits = None, self.buffer.ref_logits(part)
+            if ref_logits is None:
+                values, log_prob, entropy = self.policy.evaluate_actions(samples.observations, samples.actions)
+            else:
+                values, log_prob, entropy, kl = self.policy.evaluate_beside(
+                    samples.observations, samples.actions, ref_logits
+                )
             assert entropy is not None
             if self._first_ratio is not None:
                 ratio = torch.exp(log_prob.detach() - samples.old_log_prob)
                 self._first_ratio = max(self._first_ratio, float((ratio - 1).abs().max()))
             loss, logged = self.loss(samples, values.flatten(), log_prob, entropy)
+            if kl is not None:  # the exact divergence, at the price that it has in the advantages
+                loss = loss + self.kl.coef / self._advantage_unit * kl
+                logged["kl_loss"] = kl
             weight = torch.from_numpy(factor * np.repeat(weights[part], lengths[part])).to(loss)
             self.engine.backward((weight * loss).sum() / total_weight, last=number == len(parts))
             for name, per_token in {"loss": loss, **logged}.items():
@@ -473,7 +490,11 @@ class OnPolicyAlgorithm(Resumable):
         record("objective/kl_k2", mean(buffer.episode_sums(buffer.token_kl("k2"))))
         record("objective/kl_k3", mean(buffer.episode_sums(buffer.token_kl("k3"))))
         record("objective/kl_coef", self.kl.coef)
-        record("objective/rlhf_reward", mean(buffer.episode_sums(buffer.rewards)))
+        paid = buffer.episode_sums(buffer.rewards)
+        if buffer.exact_kl is not None:
+            record("objective/kl_exact", mean(buffer.episode_sums(buffer.exact_kl)))
+            paid = paid - self.kl.coef * buffer.exact_kl[buffer.starts[:-1]]  # which is no token's reward
+        record("objective/rlhf_reward", mean(paid))
         record("objective/entropy", -mean(buffer.log_probs))
         named = {k for e in episodes for k, v in e.items() if isinstance(v, float | np.floating) and k != "score"}
         for name in sorted(named):
