@@ -115,7 +115,7 @@ class Reference:
             return self.lm.evaluate(packed["input_ids"], packed_positions(packed), actions.to(device))
 
     def logits_at(self, hidden: torch.Tensor) -> OtherLogits:
-        """The frozen model's whole distributions, which are too large to be kept: they are made again of hidden states.
+        """The frozen model's whole distributions, which are too large to be kept and are made anew of hidden states.
 
         :param hidden: the frozen model's last hidden states, [N, H], of :meth:`scores`.
         :return: a function of a slice of the N positions, their ``step`` and what is ``allowed`` there, which returns
