@@ -239,7 +239,8 @@ class OnPolicyAlgorithm(Resumable):
         """Estimate the advantages of a rollout.
 
         :param buffer: the rollout. ``buffer.advantages`` must be set from ``buffer.rewards``, float32 [N] for N
-            actions, and so must ``buffer.returns`` if the loss uses them.
+            actions, and so must ``buffer.returns`` if the loss uses them. Advantages have the unit of the rewards, in
+            which an exact KL divergence in the loss has its price.
         """
 
     @abstractmethod
