@@ -155,6 +155,16 @@ def test_arguments_of_the_algorithm_reach_it(run: Run, tmp_path: Path, monkeypat
     assert run.evaluate(tmp_path / "run" / "policy", "--episodes", "4") == 0
 
 
+def test_the_exact_divergence_is_an_option(run: Run, tmp_path: Path) -> None:
+    assert run.train(tmp_path / "run", "--kl-estimator", "exact") == 0
+    with (tmp_path / "run" / "progress.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[0]["objective/kl_exact"]) == pytest.approx(0.0, abs=1e-5)
+    assert float(rows[-1]["objective/kl_exact"]) > 1e-5
+    assert float(rows[-1]["train/kl_loss"]) > 0
+    assert "kl_estimator: exact" in (tmp_path / "run" / "config.yaml").read_text()
+
+
 def test_an_algorithm_of_ones_own_goes_by_module_and_class() -> None:
     assert algorithm_named("ppo") is PPO
     assert algorithm_named("agents.algorithms.ppo:PPO") is PPO

@@ -70,8 +70,9 @@ class OnPolicyAlgorithm(Resumable):
     :param kl_target: a KL divergence in nats per episode. β is adapted to hold it, starting from ``kl_coef``. None: β
         is constant.
     :param kl_estimator: the estimator of the KL divergence at each token that the penalty in the reward uses: ``"k1"``,
-        the log-ratio, ``"k2"`` or ``"k3"`` (see :mod:`agents.objectives.kl` and ``docs/ppo.md``). ``kl_target`` refers
-        to k1 in any case.
+        the log-ratio, ``"k2"`` or ``"k3"`` (see :mod:`agents.objectives.kl` and ``docs/ppo.md``); or ``"exact"``, the
+        divergence itself over the whole vocabulary, as a reward for the steps before a context and as a term of the
+        loss at the context. ``kl_target`` refers to k1 in any case.
     :param missing_eos_penalty: a number that is subtracted from the reward, but not from the reported score, of texts
         that the response budget has cut off; None: nothing is subtracted.
     :param normalize_advantage: whether to shift and scale advantages to mean 0 and variance 1 over the whole rollout;
@@ -181,6 +182,7 @@ class OnPolicyAlgorithm(Resumable):
         self.kl: KLController = kl_controller(kl_coef, kl_target)
         self.reference = reference
         self.reference_was_given = reference is not None
+        self._advantage_unit = 1.0  # what advantages were divided by
         self._warned_of_first_ratio = False
         self._first_ratio: float | None = (
             None  # largest distance from 1 before the first step after a rollout; else None
@@ -217,6 +219,15 @@ class OnPolicyAlgorithm(Resumable):
 
     def _tell(self, buffer: EpisodeBuffer) -> None:
         """Tell the buffer how to measure and pay the KL divergence: the attributes may have been set in between."""
+        if self.kl_estimator == "exact" and self.gamma != 1:
+            raise ValueError(
+                f"Expected gamma=1 with kl_estimator='exact', which is the divergence of whole texts, got {self.gamma}."
+            )
+        if self.kl_estimator == "exact" and self.normalize_advantage == "group":
+            raise ValueError(
+                "Expected normalize_advantage=True or False with kl_estimator='exact', got 'group': the divergence in "
+                "the loss would need another price in each group."
+            )
         buffer.reference, buffer.kl = self.reference, self.kl
         buffer.kl_estimator = self.kl_estimator if self.kl_in_reward else None
 
@@ -252,7 +263,8 @@ class OnPolicyAlgorithm(Resumable):
         """Estimate the advantages of a rollout.
 
         :param buffer: the rollout. ``buffer.advantages`` must be set from ``buffer.rewards``, float32 [N] for N
-            actions, and so must ``buffer.returns`` if the loss uses them.
+            actions, and so must ``buffer.returns`` if the loss uses them. Advantages have the unit of the rewards, in
+            which an exact KL divergence in the loss has its price.
         """
 
     @abstractmethod
@@ -397,7 +409,7 @@ class OnPolicyAlgorithm(Resumable):
         :param episodes: the final info of each.
         """
         self._tell(buffer)
-        buffer.finalize()
+        buffer.finalize(self.policy)
         buffer.scores = np.array([episode["score"] for episode in episodes], dtype=np.float32)
         buffer.truncated = np.array([episode["finish_reason"] == "length" for episode in episodes])
         if self.missing_eos_penalty is not None:
@@ -410,9 +422,11 @@ class OnPolicyAlgorithm(Resumable):
         :param buffer: the rollout, whose advantages are set.
         """
         self.estimate(buffer)
+        self._advantage_unit = 1.0
         if self.normalize_advantage == "group":
             buffer.advantages = whiten_groups(buffer.advantages, buffer.lengths, self.vector_env.group_size)
         elif self.normalize_advantage:
+            self._advantage_unit = math.sqrt(variance(buffer.advantages, self.engine.mean)) or 1.0
             buffer.advantages = whiten(buffer.advantages, self.engine.mean).astype(np.float32)
 
     def train(self) -> None:
@@ -479,11 +493,16 @@ class OnPolicyAlgorithm(Resumable):
         parts = self.engine.micro_batches(list(self.buffer.batches(minibatch, self.micro_batch_tokens)))
         for number, (part, factor) in enumerate(parts, 1):
             samples = self.buffer.pack(part)
-            predictions, log_prob, entropy = self.policy.evaluate(samples.observations, samples.actions)
+            predictions, log_prob, entropy, kl = self.policy.evaluate(
+                samples.observations, samples.actions, other=self.buffer.ref_logits(part)
+            )
             if self._first_ratio is not None:
                 ratio = torch.exp(log_prob.detach() - samples.old_log_prob)
                 self._first_ratio = max(self._first_ratio, float((ratio - 1).abs().max()))
             loss, logged = self.loss(samples, predictions.squeeze(-1), log_prob, entropy)
+            if kl is not None:  # the exact divergence, at the price that it has in the advantages
+                loss = loss + self.kl.coef / self._advantage_unit * kl
+                logged["kl_loss"] = kl
             weight = torch.from_numpy(factor * np.repeat(weights[part], lengths[part])).to(loss)
             self.engine.backward((weight * loss).sum() / divisor, last=number == len(parts))
             for name, per_token in {"loss": loss, **logged}.items():
@@ -526,7 +545,11 @@ class OnPolicyAlgorithm(Resumable):
         record("objective/kl_k2", mean(buffer.episode_sums(buffer.token_kl("k2"))))
         record("objective/kl_k3", mean(buffer.episode_sums(buffer.token_kl("k3"))))
         record("objective/kl_coef", self.kl.coef)
-        record("objective/rlhf_reward", mean(buffer.episode_sums(buffer.rewards)))
+        paid = buffer.episode_sums(buffer.rewards)
+        if buffer.exact_kl is not None:
+            record("objective/kl_exact", mean(buffer.episode_sums(buffer.exact_kl)))
+            paid = paid - self.kl.coef * buffer.exact_kl[buffer.starts[:-1]]  # which is no token's reward
+        record("objective/rlhf_reward", mean(paid))
         record("objective/entropy", -mean(buffer.log_probs))
         named = {k for e in episodes for k, v in e.items() if isinstance(v, float | np.floating) and k != "score"}
         for name in sorted(named):

@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from agents.models.adapter import unwrapped
-from agents.models.causal_lm import CausalLM
+from agents.models.causal_lm import CausalLM, OtherLogits
 from agents.models.contexts import Contexts, check_spaces, contexts_of, packed_positions, share_prefixes
 from agents.models.critic import make_critic
 from agents.models.distribution import TokenDistribution, sample
@@ -237,19 +237,26 @@ class CausalLMActorCritic(BasePolicy):
         :raises ValueError: if the log-probabilities of a packed batch under the reference are of another distribution
             than the policy's.
         """
-        predictions, log_prob, entropy = self.evaluate(obs, actions, action_masks)
+        predictions, log_prob, entropy, _ = self.evaluate(obs, actions, action_masks)
         return self.value_head.values(predictions), log_prob, entropy
 
     def evaluate(
-        self, obs: PyTorchObs, actions: torch.Tensor, action_masks: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self,
+        obs: PyTorchObs,
+        actions: torch.Tensor,
+        action_masks: torch.Tensor | None = None,
+        other: OtherLogits | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """As :meth:`evaluate_actions`, with the critic's predictions in place of the values, which with ``value_bins``
-        are only the means of the distributions that it predicts.
+        are only the means of the distributions that it predicts; and with a comparison of the distributions that the
+        actions were chosen from with another model's.
 
         :param obs: as for :meth:`evaluate_actions`.
         :param actions: as for :meth:`evaluate_actions`.
         :param action_masks: as for :meth:`evaluate_actions`.
-        :return: predictions [N, P], for :meth:`value_loss`; log-probabilities [N] and entropies [N], in nats.
+        :param other: the other model's logits, such as ``Reference.logits_at`` returns; None: nothing is compared.
+        :return: predictions [N, P], for :meth:`value_loss`; log-probabilities [N] and entropies [N], in nats; and
+            KL(π ‖ other) at each context, [N], nats, with its gradient, or None.
         :raises ValueError: as :meth:`evaluate_actions`.
         """
         assert isinstance(obs, Mapping)
@@ -261,12 +268,12 @@ class CausalLMActorCritic(BasePolicy):
             input_ids, at = obs["input_ids"], packed_positions(obs)
         else:
             input_ids, at = share_prefixes(contexts_of(obs), self.lm.device)
-        log_prob, entropy, hidden = self.lm.evaluate(input_ids, at, actions.long().flatten(), action_masks)
+        log_prob, entropy, kl, hidden = self.lm.evaluate(input_ids, at, actions.long().flatten(), action_masks, other)
         if self.critic is not None:
             hidden = self.lm.run(self.critic, input_ids)[at.row, at.column]
         predictions = self._predictions(hidden)
         check_numbers(predictions, "values", lambda i: input_ids[at.row[i], : at.column[i] + 1].tolist(), self)
-        return predictions, log_prob, entropy
+        return predictions, log_prob, entropy, kl
 
     def value_loss(
         self, predictions: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip_range: float | None

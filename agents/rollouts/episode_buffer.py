@@ -11,24 +11,34 @@ reward both for these and for the algorithms of this package: r_t = −β k_t, p
 estimates the KL divergence of the policy from the reference at token t. By default k_t is the estimator k1, log π_old −
 log π_ref.
 
+The exact divergence is for the algorithms of this package only, since half of its gradient is a term of their loss.
+With KL_t = KL(π ‖ π_ref) at context s_t, the gradient of −β E[Σ_t KL_t] is
+
+    −β Σ_t E[∇ log π(a_t) Σ_{t' > t} KL_t'  +  ∇KL_t].
+
+So an action pays for the divergence of the context that it leads to, r_t = −β KL_{t+1}; the first context's is no
+action's reward; and the loss has β KL_t at each token.
+
 Notation: E segments, M tokens of all streams, N actions among them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 
+from agents.models.causal_lm import OtherLogits
 from agents.models.contexts import check_spaces, contexts_of
 from agents.models.distribution import TokenDistribution
 from agents.models.reference import Reference
 from agents.objectives.advantages import gae
-from agents.objectives.kl import KL_ESTIMATORS, FixedKL, KLController, KLEstimator
+from agents.objectives.kl import KL_ESTIMATORS, FixedKL, KLController, KLEstimator, SampledKL
+from agents.policies.causal_lm_policy import CausalLMActorCritic
 from text_env.prompts import Prompt
 
 # Tokens of one forward pass of the reference, which needs no gradient.
@@ -119,7 +129,7 @@ class EpisodeBuffer(RolloutBuffer):
         package update a controller. With 0 the KL divergence is measured without a penalty.
     :param kl_estimator: the estimator k of the penalty: ``"k1"``, ``"k2"`` or ``"k3"`` (see
         :mod:`agents.objectives.kl`); None: no penalty. Only the policy gradient of k1 is that of the KL divergence
-        (``docs/ppo.md``).
+        (``docs/ppo.md``). The algorithms of this package set it to ``"exact"`` where they are told so.
     :raises ValueError: for another estimator, or spaces that are not the text environment's.
     """
 
@@ -142,6 +152,12 @@ class EpisodeBuffer(RolloutBuffer):
             reference = Reference.load(reference, n_tokens=int(action_space.n), device=device)
         self.reference = reference
         self.kl: KLController = FixedKL(kl_coef) if isinstance(kl_coef, int | float) else kl_coef
+        if kl_estimator == "exact":
+            raise ValueError(
+                "Expected kl_estimator to be 'k1', 'k2' or 'k3', got 'exact': half of its gradient is a term of the "
+                "loss, which SB3's algorithms don't have. Use it with an algorithm of this package, as in "
+                "agents.PPO(..., kl_estimator='exact')."
+            )
         self.kl_estimator = kl_estimator
         super().__init__(buffer_size, observation_space, action_space, device, gae_lambda, gamma, n_envs)
 
@@ -152,8 +168,8 @@ class EpisodeBuffer(RolloutBuffer):
 
     @kl_estimator.setter
     def kl_estimator(self, kl_estimator: KLEstimator | None) -> None:
-        if kl_estimator is not None and kl_estimator not in KL_ESTIMATORS:
-            raise ValueError(f"Expected kl_estimator to be one of {sorted(KL_ESTIMATORS)}, got {kl_estimator!r}.")
+        if kl_estimator is not None and kl_estimator not in get_args(KLEstimator):
+            raise ValueError(f"Expected kl_estimator to be one of {get_args(KLEstimator)}, got {kl_estimator!r}.")
         self._kl_estimator = kl_estimator
 
     @property
@@ -183,6 +199,8 @@ class EpisodeBuffer(RolloutBuffer):
         }
         self._logged = {name: _Column(np.float32) for name in ("rewards", "values", "log_probs")}
         self._finalized = False
+        self.exact_kl: np.ndarray | None = None  # float32 [N], nats; None where no exact divergence is paid
+        self._ref_hidden: torch.Tensor | None = None  # [N, H], likewise
 
     def add(  # type: ignore[override]
         self,
@@ -286,10 +304,11 @@ class EpisodeBuffer(RolloutBuffer):
 
     # ---- laying out -----------------------------------------------------------------------------------------------
 
-    def finalize(self) -> None:
+    def finalize(self, policy: CausalLMActorCritic | None = None) -> None:
         """Sort the tokens by segment, compute log-probabilities under the reference, and apply the KL penalty.
 
-        :raises ValueError: if the reference gives a sampled token probability 0.
+        :param policy: the policy that sampled, which the estimator ``"exact"`` needs; the others don't.
+        :raises ValueError: if the reference gives a sampled token probability 0, or if the policy is missing.
         """
         if self._finalized:
             return
@@ -316,17 +335,59 @@ class EpisodeBuffer(RolloutBuffer):
             for batch in self.batches(np.arange(self.n_episodes), REFERENCE_TOKENS):
                 index = self._token_index(batch)
                 samples = self.pack(batch)
-                ref_log_prob = self.reference.log_probs(samples.observations, samples.actions)
+                if self.kl_estimator == "exact" and self.kl_coef > 0:
+                    ref_log_prob = self._compare(policy, index, samples)
+                else:
+                    ref_log_prob = self.reference.log_probs(samples.observations, samples.actions)
                 self.log_ratio[index] = self.log_probs[index] - ref_log_prob.cpu().numpy()
             if not np.isfinite(self.log_ratio).all():
                 raise ValueError(
                     "The reference gives probability 0 to a token that the policy sampled, so the KL is infinite. "
                     "Expected policy and reference under the same constraint, a pure function of contexts."
                 )
-            if self.kl_estimator is not None:
+            if self.exact_kl is not None:
+                next_kl = np.append(self.exact_kl[1:], np.float32(0))
+                next_kl[self.starts[1:] - 1] = 0  # no context follows the last action of an episode
+                self.rewards = self.rewards - self.kl_coef * next_kl
+            elif self.kl_estimator is not None and self.kl_estimator != "exact":
                 self.rewards = self.rewards - self.kl_coef * self.token_kl(self.kl_estimator)
 
-    def token_kl(self, estimator: KLEstimator) -> np.ndarray:
+    @torch.no_grad()
+    def _compare(self, policy: CausalLMActorCritic | None, index: np.ndarray, samples: EpisodeSamples) -> torch.Tensor:
+        """Measure the exact divergence of a batch, and keep the reference's hidden states for the loss.
+
+        :return: log π_ref of the actions, [N].
+        """
+        if policy is None:
+            raise ValueError(
+                "Expected finalize(policy) for kl_estimator='exact', which needs the policy's whole distributions and "
+                "a term of the loss. Use 'k1' with SB3's algorithms, or an algorithm of this package."
+            )
+        assert self.reference is not None
+        scores = self.reference.scores(samples.observations, samples.actions)
+        if self.exact_kl is None or self._ref_hidden is None:
+            self.exact_kl = np.zeros_like(self.rewards)
+            self._ref_hidden = scores.hidden.new_empty(len(self.rewards), scores.hidden.shape[1])
+        self._ref_hidden[torch.from_numpy(index).to(scores.hidden.device)] = scores.hidden
+        other = self.reference.logits_at(scores.hidden)
+        kl = policy.evaluate(samples.observations, samples.actions, other=other)[3]
+        assert kl is not None
+        self.exact_kl[index] = kl.cpu().numpy()
+        return scores.log_prob
+
+    def ref_logits(self, episodes: np.ndarray) -> OtherLogits | None:
+        """
+        :param episodes: int [E], the numbers of the episodes of a packed batch.
+        :return: the reference's logits at its N actions, which the exact divergence in the loss is made of; None where
+            the loss has no such term.
+        """
+        if self._ref_hidden is None:
+            return None
+        assert self.reference is not None
+        index = torch.from_numpy(self._token_index(episodes)).to(self._ref_hidden.device)
+        return self.reference.logits_at(self._ref_hidden[index])
+
+    def token_kl(self, estimator: SampledKL) -> np.ndarray:
         """
         :param estimator: ``"k1"``, ``"k2"`` or ``"k3"``.
         :return: the estimate of KL(π_old ‖ π_ref) at each action, float32 [N], nats; 0 if there is no reference.
@@ -350,7 +411,8 @@ class EpisodeBuffer(RolloutBuffer):
         streams = (self.tokens, self.is_action, self._stream_starts)
         logged = (self.values, self.log_probs, self.rewards, self.lengths, self.starts)
         derived = (self.advantages, self.returns, self.log_ratio)
-        return sum(array.nbytes for array in (*streams, *logged, *derived))
+        exact = [array for array in (self.exact_kl, self._ref_hidden) if array is not None]
+        return sum(array.nbytes for array in (*streams, *logged, *derived, *exact))
 
     @property
     def actions(self) -> np.ndarray:  # type: ignore[override]

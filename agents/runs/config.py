@@ -197,9 +197,10 @@ class TrainConfig:
     With 0 the KL divergence is measured without a penalty."""
     kl_target: float | None = None
     """A KL divergence in nats per episode. β is adapted to hold it; by default β is constant."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k1"
     """The estimator of the KL divergence at each token for the penalty.
-    k1 is the log-ratio; k2 and k3 have another gradient (docs/ppo.md)."""
+    k1 is the log-ratio; k2 and k3 have another gradient; exact is the sum over the vocabulary, with less noise
+    (docs/ppo.md)."""
     missing_eos_penalty: float | None = None
     """A number that is subtracted from the reward of texts that the response budget has cut off."""
     algo_kwargs: dict[str, str] = field(default_factory=dict)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents.objectives.kl import KL_ESTIMATORS, kl_k1, kl_k2, kl_k3
+from agents.objectives.kl import KL_ESTIMATORS, kl_exact, kl_k1, kl_k2, kl_k3
 from agents.objectives.losses import (
     cispo,
     clip_ratio,
@@ -213,6 +213,26 @@ def test_k1_and_k3_have_the_true_kl_as_their_mean_and_k2_has_not() -> None:
     assert float((P * kl_k3(log_ratio)).sum()) == pytest.approx(0.2748872, abs=1e-7)
     # k2's mean is 0.7 · 0.4197943 = 0.2938560
     assert float((P * kl_k2(log_ratio)).sum()) == pytest.approx(0.2938560, abs=1e-7)
+
+
+def test_the_exact_divergence_of_two_tokens_is_the_one_worked_out_by_hand_and_a_forbidden_third_adds_nothing() -> None:
+    # p = ¾, ¼;  q = ½, ½:  ¾ log 1.5 + ¼ log 0.5 = 0.3040988 − 0.1732868
+    p, q = torch.tensor([[0.75, 0.25, 0.0]], dtype=torch.float64), torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64)
+    assert float(kl_exact(p.log(), q.log())) == pytest.approx(0.1308120, abs=1e-7)
+    assert float(kl_exact(q.log(), p.log())) == pytest.approx(0.5 * np.log(4 / 3), abs=1e-7)  # ½ log ⅔ + ½ log 2
+    # d/dlogit_v = p_v (log p_v/q_v − KL):  ¾ (0.4054651 − 0.1308120);  ¼ (−0.6931472 − 0.1308120)
+    logits = p.log().requires_grad_()
+    kl_exact(logits.log_softmax(-1), q.log()).backward()
+    np.testing.assert_allclose(logits.grad, [[0.2059898, -0.2059898, 0.0]], atol=1e-7)
+
+
+def test_the_exact_divergence_is_the_mean_of_k1_and_its_gradient_is_the_numerical_one() -> None:
+    log_ratio = (P / Q).log()
+    assert float(kl_exact(P.log(), Q.log())) == pytest.approx(float((P * kl_k1(log_ratio)).sum()), abs=1e-12)
+    generator = torch.Generator().manual_seed(0)
+    logits, ref_logits = 2 * torch.randn(2, 5, 7, generator=generator, dtype=torch.float64)
+    ref_log_probs = ref_logits.log_softmax(-1)
+    assert torch.autograd.gradcheck(lambda x: kl_exact(x.log_softmax(-1), ref_log_probs), (logits.requires_grad_(),))
 
 
 def test_with_the_ratio_the_wrong_way_round_k3_misses_by_a_lot() -> None:
