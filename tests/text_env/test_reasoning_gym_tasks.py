@@ -29,9 +29,6 @@ NAMES = reasoning_gym_tasks._names()
 # One problem takes a second to make.
 SLOW = {"knight_swap", "quantum_lock"}
 
-# A mistake of reasoning-gym 0.1.25, which compares the truth of two strings: every answer but an empty one is right.
-LAX = {"game_of_life_halting"}
-
 
 @pytest.fixture
 def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,13 +62,52 @@ def test_a_data_set_poses_problems_and_judges_answers_to_them(name: str) -> None
         if row["answer"] is not None:
             assert judged(task, row, f"So be it. <answer>{row['answer']}</answer>")[:2] == (1.0, 1.0)
         assert judged(task, row, f"{row['answer']}") == (0.0, 0.0, None)  # it is asked for in tags
-        for junk in ("junk", "((", "[]", "\x00", "☃", "9" * 5000):
+        for junk in ("junk", "((", "[]", "\x00", "☃", "9" * 5000, "nan", "nan + nani", "-inf", "1e999", "null", "1/0"):
             score, well_formed, answer = judged(task, row, f"<answer>{junk}</answer>")
-            assert 0 <= score < 1 or name in LAX
+            assert 0 <= score < 1
             assert well_formed in (0.0, 1.0)
             assert answer == junk.strip()
     prompt = Prompts([row], tiny_tokenizer(), None)[0]
     assert prompt.columns == {"problem": row["problem"], "answer": row["answer"]}
+
+
+def each_number(answer: str, other: str) -> str:
+    return re.sub(r"-?[0-9.]+", other, answer)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "right"),
+    [
+        ("coin_flip", lambda item: "0", str),
+        ("coin_flip", lambda item: "15", lambda right: f"{1.00005 * float(right)}"),
+        ("complex_arithmetic", lambda item: each_number(item["answer"], "nan"), lambda right: right.replace(".0", "")),
+        ("game_of_life_halting", lambda item: {"True": "False", "False": "True"}[item["answer"]], str),
+        ("game_of_life_halting", lambda item: "junk", str),
+        ("gsm_symbolic", lambda item: f"-{item['answer']}", lambda right: f"It is {right}."),
+        ("gsm_symbolic", lambda item: f"{item['answer']} or 77777", lambda right: f"${right}"),
+        ("number_sorting", lambda item: each_number(item["answer"], "NaN"), lambda right: right.replace("'", '"')),
+        ("puzzle24", lambda item: "6*4*1*1", lambda right: f"({right})"),
+        ("puzzle24", lambda item: "8*3 + 1/2", str),
+    ],
+)
+def test_a_wrong_answer_that_the_data_set_calls_right_is_worth_nothing(name: str, wrong: Any, right: Any) -> None:
+    n_fooled = 0
+    for number in range(8):
+        item = reasoning_gym_tasks._item(name, 0, "{}", number)
+        junk = wrong(item)
+        n_fooled += reasoning_gym_tasks._dataset(name, 0, "{}").score_answer(junk, item) >= 1
+        assert reasoning_gym_tasks.score(name, 0, "{}", number, junk) < 1, junk
+        assert reasoning_gym_tasks.score(name, 0, "{}", number, right(item["answer"])) == 1
+    assert n_fooled  # else there would be nothing to mend
+
+
+def test_a_score_that_is_beyond_its_range_is_none() -> None:
+    """The sum of nine ninths is more than 1, for the first nine letters of ten."""
+    item = reasoning_gym_tasks._item("spell_backward", 0, "{}", 0)
+    assert len(item["answer"]) == 9
+    assert reasoning_gym_tasks._dataset("spell_backward", 0, "{}").score_answer(item["answer"] + "a", item) > 1
+    assert reasoning_gym_tasks.score("spell_backward", 0, "{}", 0, item["answer"] + "a") == 0
+    assert reasoning_gym_tasks.score("spell_backward", 0, "{}", 0, item["answer"]) == 1
 
 
 @pytest.mark.parametrize("name", ["acre", "chain_sum", "gsm_symbolic", "list_functions", "pool_matrix", "word_ladder"])
