@@ -64,6 +64,9 @@ TOO_LENIENT: dict[str, Callable[[str, dict[str, Any]], bool]] = {
 }
 """Data sets whose ``score_answer`` is 1 for wrong answers too (in 0.1.25), and what must hold of right ones besides."""
 
+ONE_IN = 4
+"""One problem of so many is held out. Some take a tenth of a second to make, and there is no end of them."""
+
 INSTRUCTION = "\n\nEnd with the final answer between <answer> and </answer>."
 
 
@@ -86,7 +89,7 @@ def reasoning_gym_task(
     :param extract: how the answer is found in a text, as :class:`text_env.answers.Verifier` takes it.
     :param instruction: what follows each question.
     :param partial_credit: whether the score is what ``score_answer`` returns, from 0 to 1; otherwise it is 1 where that
-        returns 1 and else 0. The metric ``correct`` is the latter in any case.
+        returns 1 and else 0. The final info's ``correct`` is the latter in any case.
     :param max_new_tokens: the response budget.
     :param runs_answers: must be True for the data sets in :data:`RUNS_ANSWERS`, which run the model's answers as
         Python.
@@ -110,23 +113,18 @@ def reasoning_gym_task(
     except (TypeError, ValueError) as error:
         raise ValueError(f"Expected the configuration of {name!r} to be JSON values, got {config!r}.") from error
     _dataset(name, seed, written)
-
-    def verifier(partly: bool) -> Verifier:
-        return Verifier(extract, partial(_judged, name, seed, written, partly), column="problem")
-
     return Task(
         f"{PREFIX}{name}",
-        lambda split: GeneratedPrompts(partial(_row, name, seed, written, instruction), split, size),
-        verifier(partial_credit),
-        metrics={"correct": verifier(False)} if partial_credit else {},
+        lambda split: GeneratedPrompts(partial(_row, name, seed, written), split, size, instruction, ONE_IN),
+        Verifier(extract, partial(_judged, name, seed, written, partial_credit), column="problem"),
         settings={"max_prompt_tokens": None, "max_new_tokens": max_new_tokens},
     )
 
 
 # Not functions inside another, which could not be pickled with an environment.
-def _row(name: str, seed: int, config: str, instruction: str, number: int) -> dict[str, Any]:
+def _row(name: str, seed: int, config: str, number: int) -> dict[str, Any]:
     item = _item(name, seed, config, number)
-    return {"prompt": item["question"] + instruction, "problem": number, "answer": item["answer"]}
+    return {"prompt": item["question"], "problem": number, "answer": item["answer"]}
 
 
 def _judged(name: str, seed: int, config: str, partly: bool, answer: str, problem: int) -> float:

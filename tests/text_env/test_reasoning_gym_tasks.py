@@ -19,7 +19,7 @@ from text_env.answers import ExpectedAnswerError, Verifier
 from text_env.bounded_calls import BoundedCallError
 from text_env.generated import ATTEMPTS, split_of
 from text_env.prompts import Prompts
-from text_env.reasoning_gym_tasks import INSTRUCTION, RUNS_ANSWERS, reasoning_gym_task
+from text_env.reasoning_gym_tasks import INSTRUCTION, ONE_IN, RUNS_ANSWERS, reasoning_gym_task
 from text_env.task_names import make_task
 
 pytest.importorskip("reasoning_gym")
@@ -58,7 +58,7 @@ def test_a_data_set_poses_problems_and_judges_answers_to_them(name: str) -> None
         assert task.name == f"reasoning_gym:{name}"
         row = task.prompts("train")[1]
         assert row["prompt"].endswith(INSTRUCTION)
-        assert split_of(row["prompt"]) == "train"
+        assert split_of(row["prompt"].removesuffix(INSTRUCTION), ONE_IN) == "train"
         if row["answer"] is not None:
             assert judged(task, row, f"So be it. <answer>{row['answer']}</answer>")[:2] == (1.0, 1.0)
         assert judged(task, row, f"{row['answer']}") == (0.0, 0.0, None)  # it is asked for in tags
@@ -149,7 +149,19 @@ def test_the_configuration_and_the_seed_make_the_problems() -> None:
 
     assert first() == first(seed=0) != first(seed=1)
     assert len(re.findall(r"\d+", first(min_terms=9, max_terms=9))) == 9
-    assert first(instruction="\nAnswer:").endswith("\nAnswer:")
+    assert first(instruction="\nAnswer:") == first().removesuffix(INSTRUCTION) + "\nAnswer:"
+
+
+def test_another_instruction_brings_no_held_out_problem_into_the_training() -> None:
+    few = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    train, held_out = (
+        {
+            row["prompt"].removesuffix(text)
+            for row in reasoning_gym_task("chain_sum", 60, instruction=text, **few).prompts(split)
+        }
+        for split, text in (("train", INSTRUCTION), ("eval", "\nAnswer:"))
+    )
+    assert not train & held_out
 
 
 def test_partial_credit_is_paid_and_a_right_answer_is_still_counted(same_process: None) -> None:
@@ -161,8 +173,6 @@ def test_partial_credit_is_paid_and_a_right_answer_is_still_counted(same_process
         if 0 < judged(partial, row, f"<answer>{guess}</answer>")[0] < 1
     )
     assert judged(plain, row, near)[:2] == (0.0, 1.0)
-    assert plain.metrics == {}
-    assert partial.metrics["correct"].judge(near, row["problem"])[0] == 0.0
     env = TextEnv(
         task="reasoning_gym:time_intervals", task_kwargs={"size": 5, "partial_credit": True}, max_new_tokens=200
     )
