@@ -110,7 +110,11 @@ def run_sample(config: SampleConfig) -> int:
     env_config = dataclasses.replace(env_config, max_prompt_tokens=None)
     prompts = [prompt for prompt in config.prompt for _ in range(config.n)]
     # The right answers of these prompts are unknown, so that a task can't judge what is written.
-    judge: dict[str, Any] = {"reward": _unjudged} if env_config.has_task else {}
+    if env_config.has_task:
+        task = dataclasses.replace(env_config.made_task(), metrics={})
+        judge: dict[str, Any] = {"reward": _unjudged, "task": task, "task_kwargs": None, "metrics": None}
+    else:
+        judge = {}
     env = env_config.make(len(prompts), config.policy, prompts=prompts, **judge)
     set_random_seed(config.seed)
     policy = load_policy(config.policy, env, config.device, config.dtype, config.temperature)
@@ -271,8 +275,8 @@ def _evaluate(config: EvaluateConfig, env_config: EnvConfig, reference: str) -> 
         config.pass_at_k,
     )
     # A task poses its own prompts where no others are named.
-    name = env_config.task if env_config.task is not None and env_config.prompts == "builtin" else env_config.prompts
-    return {**result, "prompt_set": str(name)}
+    own = env_config.has_task and env_config.prompts == "builtin"
+    return {**result, "prompt_set": env_config.made_task().name if own else str(env_config.prompts)}
 
 
 def _print_texts(path: Path) -> None:

@@ -22,6 +22,7 @@ from agents.runs.algorithms import algorithm_named
 from agents.runs.config import EnvConfig, TrainConfig, dump_config, load_config
 from agents.state.schedules import LearningRate
 from text_env.builtin import prompts
+from text_env.tasks import Task
 
 TINY = ["--max-new-tokens", "6", "--n-episodes", "8", "--batch-size", "4", "--n-epochs", "1", "--device", "cpu"]
 
@@ -597,6 +598,42 @@ def test_a_training_that_fails_keeps_its_last_checkpoint_which_goes_on(
 def agrees(completions: list[str], answer: list[str], **_: Any) -> list[float]:
     """A reward that needs a column of the prompts."""
     return [float(text.count(right)) for text, right in zip(completions, answer, strict=True)]
+
+
+def judged_twice() -> Task:
+    rows = [{"prompt": prompt, "answer": "1"} for prompt in PROMPTS]
+    settings = {"max_new_tokens": 4}
+    return Task("twice", lambda split: rows, "correct", {"once_more": agrees}, settings)
+
+
+def test_of_a_task_texts_are_sampled_after_prompts_without_a_right_answer(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run.train(tmp_path / "run", "--task", "test_cli:judged_twice", "--prompts", "builtin") == 0
+    capsys.readouterr()
+    options = ["--policy", str(tmp_path / "run" / "policy"), "--prompt", "The movie", "--device", "cpu"]
+    assert main(["sample", *options]) == 0, capsys.readouterr().out
+    assert "The movie" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("named", "longest"), [([], 22), (["--prompts"], 60)])
+def test_held_out_problems_are_as_long_as_the_task_says(
+    named: list[str], longest: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not as long as the first ones are, for which longer ones would be replaced."""
+    if named:
+        named = [*named, str(tmp_path / "long.txt")]
+        (tmp_path / "long.txt").write_text("+".join(["1234"] * 12) + "=\n")
+
+    def seen(policy: Any, reference: Any, env: Any, *_: Any) -> dict[str, Any]:
+        lengths.append(env.max_prompt_tokens)
+        raise ValueError("enough")
+
+    lengths: list[int] = []
+    monkeypatch.setattr("agents.evaluation.evaluate.evaluate", seen)
+    options = ["--policy", "builtin:arithmetic", "--reference", "builtin:arithmetic", "--device", "cpu"]
+    assert main(["evaluate", *options, "--task", "arithmetic", "--episodes", "2", *named]) == 1
+    assert lengths == [longest]
 
 
 def test_prompts_with_columns_that_the_reward_needs_are_trained_on_and_evaluated(run: Run, tmp_path: Path) -> None:

@@ -551,10 +551,13 @@ class OnPolicyAlgorithm(Resumable):
             paid = paid - self.kl.coef * buffer.exact_kl[buffer.starts[:-1]]  # which is no token's reward
         record("objective/rlhf_reward", mean(paid))
         record("objective/entropy", -mean(buffer.log_probs))
-        named = {k for e in episodes for k, v in e.items() if isinstance(v, float | np.floating) and k != "score"}
-        for name in sorted(named):
-            # A part of the reward that does not apply to a text has no number there.
-            record(f"objective/{name}", mean(np.array([episode[name] for episode in episodes if name in episode])))
+        numbers: dict[str, list[float]] = defaultdict(list)  # what does not apply to a text has no number there
+        for episode in episodes:
+            for name, value in episode.items():
+                if isinstance(value, float | np.floating) and name != "score" and not np.isnan(value):
+                    numbers[name].append(float(value))
+        for name in sorted(numbers):
+            record(f"objective/{name}", mean(np.array(numbers[name])))
         record("completions/mean_length", mean(buffer.lengths))
         for name, verdict in (("right", 1.0), ("wrong", 0.0)):  # of tasks with a right answer
             lengths = [episode["length"] for episode in episodes if episode.get("correct") == verdict]

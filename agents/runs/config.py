@@ -19,7 +19,8 @@ from agents.state.arguments import check_number
 from agents.state.schedules import LearningRate
 from text_env.settings import EpisodeSettings, check_integer
 from text_env.shaping import PotentialShaping
-from text_env.task_names import model_of_task, said_by_name
+from text_env.task_names import make_task, model_of_task, said_by_name
+from text_env.tasks import Task
 from text_env.vector_env import TextVectorEnv, plain, wrapped_error
 from text_env.wrappers import CONTINUOUS_ID
 
@@ -79,9 +80,8 @@ class EnvConfig(EpisodeSettings):
         """
         :return: the same environment with the prompts that are held out, if there are such.
         """
-        task, kwargs = self._task()
-        if task is not None:
-            return dataclasses.replace(self, task=task, task_kwargs={**kwargs, "split": "eval"})
+        if self.has_task:
+            return dataclasses.replace(self, task_kwargs={**self.task_kwargs, "split": "eval"})
         return dataclasses.replace(self, prompts="builtin:eval") if self.prompts == "builtin" else self
 
     def for_evaluation(self, prompts: str | None = None) -> EnvConfig:
@@ -92,7 +92,10 @@ class EnvConfig(EpisodeSettings):
         config = self.held_out()
         if prompts is not None:
             config = dataclasses.replace(config, prompts=prompts)
-        if config.overlong_prompts == "error":
+        left = config.max_prompt_tokens == EnvConfig.max_prompt_tokens
+        # A task says how long its own prompts can be; else the first ones would, and longer ones would be replaced.
+        left_to_task = left and config.has_task and prompts is None
+        if config.overlong_prompts == "error" and not left_to_task:
             config = dataclasses.replace(config, max_prompt_tokens=None)
         return config
 
@@ -100,20 +103,28 @@ class EnvConfig(EpisodeSettings):
         """
         :return: the name of the model that the task was made for; without one, ``"builtin"``.
         """
+        return model_of_task(*self._task()) or "builtin"
+
+    def made_task(self) -> Task:
+        """
+        :return: the task that the environment poses.
+        :raises ValueError: if there is none, and for the reasons of :func:`text_env.task_names.make_task`.
+        """
         task, kwargs = self._task()
-        return model_of_task(task, parsed(kwargs)) or "builtin"
+        return make_task(task, **{name: value for name, value in kwargs.items() if name != "split"})
 
     @property
     def has_task(self) -> bool:
         """Whether the environment poses a task, by ``task`` or by the registered name."""
         return self._task()[0] is not None
 
-    def _task(self) -> tuple[Any, dict[str, str]]:
-        """The task and its arguments, those that the registered name stands for included; None: there is none."""
+    def _task(self) -> tuple[Any, dict[str, Any]]:
+        """The task (None: there is none) and its arguments, with those that the registered name stands for."""
+        given = parsed(self.task_kwargs)
+        if self.task is not None:
+            return self.task, given
         said = said_by_name(self.env)
-        if self.task is not None or self.task_kwargs:
-            return self.task or said.get("task"), self.task_kwargs
-        return said.get("task"), {name: json.dumps(value) for name, value in (said.get("task_kwargs") or {}).items()}
+        return said.get("task"), {**(said.get("task_kwargs") or {}), **given}
 
     def make(self, num_envs: int, model: str, gamma: float | None = None, **overrides: Any) -> TextVectorEnv:
         """Make the environment of a run.
@@ -138,7 +149,7 @@ class EnvConfig(EpisodeSettings):
             metrics={**(self.metrics or {}), **gold} or None,
             shaping=shaping,
             reward_kwargs=parsed(self.reward_kwargs),
-            task_kwargs=parsed(self.task_kwargs),
+            task_kwargs=self._task()[1],
         )
         for name in ("task", "task_kwargs"):  # whatever the registered name says
             if not options[name]:
