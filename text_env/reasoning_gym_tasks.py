@@ -48,7 +48,7 @@ def _same_number(answer: str, item: dict[str, Any]) -> bool:
 
 
 def _makes_24(answer: str, item: dict[str, Any]) -> bool:
-    from sympy import parse_expr
+    from reasoning_gym.games.puzzle24 import parse_expr  # SymPy's
 
     numbers = sorted(map(int, re.findall(r"\d+", answer)))
     return numbers == sorted(item["metadata"]["numbers"]) and bool(parse_expr(answer) == 24)
