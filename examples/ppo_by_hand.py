@@ -139,7 +139,7 @@ def update(
             actions = torch.from_numpy(rollout.actions[texts][mask])
             values, log_prob, _ = policy.evaluate_actions(packed, actions)
             # Raise the probability of tokens that were better than expected, within the clip range.
-            policy_loss = clipped_surrogate(log_prob, old_log_prob, advantage, CLIP_RANGE).mean()
+            policy_loss = clipped_surrogate(log_prob - old_log_prob, advantage, CLIP_RANGE).mean()
             critic_loss = value_loss(values.flatten(), old_values, target, None).mean()
             policy.optimizer.zero_grad()
             (policy_loss + VF_COEF * critic_loss).backward()

@@ -85,7 +85,8 @@ def reasoning_gym_task(
 
     :param name: the name of the data set, such as ``"chain_sum"``.
     :param size: the number of training problems, and of held-out ones; None: without end.
-    :param seed: the seed that the problems are made from.
+    :param seed: the seed that the problems are made from. Neighbouring seeds share problems, since reasoning-gym makes
+        a problem from the sum of the seed and its number.
     :param extract: how the answer is found in a text, as :class:`text_env.answers.Verifier` takes it.
     :param instruction: what follows each question.
     :param partial_credit: whether the score is what ``score_answer`` returns, from 0 to 1; otherwise it is 1 where that

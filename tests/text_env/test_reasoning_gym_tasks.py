@@ -147,7 +147,7 @@ def test_the_configuration_and_the_seed_make_the_problems() -> None:
         prompt: str = reasoning_gym_task("chain_sum", 5, **kwargs).prompts("train")[2]["prompt"]
         return prompt
 
-    assert first() == first(seed=0) != first(seed=1)
+    assert first() == first(seed=0) != first(seed=100)
     assert len(re.findall(r"\d+", first(min_terms=9, max_terms=9))) == 9
     assert first(instruction="\nAnswer:") == first().removesuffix(INSTRUCTION) + "\nAnswer:"
 
