@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what editors and mypy read; at run time the table below says where each name comes from
     from agents.algorithms.a2c import A2C as A2C
+    from agents.algorithms.dapo import DAPO as DAPO
     from agents.algorithms.engine import Engine as Engine
     from agents.algorithms.grpo import GRPO as GRPO
     from agents.algorithms.on_policy import OnPolicyAlgorithm as OnPolicyAlgorithm
     from agents.algorithms.ppo import PPO as PPO
     from agents.algorithms.reinforce import REINFORCE as REINFORCE
     from agents.algorithms.rloo import RLOO as RLOO
+    from agents.algorithms.vineppo import VinePPO as VinePPO
     from agents.models.distribution import TokenDistribution as TokenDistribution
     from agents.models.reference import Reference as Reference
     from agents.models.reference_constraints import ReferenceMinP as ReferenceMinP
@@ -34,12 +36,14 @@ if TYPE_CHECKING:  # what editors and mypy read; at run time the table below say
 
 _HOMES = {
     "A2C": "agents.algorithms.a2c",
+    "DAPO": "agents.algorithms.dapo",
     "Engine": "agents.algorithms.engine",
     "GRPO": "agents.algorithms.grpo",
     "OnPolicyAlgorithm": "agents.algorithms.on_policy",
     "PPO": "agents.algorithms.ppo",
     "REINFORCE": "agents.algorithms.reinforce",
     "RLOO": "agents.algorithms.rloo",
+    "VinePPO": "agents.algorithms.vineppo",
     "TokenDistribution": "agents.models.distribution",
     "Reference": "agents.models.reference",
     "ReferenceMinP": "agents.models.reference_constraints",

@@ -1,4 +1,4 @@
-"""The command line: ``textrlhf train | evaluate | sample | reward-model | demo``.
+"""The command line: ``textrlhf train | evaluate | critic | sample | reward-model | demo``.
 
 This module only parses options and prints results. The work is done by ``agents.runs``, ``agents.evaluation`` and
 ``agents.reward_models``.
@@ -25,7 +25,7 @@ from rich.markup import escape
 
 from agents.evaluation.report import answers_table, evaluation_table, texts_table
 from agents.reward_models.config import RewardModelConfig
-from agents.runs.commands import COMMANDS, DemoConfig, EvaluateConfig, SampleConfig
+from agents.runs.commands import COMMANDS, CriticConfig, DemoConfig, EvaluateConfig, SampleConfig
 from agents.runs.config import EnvConfig, TrainConfig, load_config
 from agents.runs.usage import usage
 from text_env.rewards import RewardError
@@ -72,6 +72,25 @@ def evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
     return _evaluate(config, env_config, reference)
 
 
+def run_critic(config: CriticConfig) -> int:
+    """Run ``textrlhf critic``.
+
+    :param config: the options.
+    :return: the exit status.
+    """
+    config.check()
+    from agents.evaluation.critic_report import critic_table, plot_critic
+    from agents.runs.critic import examine_run
+
+    result = examine_run(config)
+    console.print(critic_table(result))
+    plot_critic(result, config.picture())
+    console.print(f"Wrote {config.picture()}")
+    if config.json is not None:
+        config.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
 def run_sample(config: SampleConfig) -> int:
     """Run ``textrlhf sample``.
 
@@ -91,7 +110,11 @@ def run_sample(config: SampleConfig) -> int:
     env_config = dataclasses.replace(env_config, max_prompt_tokens=None)
     prompts = [prompt for prompt in config.prompt for _ in range(config.n)]
     # The right answers of these prompts are unknown, so that a task can't judge what is written.
-    judge: dict[str, Any] = {"reward": _unjudged} if env_config.has_task else {}
+    if env_config.has_task:
+        task = dataclasses.replace(env_config.made_task(), metrics={})
+        judge: dict[str, Any] = {"reward": _unjudged, "task": task, "task_kwargs": None, "metrics": None}
+    else:
+        judge = {}
     env = env_config.make(len(prompts), config.policy, prompts=prompts, **judge)
     set_random_seed(config.seed)
     policy = load_policy(config.policy, env, config.device, config.dtype, config.temperature)
@@ -231,11 +254,7 @@ def _evaluate(config: EvaluateConfig, env_config: EnvConfig, reference: str) -> 
     from agents.state.devices import check_device
 
     check_device(config.device)
-    env_config = env_config.held_out()
-    if config.prompts is not None:
-        env_config = dataclasses.replace(env_config, prompts=config.prompts)
-    if env_config.overlong_prompts == "error":  # held-out prompts may be longer than those of the training
-        env_config = dataclasses.replace(env_config, max_prompt_tokens=None)
+    env_config = env_config.for_evaluation(config.prompts)
     # As many prompts as texts, even if the policy was trained on groups of texts.
     env = env_config.make(min(64, config.episodes), config.policy, group_size=1)
     set_random_seed(config.seed)
@@ -256,8 +275,8 @@ def _evaluate(config: EvaluateConfig, env_config: EnvConfig, reference: str) -> 
         config.pass_at_k,
     )
     # A task poses its own prompts where no others are named.
-    name = env_config.task if env_config.task is not None and env_config.prompts == "builtin" else env_config.prompts
-    return {**result, "prompt_set": str(name)}
+    own = env_config.has_task and env_config.prompts == "builtin"
+    return {**result, "prompt_set": env_config.made_task().name if own else str(env_config.prompts)}
 
 
 def _print_texts(path: Path) -> None:
@@ -276,6 +295,7 @@ def _print_texts(path: Path) -> None:
 FUNCTIONS: dict[str, Callable[[Any], int]] = {
     "train": run_train,
     "evaluate": run_evaluate,
+    "critic": run_critic,
     "sample": run_sample,
     "reward-model": run_reward_model,
     "demo": run_demo,

@@ -197,11 +197,13 @@ def table(rows: list[dict[str, Any]]) -> list[list[str]]:
     :param rows: the runs.
     :return: the cells of a table: a header, and one row for each algorithm.
     """
-    header = ["algorithm", "runs", *(name.replace("_", " ") for name in MEASURES), "KL (nats)", "length", "CPU minutes"]
-    cells = [header]
+    measures = [name.replace("_", " ") for name in MEASURES]
+    cells = [["algorithm", "runs", "gain, sampled", *measures, "KL (nats)", "length", "CPU minutes"]]
     for name in dict.fromkeys(row["algorithm"] for row in rows):
         runs = [row for row in rows if row["algorithm"] == name]
-        measured = [mean_and_interval([row[measure] for row in runs]) for measure in MEASURES]
+        gain = mean_and_interval([row["accuracy_after"] - row["accuracy_before"] for row in runs])
+        shares = [mean_and_interval([row[measure] for row in runs]) for measure in MEASURES]
+        measured = [gain, *np.clip(shares, 0.0, 1.0)]
         kl, length = (np.mean([row[key] for row in runs]) for key in ("kl", "mean_length"))
         minutes = np.mean([row["cpu_seconds"] for row in runs]) / 60
         figures = [f"{mean:.3f}" + f" [{low:.3f}, {high:.3f}]" * (len(runs) > 1) for mean, low, high in measured]
@@ -232,7 +234,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_xlabel("tokens")
         axes.set_ylabel("share of right answers, sampled")
         axes.set_title("Arithmetic, in training")
-        axes.legend(loc="lower right")
+        axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1000:.0f}k")
+        figure.legend(loc="outside right center")
         figure.savefig(path, dpi=130)
 
 

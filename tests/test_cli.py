@@ -22,6 +22,7 @@ from agents.runs.algorithms import algorithm_named
 from agents.runs.config import EnvConfig, TrainConfig, dump_config, load_config
 from agents.state.schedules import LearningRate
 from text_env.builtin import prompts
+from text_env.tasks import Task
 
 TINY = ["--max-new-tokens", "6", "--n-episodes", "8", "--batch-size", "4", "--n-epochs", "1", "--device", "cpu"]
 
@@ -155,6 +156,16 @@ def test_arguments_of_the_algorithm_reach_it(run: Run, tmp_path: Path, monkeypat
     assert run.evaluate(tmp_path / "run" / "policy", "--episodes", "4") == 0
 
 
+def test_the_exact_divergence_is_an_option(run: Run, tmp_path: Path) -> None:
+    assert run.train(tmp_path / "run", "--kl-estimator", "exact") == 0
+    with (tmp_path / "run" / "progress.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[0]["objective/kl_exact"]) == pytest.approx(0.0, abs=1e-5)
+    assert float(rows[-1]["objective/kl_exact"]) > 1e-5
+    assert float(rows[-1]["train/kl_loss"]) > 0
+    assert "kl_estimator: exact" in (tmp_path / "run" / "config.yaml").read_text()
+
+
 def test_an_algorithm_of_ones_own_goes_by_module_and_class() -> None:
     assert algorithm_named("ppo") is PPO
     assert algorithm_named("agents.algorithms.ppo:PPO") is PPO
@@ -280,6 +291,53 @@ def test_evaluate_uses_held_out_prompts_by_default(tmp_path: Path) -> None:
         assert {text["prompt"] for text in result["texts"]} <= held_out
 
 
+# ---- critic --------------------------------------------------------------------------------------------------------
+
+SMALL = ["--texts", "6", "--positions", "2", "--branches", "3", "--device", "cpu"]
+
+
+def test_critic_examines_a_run_by_what_it_paid_and_draws_a_picture(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, picture = tmp_path / "out.json", run.directory / "critic.png"
+    assert main(["critic", "--policy", str(run.directory), *SMALL, "--json", str(path)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert "The critic: 6 texts, 2 positions, 3 branches" in shown
+    result = json.loads(path.read_text())
+    assert result["overall"]["states"] == len(result["states"]["value"])
+    assert len(set(result["states"]["value"])) > 2  # the critic that was saved, not a new one
+    assert result["kl_coef"] == 0.04
+    again = ["--policy", str(run.directory / "policy"), "--plot", str(tmp_path / "again.png")]
+    assert main(["critic", *again, *SMALL, "--json", str(tmp_path / "again.json")]) == 0
+    assert json.loads((tmp_path / "again.json").read_text()) == result
+    assert (tmp_path / "again.png").exists()
+
+
+def test_critic_pays_the_kl_coefficient_that_an_adaptive_run_ended_with(run: Run, tmp_path: Path) -> None:
+    directory, path = tmp_path / "run", tmp_path / "out.json"
+    assert run.train(directory, "--kl-target", "50", "--algo-kwargs", "gamma", "0.9", "--no-progress") == 0
+    assert main(["critic", "--policy", str(directory), *SMALL, "--json", str(path)]) == 0
+    with (directory / "progress.csv").open() as file:
+        last = float(list(csv.DictReader(file))[-1]["objective/kl_coef"])
+    assert json.loads(path.read_text())["kl_coef"] == last != 0.04
+
+
+def test_critic_finds_a_critic_with_a_decoder_of_its_own(tmp_path: Path) -> None:
+    options = ["--model", "builtin", "--critic", "builtin", *TINY, "--total-timesteps", "8", "--no-progress"]
+    assert main(["train", *options, "--run-dir", str(tmp_path / "run")]) == 0
+    assert main(["critic", "--policy", str(tmp_path / "run"), *SMALL]) == 0
+
+
+def test_critic_refuses_what_has_none(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "got one without config.yaml" in failed(capsys, main(["critic", "--policy", run.model, *SMALL]))
+    directory = tmp_path / "run"
+    assert run.train(directory, "--algo", "reinforce", "--no-progress") == 0
+    assert "Expected a trained critic" in failed(capsys, main(["critic", "--policy", str(directory), *SMALL]))
+    (directory / "policy" / "value_head.safetensors").unlink()
+    assert "holds no value_head.safetensors" in failed(capsys, main(["critic", "--policy", str(directory), *SMALL]))
+
+
 # ---- sample --------------------------------------------------------------------------------------------------------
 
 
@@ -399,7 +457,8 @@ def test_unknown_names_are_refused_with_the_known_ones(
 ) -> None:
     message = failed(capsys, run.train(tmp_path / "a", "--algo", "dqn"))
     assert (
-        "Expected algo to be one of ['a2c', 'grpo', 'ppo', 'reinforce', 'rloo'] or 'module:Class', got 'dqn'" in message
+        "Expected algo to be one of ['a2c', 'dapo', 'grpo', 'ppo', 'reinforce', 'rloo', 'vineppo'] or 'module:Class', "
+        "got 'dqn'" in message
     )
     message = failed(capsys, run.train(tmp_path / "b", "--reward", "bilutin"))
     assert "Known names: builtin, sentiment" in message
@@ -539,6 +598,42 @@ def test_a_training_that_fails_keeps_its_last_checkpoint_which_goes_on(
 def agrees(completions: list[str], answer: list[str], **_: Any) -> list[float]:
     """A reward that needs a column of the prompts."""
     return [float(text.count(right)) for text, right in zip(completions, answer, strict=True)]
+
+
+def judged_twice() -> Task:
+    rows = [{"prompt": prompt, "answer": "1"} for prompt in PROMPTS]
+    settings = {"max_new_tokens": 4}
+    return Task("twice", lambda split: rows, "correct", {"once_more": agrees}, settings)
+
+
+def test_of_a_task_texts_are_sampled_after_prompts_without_a_right_answer(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run.train(tmp_path / "run", "--task", "test_cli:judged_twice", "--prompts", "builtin") == 0
+    capsys.readouterr()
+    options = ["--policy", str(tmp_path / "run" / "policy"), "--prompt", "The movie", "--device", "cpu"]
+    assert main(["sample", *options]) == 0, capsys.readouterr().out
+    assert "The movie" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("named", "longest"), [([], 22), (["--prompts"], 60)])
+def test_held_out_problems_are_as_long_as_the_task_says(
+    named: list[str], longest: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not as long as the first ones are, for which longer ones would be replaced."""
+    if named:
+        named = [*named, str(tmp_path / "long.txt")]
+        (tmp_path / "long.txt").write_text("+".join(["1234"] * 12) + "=\n")
+
+    def seen(policy: Any, reference: Any, env: Any, *_: Any) -> dict[str, Any]:
+        lengths.append(env.max_prompt_tokens)
+        raise ValueError("enough")
+
+    lengths: list[int] = []
+    monkeypatch.setattr("agents.evaluation.evaluate.evaluate", seen)
+    options = ["--policy", "builtin:arithmetic", "--reference", "builtin:arithmetic", "--device", "cpu"]
+    assert main(["evaluate", *options, "--task", "arithmetic", "--episodes", "2", *named]) == 1
+    assert lengths == [longest]
 
 
 def test_prompts_with_columns_that_the_reward_needs_are_trained_on_and_evaluated(run: Run, tmp_path: Path) -> None:

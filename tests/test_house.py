@@ -140,8 +140,10 @@ def test_the_pure_functions_import_no_machinery() -> None:
     for name, allowed in (
         ("agents.objectives.advantages", {"numpy", "collections.abc"}),
         ("agents.evaluation.intervals", {"functools", "math", "numpy", "typing"}),
+        ("agents.evaluation.value_figures", {"agents.evaluation.intervals", "numpy"}),
         ("agents.evaluation.pass_at_k", {"collections.abc", "itertools", "math", "numpy"}),
         ("agents.objectives.losses", {"torch"}),
+        ("agents.objectives.value_targets", {"torch"}),
         ("agents.objectives.kl", {"torch", "typing"}),
     ):
         assert imports_of(NAMES[name]) - {"__future__"} <= allowed
@@ -152,7 +154,7 @@ def test_no_algorithm_is_built_on_another() -> None:
     algorithms = {
         name
         for name in edges
-        if name in {f"agents.algorithms.{a}" for a in ("ppo", "a2c", "reinforce", "rloo", "grpo")}
+        if name in {f"agents.algorithms.{a}" for a in ("ppo", "a2c", "reinforce", "rloo", "grpo", "dapo", "vineppo")}
     }
     assert "agents.algorithms.ppo" in algorithms
     for name in algorithms:

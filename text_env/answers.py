@@ -251,9 +251,10 @@ class Verifier:
     extractor or a matcher raises on are worth 0. A row whose column holds None (in a mixture of tasks) has no right
     answer, and the score None: the reward does not apply to it.
 
-    Of each text these are logged, and stand in the final info: ``correct``, the score; ``well_formed``, 1.0 if an
-    answer could be extracted and compared, else 0.0; ``answer``, the extracted answer, or None. Where a metric of the
-    environment has one of these names, that metric stands there.
+    Of each text these are logged, and stand in the final info: ``correct``, 1.0 if the score is 1, else 0.0 (None where
+    the score is); ``well_formed``, 1.0 if an answer could be extracted and compared, else 0.0; ``answer``, the
+    extracted answer, or None; ``vote``, the same string for answers that are the same (see :meth:`vote`), or None.
+    Where a metric of the environment has one of these names, that metric stands there.
 
     :param extract: how the answer is found: ``"last_number"``, ``"answer_tags"``, ``"boxed"``, ``"hash"`` or
         ``"whole"``; ``"module:function"``; or a function from a text to a string or None.
@@ -292,10 +293,25 @@ class Verifier:
         texts = zip(written(completions), columns[self.column], strict=True)
         judged = [self.judge(text, expected) for text, expected in texts]
         if log_extra is not None:
-            for name, values in zip(("correct", "well_formed", "answer"), zip(*judged, strict=True), strict=False):
+            logged: dict[str, list[Any]] = {
+                "correct": [None if score is None else float(score == 1) for score, _, _ in judged],
+                "well_formed": [well_formed for _, well_formed, _ in judged],
+                "answer": [answer for _, _, answer in judged],
+                "vote": [None if answer is None else self.vote(answer) for _, _, answer in judged],
+            }
+            for name, values in logged.items():
                 with suppress(ValueError):  # a metric of the environment has this name
-                    log_extra(name, list(values))
-        return [correct for correct, _, _ in judged]
+                    log_extra(name, values)
+        return [score for score, _, _ in judged]
+
+    def vote(self, answer: str) -> str:
+        """
+        :param answer: an answer.
+        :return: what it counts as in a vote. If numbers are compared, the number: ``"1,000"`` votes for ``"1000.0"``.
+            Otherwise the answer, where any white space is as good as one space.
+        """
+        value = as_number(answer) if self.match is number else None
+        return " ".join(answer.split()) if value is None else str(value)
 
     def judge(self, text: str, expected: Any) -> tuple[float | None, float, str | None]:
         """
@@ -315,12 +331,12 @@ class Verifier:
         if verdict is None:
             return 0.0, 0.0, answer
         try:
-            correct = float(verdict)
+            score = float(verdict)
         except (TypeError, ValueError):
-            correct = math.nan
-        if isinstance(verdict, str) or not 0 <= correct <= 1:
+            score = math.nan
+        if isinstance(verdict, str) or not 0 <= score <= 1:
             raise TypeError(f"Expected match to return a bool or a number from 0 to 1, got {verdict!r} for {answer!r}.")
-        return correct, 1.0, answer
+        return score, 1.0, answer
 
 
 def _attempt(function: Callable[..., Any], *arguments: Any) -> Any:

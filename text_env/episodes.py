@@ -210,6 +210,14 @@ class Episodes:
         """
         return self._prompt[row].text, self._completions([row], self._streams(np.array([row])))[0]
 
+    def prompt(self, row: int) -> Prompt:
+        """
+        :param row: the number of a row.
+        :return: the prompt of the episode that the row is playing or has just finished. A reset that is given it starts
+            another episode of the same prompt, with the same columns.
+        """
+        return self._prompt[row]
+
     def stream(self, row: int) -> TokenStream:
         """
         :param row: the number of a row.

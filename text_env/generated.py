@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 Split = Literal["train", "eval"]
 
 HELD_OUT_SHARE = 16
-"""One problem of so many is held out."""
+"""One problem of so many is held out, where nothing else is asked for."""
 
 ENDLESS = 2**31
 """The number of problems where no number is asked for."""
@@ -18,14 +18,15 @@ ATTEMPTS = 1024
 """The number of problems that are tried for each one that is wanted, until it belongs to the split."""
 
 
-def split_of(prompt: str) -> Split:
+def split_of(prompt: str, one_in: int = HELD_OUT_SHARE) -> Split:
     """
     :param prompt: the text of a problem.
+    :param one_in: one problem of so many is held out.
     :return: the part that the problem belongs to. It depends on nothing but the text: whatever seeds the problems of
         training and of evaluation are made from, none is in both parts.
     """
     digest = blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return "train" if int.from_bytes(digest, "little") % HELD_OUT_SHARE else "eval"
+    return "train" if int.from_bytes(digest, "little") % one_in else "eval"
 
 
 def check_split(split: Any) -> None:
@@ -44,18 +45,26 @@ class GeneratedPrompts(Sequence[dict[str, Any]]):
         ``"answer"``. It must give the same problem for the same number.
     :param split: the part of the problems that the sequence consists of, as :func:`split_of` says.
     :param size: the number of problems; None: without end, which is to say :data:`ENDLESS` of them.
+    :param instruction: what follows the text of each problem in its prompt. The split does not depend on it.
+    :param one_in: one problem of so many is held out. To find one, so many have to be made: less than the default suits
+        a program that is slow.
     :raises ValueError: if the split or the size is out of range.
     """
 
     def __init__(
-        self, make: Callable[[int], Mapping[str, Any]], split: Split = "train", size: int | None = None
+        self,
+        make: Callable[[int], Mapping[str, Any]],
+        split: Split = "train",
+        size: int | None = None,
+        instruction: str = "",
+        one_in: int = HELD_OUT_SHARE,
     ) -> None:
         check_split(split)
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise ValueError(
                 f"Expected size, the number of problems, to be at least 1 or None (endless), got {size!r}."
             )
-        self._make, self.split = make, split
+        self._make, self.split, self._instruction, self._one_in = make, split, instruction, one_in
         self._size = ENDLESS if size is None else size
 
     def __len__(self) -> int:
@@ -78,9 +87,9 @@ class GeneratedPrompts(Sequence[dict[str, Any]]):
         found = False
         for number in range(index * ATTEMPTS, (index + 1) * ATTEMPTS):
             row = dict(self._make(number))
-            if split_of(row["prompt"]) == self.split:
+            if split_of(row["prompt"], self._one_in) == self.split:
                 found = True
-                yield row
+                yield {**row, "prompt": row["prompt"] + self._instruction}
         if not found:
             raise ValueError(
                 f"None of {ATTEMPTS} problems belongs to the split {self.split!r}: there are too few different ones. "

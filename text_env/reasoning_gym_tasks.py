@@ -9,14 +9,15 @@ from __future__ import annotations
 import difflib
 import json
 import random
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache, partial
 from typing import Any
 
 import numpy as np
 
-from text_env.answers import ExpectedAnswerError, Extractor, Verifier
+from text_env.answers import ExpectedAnswerError, Extractor, Verifier, as_number, exact, last_number
 from text_env.bounded_calls import BoundedCallError, call_bounded
 from text_env.generated import GeneratedPrompts
 from text_env.tasks import Task
@@ -30,6 +31,41 @@ RUNS_ANSWERS = frozenset(
     }
 )
 """Data sets whose ``score_answer`` evaluates the answer as Python (in version 0.1.25): what a model writes is run."""
+
+
+def _close(answer: str, item: dict[str, Any]) -> bool:
+    given, wanted = as_number(answer), as_number(item["answer"])
+    return given is not None and wanted is not None and abs(given - wanted) <= wanted / 1000
+
+
+def _no_nan(answer: str, item: dict[str, Any]) -> bool:
+    return "nan" not in answer.lower()
+
+
+def _same_number(answer: str, item: dict[str, Any]) -> bool:
+    found = last_number(answer)
+    return found is not None and as_number(found) == as_number(item["answer"])
+
+
+def _makes_24(answer: str, item: dict[str, Any]) -> bool:
+    from reasoning_gym.games.puzzle24 import parse_expr  # SymPy's
+
+    numbers = sorted(map(int, re.findall(r"\d+", answer)))
+    return numbers == sorted(item["metadata"]["numbers"]) and bool(parse_expr(answer) == 24)
+
+
+TOO_LENIENT: dict[str, Callable[[str, dict[str, Any]], bool]] = {
+    "coin_flip": _close,  # it is enough that one number begins as the other does, as "0" and "0.3125"
+    "complex_arithmetic": _no_nan,  # the distance to NaN is NaN, and the smaller of 1 and NaN is 1
+    "game_of_life_halting": lambda answer, item: exact(answer, item["answer"]),  # no string that is not empty is false
+    "gsm_symbolic": _same_number,  # a minus is overlooked, and so is whatever follows the first number
+    "number_sorting": _no_nan,  # NaN is in any order, and not too far from any number
+    "puzzle24": _makes_24,  # any four numbers will do, and 24.9 is as good as 24
+}
+"""Data sets whose ``score_answer`` is 1 for wrong answers too (in 0.1.25), and what must hold of right ones besides."""
+
+ONE_IN = 4
+"""One problem of so many is held out. Some take a tenth of a second to make, and there is no end of them."""
 
 INSTRUCTION = "\n\nEnd with the final answer between <answer> and </answer>."
 
@@ -49,11 +85,12 @@ def reasoning_gym_task(
 
     :param name: the name of the data set, such as ``"chain_sum"``.
     :param size: the number of training problems, and of held-out ones; None: without end.
-    :param seed: the seed that the problems are made from.
+    :param seed: the seed that the problems are made from. Neighbouring seeds share problems, since reasoning-gym makes
+        a problem from the sum of the seed and its number.
     :param extract: how the answer is found in a text, as :class:`text_env.answers.Verifier` takes it.
     :param instruction: what follows each question.
     :param partial_credit: whether the score is what ``score_answer`` returns, from 0 to 1; otherwise it is 1 where that
-        returns 1 and else 0. The metric ``correct`` is the latter in any case.
+        returns 1 and else 0. The final info's ``correct`` is the latter in any case.
     :param max_new_tokens: the response budget.
     :param runs_answers: must be True for the data sets in :data:`RUNS_ANSWERS`, which run the model's answers as
         Python.
@@ -77,23 +114,18 @@ def reasoning_gym_task(
     except (TypeError, ValueError) as error:
         raise ValueError(f"Expected the configuration of {name!r} to be JSON values, got {config!r}.") from error
     _dataset(name, seed, written)
-
-    def verifier(partly: bool) -> Verifier:
-        return Verifier(extract, partial(_judged, name, seed, written, partly), column="problem")
-
     return Task(
         f"{PREFIX}{name}",
-        lambda split: GeneratedPrompts(partial(_row, name, seed, written, instruction), split, size),
-        verifier(partial_credit),
-        metrics={"correct": verifier(False)} if partial_credit else {},
+        lambda split: GeneratedPrompts(partial(_row, name, seed, written), split, size, instruction, ONE_IN),
+        Verifier(extract, partial(_judged, name, seed, written, partial_credit), column="problem"),
         settings={"max_prompt_tokens": None, "max_new_tokens": max_new_tokens},
     )
 
 
 # Not functions inside another, which could not be pickled with an environment.
-def _row(name: str, seed: int, config: str, instruction: str, number: int) -> dict[str, Any]:
+def _row(name: str, seed: int, config: str, number: int) -> dict[str, Any]:
     item = _item(name, seed, config, number)
-    return {"prompt": item["question"] + instruction, "problem": number, "answer": item["answer"]}
+    return {"prompt": item["question"], "problem": number, "answer": item["answer"]}
 
 
 def _judged(name: str, seed: int, config: str, partly: bool, answer: str, problem: int) -> float:
@@ -125,9 +157,14 @@ def score(name: str, seed: int, config: str, number: int, answer: str) -> float:
     :param config: its configuration, as JSON.
     :param number: the number of a problem.
     :param answer: an answer to it.
-    :return: the data set's ``score_answer``, from 0 to 1.
+    :return: the data set's ``score_answer``, from 0 to 1. It is 0 for an answer that the data set is too lenient with,
+        see :data:`TOO_LENIENT`, and where the data set's own number is out of this range.
     """
-    return float(_dataset(name, seed, config).score_answer(answer, _item(name, seed, config, number)))
+    item = _item(name, seed, config, number)
+    found = float(_dataset(name, seed, config).score_answer(answer, item))
+    if found >= 1 and name in TOO_LENIENT and not TOO_LENIENT[name](answer, item):
+        return 0.0
+    return found if 0 <= found <= 1 else 0.0  # spell_backward: a sum of ninths can be above 1
 
 
 @cache

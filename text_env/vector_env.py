@@ -4,7 +4,8 @@ texts that the step finishes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -153,6 +154,24 @@ class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDAr
         """
         return tuple(render(self.render_mode, *self.episodes.text(row)) for row in range(self.num_envs))
 
+    @contextlib.contextmanager
+    def left_as_it_was(self) -> Iterator[None]:
+        """Within it, somebody else may play in this environment. Afterwards the episodes, the random generators and the
+        autoreset mode are put back, so that what was being played goes on as if nobody had.
+        """
+        episodes = {name: _copied(value) for name, value in vars(self.episodes).items()}
+        generators = list(self._generators)
+        states = [generator.bit_generator.state for generator, _ in generators]
+        mode = self.autoreset_mode
+        try:
+            yield
+        finally:
+            vars(self.episodes).update(episodes)
+            self._generators = generators
+            for (generator, _), state in zip(generators, states, strict=True):
+                generator.bit_generator.state = state
+            self.autoreset_mode = mode
+
     def _start(
         self, infos: dict[str, Any], rows: NDArray[np.int64], openings: Any = None, new_group: bool = False
     ) -> dict[str, Any]:
@@ -186,6 +205,13 @@ class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDAr
         first = checked_seed(seed)
         assert first is not None
         return [first + row for row in range(self.num_envs)]
+
+
+def _copied(value: Any) -> Any:
+    """What a step changes in place: arrays and lists. Everything else is exchanged as a whole, or never changes."""
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    return list(value) if type(value) is list else value
 
 
 def make_vector_env(num_envs: int = 1, max_episode_steps: int | None = None, **kwargs: Any) -> TextVectorEnv:

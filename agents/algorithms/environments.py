@@ -11,11 +11,78 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+from gymnasium.vector import VectorEnv
+from stable_baselines3.common.vec_env import VecEnv
 from transformers import PreTrainedTokenizerBase
 
+from agents.rollouts.sb3_vec_env import TextVecEnv, make_vec_env
 from text_env.constraints import name_of
 from text_env.task_names import model_of_task, said_by_name
-from text_env.vector_env import TextVectorEnv
+from text_env.vector_env import TextVectorEnv, plain
+
+MAX_ROWS = 64  # the largest number of rows of an environment that is given by name
+
+
+def as_vec_env(
+    env: str | VecEnv | TextVectorEnv, n_episodes: int, group_size: int, policy_kwargs: dict[str, Any]
+) -> TextVecEnv:
+    """
+    :param env: the environment, as the constructor of an algorithm takes it.
+    :param n_episodes: the number of episodes of a rollout.
+    :param group_size: the group size of an environment that is given by name.
+    :param policy_kwargs: the policy's. The model of the task that a name stands for is added to them.
+    :return: the environment, as SB3 sees it.
+    :raises ValueError: if it is none that the training loop can use.
+    """
+    if isinstance(env, str):
+        said = said_by_name(env)
+        if "model" not in policy_kwargs and (model := model_of_task(said.get("task"), said.get("task_kwargs"))):
+            policy_kwargs["model"] = model
+        options = options_by_name(env, policy_kwargs)
+        if group_size > 1:
+            options["group_size"] = group_size
+        env = make_vec_env(env, n_envs=default_rows(n_episodes, group_size), env_kwargs=options)
+    if isinstance(env, TextVecEnv):
+        plain(env.outermost)  # the loop uses the innermost environment: wrappers would have no effect
+        return env
+    if isinstance(env, VectorEnv) and isinstance(env.unwrapped, TextVectorEnv):
+        return TextVecEnv(plain(env))
+    raise ValueError(
+        "Expected env to be a registered name ('TextRLHF-v0'), gym.make_vec('TextRLHF-v0', num_envs=...) or "
+        f"agents.make_vec_env(...), got {type(env).__name__}. For single or wrapped environments use SB3's algorithms."
+    )
+
+
+def default_rows(n_episodes: int, group_size: int) -> int:
+    """
+    :param n_episodes: the number of episodes of a rollout.
+    :param group_size: the environment's group size.
+    :return: the number of rows of an environment that is made for such rollouts: whole groups, and at most ``MAX_ROWS``
+        rows if a group is no larger.
+    """
+    rows = min(n_episodes, MAX_ROWS)
+    return max(rows // group_size, 1) * group_size
+
+
+def check_groups(learner: str, env: TextVectorEnv, n_episodes: int) -> None:
+    """Episodes belong to groups by the order in which they start, so a rollout must consist of whole groups.
+
+    :param learner: what compares the texts of a group, for the error.
+    :param env: the environment.
+    :param n_episodes: the number of episodes of a rollout.
+    :raises ValueError: if there are no groups, or if a rollout or the rows of the environment are no whole groups.
+    """
+    size = env.group_size
+    if size < 2:
+        raise ValueError(
+            f"{learner} compares the texts of one prompt with each other: expected an environment with group_size >= "
+            f"2, got {size}. Make it with group_size=4, for example."
+        )
+    if n_episodes % size or env.num_envs % size:
+        raise ValueError(
+            f"Expected n_episodes and the rows of the environment to be multiples of its group_size={size}, got "
+            f"n_episodes={n_episodes} and {env.num_envs} rows."
+        )
 
 
 def options_by_name(env: str, policy_kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,33 +13,35 @@ import time
 import warnings
 from abc import abstractmethod
 from collections import defaultdict
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import numpy as np
 import torch
 from gymnasium import spaces
-from gymnasium.vector import VectorEnv
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from stable_baselines3.common.vec_env import VecEnv
 
 from agents.algorithms.engine import Engine
-from agents.algorithms.environments import options_by_name
+from agents.algorithms.environments import as_vec_env, check_groups
 from agents.algorithms.progress_bar import ProgressBar
 from agents.algorithms.resumable import Resumable
 from agents.models.pretrained import check_tokenizers, lora_arguments
 from agents.models.reference import Reference
-from agents.objectives.advantages import variance, whiten
+from agents.objectives.advantages import variance, whiten, whiten_groups
 from agents.objectives.kl import KLController, KLEstimator, kl_controller
 from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.collector import Interrupted, collect_episodes
 from agents.rollouts.episode_buffer import EpisodeBuffer, EpisodeSamples
-from agents.rollouts.sb3_vec_env import TextVecEnv, make_vec_env
-from text_env.task_names import model_of_task, said_by_name
-from text_env.vector_env import TextVectorEnv, plain
+from text_env.vector_env import TextVectorEnv
 
-MAX_ROWS = 64  # the largest number of rows of an environment that is given by name
+# What counts the same in the loss: every token, every text, or every place for a token in the response budget.
+LossWeighting = Literal["token", "sequence", "constant"]
+
+# Samples so many episodes into a buffer, and returns the final info of each, in the order in which they were started.
+Collect = Callable[[int, EpisodeBuffer], list[dict[str, Any]]]
 
 # How far from 1 a ratio π / π_old may be before anything has been learned from a rollout: half of the usual clip range.
 # Only rounding can make it differ from 1, by about 1e-5 in float32. What rounding has moved half-way to the edge of the
@@ -48,7 +50,7 @@ FIRST_RATIO_BOUND = 0.1
 
 
 class OnPolicyAlgorithm(Resumable):
-    """The base class of PPO, A2C, REINFORCE, RLOO and GRPO.
+    """The base class of PPO, VinePPO, A2C, REINFORCE, RLOO, GRPO and DAPO.
 
     :param policy: ``"CausalLMPolicy"``, or a class of policies that take packed batches of episodes.
     :param env: a registered name, a ``TextVectorEnv``, or the SB3 environment that ``make_vec_env`` returns.
@@ -61,18 +63,28 @@ class OnPolicyAlgorithm(Resumable):
     :param n_episodes: the number of episodes of a rollout. All of them are started and finished under the same weights.
     :param batch_size: the number of *episodes* of a minibatch; None: all of the rollout.
     :param n_epochs: the number of passes over a rollout. All steps but the first are off-policy, which the ratio in the
-        loss of PPO and GRPO corrects; the other algorithms take one step by default.
-    :param gamma: the discount γ. Algorithms whose action is the whole text (RLOO, GRPO) don't use it.
+        loss of PPO, VinePPO, GRPO and DAPO corrects; the other algorithms take one step by default.
+    :param gamma: the discount γ. Algorithms whose action is the whole text (RLOO, GRPO, DAPO) don't use it.
     :param max_grad_norm: the norm to which longer gradients are scaled down.
     :param kl_coef: β, the coefficient of the KL penalty. With 0 the KL divergence is measured without a penalty.
     :param kl_target: a KL divergence in nats per episode. β is adapted to hold it, starting from ``kl_coef``. None: β
         is constant.
     :param kl_estimator: the estimator of the KL divergence at each token that the penalty in the reward uses: ``"k1"``,
-        the log-ratio, ``"k2"`` or ``"k3"`` (see :mod:`agents.objectives.kl` and ``docs/ppo.md``). ``kl_target`` refers
-        to k1 in any case.
+        the log-ratio, ``"k2"`` or ``"k3"`` (see :mod:`agents.objectives.kl` and ``docs/ppo.md``); or ``"exact"``, the
+        divergence itself over the whole vocabulary, as a reward for the steps before a context and as a term of the
+        loss at the context. ``kl_target`` refers to k1 in any case.
     :param missing_eos_penalty: a number that is subtracted from the reward, but not from the reported score, of texts
         that the response budget has cut off; None: nothing is subtracted.
-    :param normalize_advantage: whether to shift and scale advantages to mean 0 and variance 1 over the whole rollout.
+    :param normalize_advantage: whether to shift and scale advantages to mean 0 and variance 1 over the whole rollout;
+        ``"group"``: over the texts of each prompt.
+    :param loss_weighting: what counts the same in the loss. ``"token"``: every token, by the mean over the tokens of a
+        minibatch. ``"sequence"``: every text, by the mean over texts of the mean over the tokens of each.
+        ``"constant"``: every token, by the sum over tokens divided by the response budgets of all texts, so that what a
+        token counts doesn't depend on the lengths of others (Dr. GRPO, Liu et al. 2025,
+        https://arxiv.org/abs/2503.20783).
+    :param mask_truncated: whether to leave texts that the response budget has cut out of the loss (DAPO's overlong
+        filtering, Yu et al. 2025, https://arxiv.org/abs/2503.14476). In the baselines of others their scores still
+        count. A minibatch of nothing else makes no step.
     :param micro_batch_tokens: the number of tokens of one forward pass. Fewer take less memory and give the same
         gradient.
     :param reference: the frozen model that the KL penalty refers to. Its temperature, minimum length and constraint
@@ -110,7 +122,9 @@ class OnPolicyAlgorithm(Resumable):
         kl_target: float | None = None,
         kl_estimator: KLEstimator = "k1",
         missing_eos_penalty: float | None = None,
-        normalize_advantage: bool = False,
+        normalize_advantage: bool | Literal["group"] = False,
+        loss_weighting: LossWeighting = "token",
+        mask_truncated: bool = False,
         micro_batch_tokens: int = 4096,
         reference: Reference | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -129,12 +143,18 @@ class OnPolicyAlgorithm(Resumable):
                 f"kl_estimator={kl_estimator!r} chooses the KL penalty in the reward, where {type(self).__name__} has "
                 "none: its penalty is a term of its loss. Leave kl_estimator out."
             )
+        if normalize_advantage not in (True, False, "group"):
+            raise ValueError(f"Expected normalize_advantage to be True, False or 'group', got {normalize_advantage!r}.")
+        if loss_weighting not in get_args(LossWeighting):
+            raise ValueError(f"Expected loss_weighting to be one of {get_args(LossWeighting)}, got {loss_weighting!r}.")
         policy_kwargs = dict(policy_kwargs or {})
         if policy_kwargs.get("lora") is not None:  # in a form that a checkpoint can hold
             policy_kwargs["lora"] = lora_arguments(policy_kwargs["lora"])
-        vec_env = _as_vec_env(env, n_episodes, self.default_group_size, policy_kwargs)
+        vec_env = as_vec_env(env, n_episodes, self.default_group_size, policy_kwargs)
         if self.default_group_size > 1:
-            _check_groups(type(self).__name__, vec_env.vector_env, n_episodes)
+            check_groups(type(self).__name__, vec_env.vector_env, n_episodes)
+        elif normalize_advantage == "group":
+            check_groups("normalize_advantage='group'", vec_env.vector_env, n_episodes)
         super().__init__(
             policy,
             vec_env,
@@ -156,10 +176,13 @@ class OnPolicyAlgorithm(Resumable):
         self.kl_estimator = kl_estimator
         self.missing_eos_penalty = missing_eos_penalty
         self.normalize_advantage = normalize_advantage
+        self.loss_weighting = loss_weighting
+        self.mask_truncated = mask_truncated
         self.micro_batch_tokens = micro_batch_tokens
         self.kl: KLController = kl_controller(kl_coef, kl_target)
         self.reference = reference
         self.reference_was_given = reference is not None
+        self._advantage_unit = 1.0  # what advantages were divided by
         self._warned_of_first_ratio = False
         self._first_ratio: float | None = (
             None  # largest distance from 1 before the first step after a rollout; else None
@@ -185,18 +208,26 @@ class OnPolicyAlgorithm(Resumable):
             self.reference = Reference.of(self.policy)
         self.policy.distribution.check_same(self.reference.distribution, "policy", "reference")
         check_tokenizers(self.policy.tokenizer, self.reference.tokenizer, "of the reference")
-        self.buffer = EpisodeBuffer(
-            0,
-            self.observation_space,
-            self.action_space,
-            self.device,
-            gamma=self.gamma,
-            n_envs=self.n_envs,
-        )
+        self.buffer = self.new_buffer()
         self._tell(self.buffer)
+
+    def new_buffer(self) -> EpisodeBuffer:
+        """An empty buffer for whole episodes of the environment."""
+        return EpisodeBuffer(
+            0, self.observation_space, self.action_space, self.device, gamma=self.gamma, n_envs=self.n_envs
+        )
 
     def _tell(self, buffer: EpisodeBuffer) -> None:
         """Tell the buffer how to measure and pay the KL divergence: the attributes may have been set in between."""
+        if self.kl_estimator == "exact" and self.gamma != 1:
+            raise ValueError(
+                f"Expected gamma=1 with kl_estimator='exact', which is the divergence of whole texts, got {self.gamma}."
+            )
+        if self.kl_estimator == "exact" and self.normalize_advantage == "group":
+            raise ValueError(
+                "Expected normalize_advantage=True or False with kl_estimator='exact', got 'group': the divergence in "
+                "the loss would need another price in each group."
+            )
         buffer.reference, buffer.kl = self.reference, self.kl
         buffer.kl_estimator = self.kl_estimator if self.kl_in_reward else None
 
@@ -232,7 +263,8 @@ class OnPolicyAlgorithm(Resumable):
         """Estimate the advantages of a rollout.
 
         :param buffer: the rollout. ``buffer.advantages`` must be set from ``buffer.rewards``, float32 [N] for N
-            actions, and so must ``buffer.returns`` if the loss uses them.
+            actions, and so must ``buffer.returns`` if the loss uses them. Advantages have the unit of the rewards, in
+            which an exact KL divergence in the loss has its price.
         """
 
     @abstractmethod
@@ -242,19 +274,30 @@ class OnPolicyAlgorithm(Resumable):
         """The loss of each token, whose weighted mean over a minibatch is minimised.
 
         :param samples: a packed batch of N actions.
-        :param values: the values under the policy that is trained, [N].
+        :param values: the values under the policy that is trained, [N]; of a critic with ``value_bins`` the logits of
+            its distributions, [N, M]. The policy's ``value_loss`` takes either.
         :param log_prob: the log-probabilities of the actions under the policy that is trained, [N].
         :param entropy: the entropies of the distributions of the actions, [N], nats.
         :return: the losses, [N]; and what to log, by name, [N] each.
         """
 
     def token_weights(self, lengths: np.ndarray) -> np.ndarray:
-        """The weight of a token in the mean of the loss over a minibatch. By default all tokens have the same.
+        """The weight of a token in the mean of the loss over a minibatch, by default as ``loss_weighting`` says.
 
         :param lengths: int [E], the number of actions of each episode.
-        :return: the weight of each token of an episode, [E], greater than 0.
+        :return: the weight of each token of an episode, [E], at least 0.
         """
-        return np.ones(len(lengths))
+        return 1.0 / lengths if self.loss_weighting == "sequence" else np.ones(len(lengths))
+
+    def sample(self, collect: Collect) -> list[dict[str, Any]]:
+        """Fill ``buffer`` with the episodes of a rollout. By default they are the next ``n_episodes``, whatever they
+        are; an algorithm may collect more and choose (``EpisodeBuffer.extend``).
+
+        :param collect: a function that samples as many episodes as its first argument says into a buffer, which it
+            empties before; see ``agents.rollouts.collector.collect_episodes``. All of them count as timesteps.
+        :return: the final infos of the ``n_episodes`` in the buffer, in their order.
+        """
+        return collect(self.n_episodes, self.buffer)
 
     def stop_early(self, means: dict[str, float]) -> bool:
         """Whether to skip this step and the rest of the update. By default never.
@@ -333,10 +376,13 @@ class OnPolicyAlgorithm(Resumable):
             with self._text_env.left_as_it_was():  # a callback may evaluate the policy in the very same environment
                 return callback.on_step()
 
+        def collect(n_episodes: int, buffer: EpisodeBuffer) -> list[dict[str, Any]]:
+            return collect_episodes(self.policy, self.vector_env, n_episodes, buffer, on_step=on_step)
+
         start = time.perf_counter()
         episodes = []
         try:
-            episodes = collect_episodes(self.policy, self.vector_env, self.n_episodes, self.buffer, on_step=on_step)
+            episodes = self.sample(collect)
             interrupted = False
         except Interrupted:
             interrupted = True
@@ -347,18 +393,28 @@ class OnPolicyAlgorithm(Resumable):
             return False
         self.policy.clear_cache()  # the update would empty it anyway, and the reference needs memory
         buffer = self.buffer
-        self._tell(buffer)
-        buffer.finalize()
-        cut = np.array([episode["finish_reason"] == "length" for episode in episodes])
-        if self.missing_eos_penalty is not None:
-            last_tokens = buffer.starts[1:] - 1
-            buffer.rewards[last_tokens[cut]] -= self.missing_eos_penalty
+        self.pay_penalties(buffer, episodes)
         self.set_advantages(buffer)
         self._first_ratio = 0.0  # the next step is the first one after these texts were sampled
-        self._log_rollout(episodes, cut, seconds)
+        self._log_rollout(episodes)
+        self.logger.record("time/tokens_per_second", (self.num_timesteps - before) / seconds)
         callback.update_locals({"episodes": episodes})
         callback.on_rollout_end()
         return True
+
+    def pay_penalties(self, buffer: EpisodeBuffer, episodes: list[dict[str, Any]]) -> None:
+        """Finalize a buffer of whole episodes, so that their rewards have the KL penalty and the one for missing ends.
+
+        :param buffer: the E episodes.
+        :param episodes: the final info of each.
+        """
+        self._tell(buffer)
+        buffer.finalize(self.policy)
+        buffer.scores = np.array([episode["score"] for episode in episodes], dtype=np.float32)
+        buffer.truncated = np.array([episode["finish_reason"] == "length" for episode in episodes])
+        if self.missing_eos_penalty is not None:
+            last_tokens = buffer.starts[1:] - 1
+            buffer.rewards[last_tokens[buffer.truncated]] -= self.missing_eos_penalty
 
     def set_advantages(self, buffer: EpisodeBuffer) -> None:
         """Estimate the advantages of a rollout, and normalise them if ``normalize_advantage`` is set.
@@ -366,7 +422,11 @@ class OnPolicyAlgorithm(Resumable):
         :param buffer: the rollout, whose advantages are set.
         """
         self.estimate(buffer)
-        if self.normalize_advantage:
+        self._advantage_unit = 1.0
+        if self.normalize_advantage == "group":
+            buffer.advantages = whiten_groups(buffer.advantages, buffer.lengths, self.vector_env.group_size)
+        elif self.normalize_advantage:
+            self._advantage_unit = math.sqrt(variance(buffer.advantages, self.engine.mean)) or 1.0
             buffer.advantages = whiten(buffer.advantages, self.engine.mean).astype(np.float32)
 
     def train(self) -> None:
@@ -379,11 +439,12 @@ class OnPolicyAlgorithm(Resumable):
         start = time.perf_counter()
         history: dict[str, list[float]] = defaultdict(list)
         stopped, used = False, 0
-        for _ in range(self.n_epochs):
-            order = np.random.permutation(self.n_episodes)
-            for minibatch in np.split(order, range(self.batch_size, self.n_episodes, self.batch_size)):
+        for minibatches in self._epochs(self.n_epochs):
+            for minibatch in minibatches:
                 used += int(buffer.lengths[minibatch].sum())
                 means = self._backward(minibatch)
+                if not means:  # nothing in it has a weight
+                    continue
                 if self._first_ratio is not None:
                     self._report_first_ratio(self.engine.largest(self._first_ratio))
                     self._first_ratio = None
@@ -405,28 +466,45 @@ class OnPolicyAlgorithm(Resumable):
         if "value_loss" in history:
             self.logger.record("train/explained_variance", self._explained_variance())
 
+    def _epochs(self, n_epochs: int) -> Iterator[list[np.ndarray]]:
+        """For each pass over the rollout its minibatches, each the int [E] numbers of its episodes."""
+        for _ in range(n_epochs):
+            order = np.random.permutation(self.n_episodes)
+            yield np.split(order, range(self.batch_size, self.n_episodes, self.batch_size))
+
     def _backward(self, minibatch: np.ndarray) -> dict[str, float]:
         """Compute the gradient of the weighted mean loss of a minibatch.
 
         :param minibatch: int [E], the numbers of the episodes in the buffer.
-        :return: the weighted means over tokens of the loss and of what :meth:`loss` logs.
+        :return: the weighted means over tokens of the loss and of what :meth:`loss` logs; nothing, and no gradient, if
+            no token has a weight.
         """
         lengths = self.buffer.lengths
         weights = self.token_weights(lengths)
-        total_weight = self.engine.total((weights * lengths)[minibatch].sum())
+        if self.mask_truncated:
+            weights = np.where(self.buffer.truncated, 0.0, weights)
+        total_weight = divisor = self.engine.total((weights * lengths)[minibatch].sum())
+        if total_weight == 0:
+            return {}
+        if self.loss_weighting == "constant":  # each text is divided by, as if it were as long as the budget
+            divisor = self.engine.total(weights[minibatch].sum()) * self.vector_env.max_new_tokens
         self.engine.zero_grad()
         means: dict[str, float] = defaultdict(float)
         parts = self.engine.micro_batches(list(self.buffer.batches(minibatch, self.micro_batch_tokens)))
         for number, (part, factor) in enumerate(parts, 1):
             samples = self.buffer.pack(part)
-            values, log_prob, entropy = self.policy.evaluate_actions(samples.observations, samples.actions)
-            assert entropy is not None
+            predictions, log_prob, entropy, kl = self.policy.evaluate(
+                samples.observations, samples.actions, other=self.buffer.ref_logits(part)
+            )
             if self._first_ratio is not None:
                 ratio = torch.exp(log_prob.detach() - samples.old_log_prob)
                 self._first_ratio = max(self._first_ratio, float((ratio - 1).abs().max()))
-            loss, logged = self.loss(samples, values.flatten(), log_prob, entropy)
+            loss, logged = self.loss(samples, predictions.squeeze(-1), log_prob, entropy)
+            if kl is not None:  # the exact divergence, at the price that it has in the advantages
+                loss = loss + self.kl.coef / self._advantage_unit * kl
+                logged["kl_loss"] = kl
             weight = torch.from_numpy(factor * np.repeat(weights[part], lengths[part])).to(loss)
-            self.engine.backward((weight * loss).sum() / total_weight, last=number == len(parts))
+            self.engine.backward((weight * loss).sum() / divisor, last=number == len(parts))
             for name, per_token in {"loss": loss, **logged}.items():
                 means[name] += float((weight * per_token.detach()).sum()) / total_weight
         return {name: self.engine.total(mean) for name, mean in means.items()}
@@ -453,7 +531,7 @@ class OnPolicyAlgorithm(Resumable):
         spread = variance(buffer.returns, mean)
         return float(1 - variance(buffer.returns - buffer.values, mean) / spread) if spread else math.nan
 
-    def _log_rollout(self, episodes: list[dict[str, Any]], cut: np.ndarray, seconds: float) -> None:
+    def _log_rollout(self, episodes: list[dict[str, Any]]) -> None:
         buffer = self.buffer
         scores = np.array([episode["score"] for episode in episodes])
         kl = buffer.episode_sums(buffer.log_ratio)
@@ -467,12 +545,19 @@ class OnPolicyAlgorithm(Resumable):
         record("objective/kl_k2", mean(buffer.episode_sums(buffer.token_kl("k2"))))
         record("objective/kl_k3", mean(buffer.episode_sums(buffer.token_kl("k3"))))
         record("objective/kl_coef", self.kl.coef)
-        record("objective/rlhf_reward", mean(buffer.episode_sums(buffer.rewards)))
+        paid = buffer.episode_sums(buffer.rewards)
+        if buffer.exact_kl is not None:
+            record("objective/kl_exact", mean(buffer.episode_sums(buffer.exact_kl)))
+            paid = paid - self.kl.coef * buffer.exact_kl[buffer.starts[:-1]]  # which is no token's reward
+        record("objective/rlhf_reward", mean(paid))
         record("objective/entropy", -mean(buffer.log_probs))
-        named = {k for e in episodes for k, v in e.items() if isinstance(v, float | np.floating) and k != "score"}
-        for name in sorted(named):
-            # A part of the reward that does not apply to a text has no number there.
-            record(f"objective/{name}", mean(np.array([episode[name] for episode in episodes if name in episode])))
+        numbers: dict[str, list[float]] = defaultdict(list)  # what does not apply to a text has no number there
+        for episode in episodes:
+            for name, value in episode.items():
+                if isinstance(value, float | np.floating) and name != "score" and not np.isnan(value):
+                    numbers[name].append(float(value))
+        for name in sorted(numbers):
+            record(f"objective/{name}", mean(np.array(numbers[name])))
         record("completions/mean_length", mean(buffer.lengths))
         for name, verdict in (("right", 1.0), ("wrong", 0.0)):  # of tasks with a right answer
             lengths = [episode["length"] for episode in episodes if episode.get("correct") == verdict]
@@ -480,8 +565,10 @@ class OnPolicyAlgorithm(Resumable):
             count, tokens = self.engine.total(len(lengths)), self.engine.total(sum(lengths))
             if count:
                 record(f"completions/mean_length_{name}", tokens / count)
-        record("completions/clipped_ratio", mean(cut))
-        record("time/tokens_per_second", self.engine.total(buffer.n_tokens) / seconds)
+        record("completions/clipped_ratio", mean(buffer.truncated))
+        if self.mask_truncated:
+            masked = self.engine.total(buffer.lengths[buffer.truncated].sum())
+            record("completions/masked_token_ratio", masked / self.engine.total(buffer.n_tokens))
 
     def dump_logs(self, iteration: int = 0) -> None:
         """Write the log, as SB3's ``LogEveryNTimesteps`` asks for at any time.
@@ -502,51 +589,3 @@ class OnPolicyAlgorithm(Resumable):
         record("time/time_elapsed", elapsed, exclude="tensorboard")
         record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
         self.logger.dump(step=self.num_timesteps)
-
-
-def _as_vec_env(
-    env: str | VecEnv | TextVectorEnv, n_episodes: int, group_size: int, policy_kwargs: dict[str, Any]
-) -> TextVecEnv:
-    if isinstance(env, str):
-        said = said_by_name(env)
-        if "model" not in policy_kwargs and (model := model_of_task(said.get("task"), said.get("task_kwargs"))):
-            policy_kwargs["model"] = model
-        options = options_by_name(env, policy_kwargs)
-        if group_size > 1:
-            options["group_size"] = group_size
-        env = make_vec_env(env, n_envs=default_rows(n_episodes, group_size), env_kwargs=options)
-    if isinstance(env, TextVecEnv):
-        plain(env.outermost)  # the loop uses the innermost environment: wrappers would have no effect
-        return env
-    if isinstance(env, VectorEnv) and isinstance(env.unwrapped, TextVectorEnv):
-        return TextVecEnv(plain(env))
-    raise ValueError(
-        "Expected env to be a registered name ('TextRLHF-v0'), gym.make_vec('TextRLHF-v0', num_envs=...) or "
-        f"agents.make_vec_env(...), got {type(env).__name__}. For single or wrapped environments use SB3's algorithms."
-    )
-
-
-def default_rows(n_episodes: int, group_size: int) -> int:
-    """
-    :param n_episodes: the number of episodes of a rollout.
-    :param group_size: the environment's group size.
-    :return: the number of rows of an environment that is made for such rollouts: whole groups, and at most ``MAX_ROWS``
-        rows if a group is no larger.
-    """
-    rows = min(n_episodes, MAX_ROWS)
-    return max(rows // group_size, 1) * group_size
-
-
-def _check_groups(algorithm: str, env: TextVectorEnv, n_episodes: int) -> None:
-    """Episodes belong to groups by the order in which they start, so a rollout must consist of whole groups."""
-    size = env.group_size
-    if size < 2:
-        raise ValueError(
-            f"{algorithm} compares the texts of one prompt with each other: expected an environment with group_size >= "
-            f"2, got {size}. Make it with group_size=4, for example."
-        )
-    if n_episodes % size or env.num_envs % size:
-        raise ValueError(
-            f"Expected n_episodes and the rows of the environment to be multiples of its group_size={size}, got "
-            f"n_episodes={n_episodes} and {env.num_envs} rows."
-        )

@@ -9,7 +9,7 @@ import torch
 
 from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.objectives.advantages import discounted_returns
-from agents.objectives.losses import policy_gradient, value_loss
+from agents.objectives.losses import policy_gradient
 from agents.rollouts.episode_buffer import EpisodeBuffer, EpisodeSamples
 
 
@@ -71,5 +71,5 @@ class REINFORCE(OnPolicyAlgorithm):
         logged = {"policy_gradient_loss": policy_loss, "entropy_loss": -entropy}
         if self.baseline != "value":
             return policy_loss, logged
-        critic_loss = value_loss(values, samples.old_values, samples.returns, clip_range=None)
+        critic_loss = self.policy.value_loss(values, samples.old_values, samples.returns, clip_range=None)
         return policy_loss + self.vf_coef * critic_loss, {**logged, "value_loss": critic_loss}

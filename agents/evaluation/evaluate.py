@@ -175,7 +175,7 @@ def write(policy: CausalLMPolicy, reference: Reference, env: TextVectorEnv, prom
     scores = {
         name: np.array([info[name] for info in infos])
         for name in metrics_of(infos[0])
-        if all(name in info for info in infos)
+        if all(name in metrics_of(info) for info in infos)
     }
     figures = describe(buffer, infos)
     kl, _ = figures.pop("kl"), figures.pop("score_std")
@@ -225,7 +225,7 @@ def describe(buffer: EpisodeBuffer, episodes: list[dict[str, Any]]) -> dict[str,
     buffer.finalize()
     # A part of the reward that does not apply to a text has no number there.
     metrics = dict.fromkeys(name for episode in episodes for name in metrics_of(episode))  # the score first
-    means = {name: float(np.mean([episode[name] for episode in episodes if name in episode])) for name in metrics}
+    means = {name: float(np.mean([e[name] for e in episodes if name in metrics_of(e)])) for name in metrics}
     ref_log_probs = buffer.log_probs - buffer.log_ratio
     texts = [episode["completion"] for episode in episodes]
     return {
@@ -244,9 +244,9 @@ def metrics_of(info: Mapping[str, Any]) -> list[str]:
     """
     :param info: the final info of an episode.
     :return: the names of the scores in it: ``score``, ``reward/<part>`` for each part of a weighted reward, and the
-        metrics.
+        metrics. NaN is none: a vector environment has it in place of the None of a text that a score does not apply to.
     """
-    return [name for name, value in info.items() if isinstance(value, float | np.floating)]
+    return [name for name, value in info.items() if isinstance(value, float | np.floating) and not np.isnan(value)]
 
 
 def distinct_n(texts: list[str], n: int) -> float:

@@ -1,11 +1,14 @@
 """How often two writers solve a task with a right answer: in one attempt, in k, by a vote, and by their likeliest text.
 
-A task has a right answer if the final info of every text says so: ``correct`` is 1.0 for a right text and 0.0 for a
-wrong one, and ``answer``, if it is there, is the answer that was found in the text, None if there was none.
+A task has a right answer if the final infos say so: ``correct`` is 1.0 for a right text, 0.0 for a wrong one, and None,
+NaN or missing where the prompt has no right answer; such texts are left out. ``answer``, if it is there, is the answer
+that was found in the text, None if there was none; and ``vote``, if it is there, is the same string for answers that
+are the same.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -54,9 +57,15 @@ def check_samples(n_episodes: int, samples_per_prompt: int, ks: Sequence[int]) -
 def have_right_answers(infos: Sequence[Mapping[str, Any]]) -> bool:
     """
     :param infos: final infos.
-    :return: whether each says of its text that it is right, or that it is wrong.
+    :return: whether some say of their texts that they are right or wrong, and none of the others says anything else.
     """
-    return all(info.get("correct") in (0.0, 1.0) for info in infos)
+    verdicts = {_verdict(info) for info in infos}
+    return verdicts <= {0.0, 1.0, None} and verdicts != {None}
+
+
+def _verdict(info: Mapping[str, Any]) -> Any:
+    verdict = info.get("correct")
+    return None if verdict != verdict else verdict  # NaN is what Gymnasium makes of a None among numbers
 
 
 def measure_answers(
@@ -76,10 +85,12 @@ def measure_answers(
     :param seed: the seed of the subsets of texts that vote.
     :return: the writer's figures.
     """
+    infos, drawn = _judged(infos, drawn)
+    greedy, greedy_drawn = _judged(greedy, greedy_drawn)
     correct = np.array([info["correct"] for info in infos], dtype=np.float64)
     estimates = {f"pass@{k}": pass_at_k(correct, drawn, k) for k in ks}
     if all("answer" in info for info in infos):
-        answers = [info["answer"] for info in infos]
+        answers = [info.get("vote", info["answer"]) for info in infos]
         votes = {f"majority@{k}": majority_at_k(correct, answers, drawn, k, seed) for k in ks if k > 1}
         estimates |= votes  # a vote of one is that text
     rates = {name: (values, drawn) for name, values in estimates.items()}
@@ -87,6 +98,12 @@ def measure_answers(
     tokens = np.array([info["length"] for info in infos], dtype=np.float64)
     which = {"mean_length_right": correct == 1, "mean_length_wrong": correct == 0}
     return RightAnswers(rates, {name: (tokens[texts], drawn[texts]) for name, texts in which.items()})
+
+
+def _judged(infos: Sequence[Mapping[str, Any]], drawn: np.ndarray) -> tuple[list[Mapping[str, Any]], np.ndarray]:
+    """The texts that are right or wrong, and their prompts."""
+    judged = [_verdict(info) is not None for info in infos]
+    return list(itertools.compress(infos, judged)), drawn[judged]
 
 
 def compare_answers(ours: RightAnswers, theirs: RightAnswers, role: str, seed: int) -> dict[str, Any]:

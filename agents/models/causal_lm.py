@@ -29,6 +29,7 @@ from agents.models.distribution import LogProbAndEntropy, TokenDistribution
 from agents.models.finite import check_numbers
 from agents.models.head import decoder_of, find_logit_map
 from agents.models.recompute import check_recomputable, layers_to_recompute, recomputed
+from agents.objectives.kl import kl_exact
 from text_env.constraints import Constraint, Contexts, all_of, allowed_tokens
 
 # Logits of one chunk. In float32 2^22 values are 16 MB, enough for matrix products to run at full speed.
@@ -46,6 +47,25 @@ class Positions(NamedTuple):
     row: torch.Tensor
     column: torch.Tensor
     step: torch.Tensor
+
+
+class Scores(NamedTuple):
+    """What a model says of N actions.
+
+    :param log_prob: the log-probability of each action, [N], nats.
+    :param entropy: the entropy of its distribution, [N], nats.
+    :param kl: the KL divergence of that distribution from another model's, [N], nats; None if there is no other model.
+    :param hidden: the last hidden state of its context, [N, H].
+    """
+
+    log_prob: torch.Tensor
+    entropy: torch.Tensor
+    kl: torch.Tensor | None
+    hidden: torch.Tensor
+
+
+OtherLogits = Callable[[slice, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""Another model's :meth:`CausalLM.logits`, of a slice of N positions, with their ``step`` and ``allowed``."""
 
 
 class CausalLM(nn.Module):
@@ -202,8 +222,10 @@ class CausalLM(nn.Module):
         step: torch.Tensor,
         actions: torch.Tensor,
         allowed: Callable[[slice], torch.Tensor | None] = lambda part: None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The log-probability of each action and the entropy of its distribution, in chunks of positions.
+        other: OtherLogits | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """The log-probability of each action and the entropy of its distribution, in chunks of positions; if asked for,
+        the KL divergence of the distribution from another model's, too.
 
         The backward pass computes the logits of each chunk again, so that they never exist for all positions at once.
         If all positions fit into one chunk, its logits are kept.
@@ -213,14 +235,20 @@ class CausalLM(nn.Module):
         :param actions: int64 [N], token ids.
         :param allowed: a function that takes a slice of the N positions and returns what :meth:`allowed` returns for
             them.
-        :return: log-probabilities [N] and entropies [N], in nats, of the dtype of :meth:`logits`.
+        :param other: the logits of a frozen model of the same distribution; None: no divergence is asked for.
+        :return: log-probabilities [N], entropies [N] and, with ``other``, KL divergences [N], in nats, of the dtype of
+            :meth:`logits`.
         """
 
         def chunk(
             part: slice, hidden: torch.Tensor, step: torch.Tensor, actions: torch.Tensor
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            log_prob, entropy = LogProbAndEntropy.apply(self.logits(hidden, step, allowed(part)), actions)
-            return log_prob, entropy
+        ) -> tuple[torch.Tensor, ...]:
+            mask = allowed(part)
+            logits = self.logits(hidden, step, mask)
+            scores: tuple[torch.Tensor, ...] = LogProbAndEntropy.apply(logits, actions)
+            if other is None:
+                return scores
+            return *scores, kl_exact(logits.log_softmax(dim=-1), other(part, step, mask).log_softmax(dim=-1))
 
         size = max(1, CHUNK_ELEMENTS // self.distribution.n_tokens)
         if len(actions) <= size:
@@ -231,25 +259,30 @@ class CausalLM(nn.Module):
             done = [checkpoint(chunk, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
         else:
             done = [chunk(*part) for part in parts]
-        log_probs, entropies = zip(*done, strict=True)
-        return torch.cat(log_probs), torch.cat(entropies)
+        return tuple(torch.cat(column) for column in zip(*done, strict=True))
 
     def evaluate(
-        self, input_ids: torch.Tensor, at: Positions, actions: torch.Tensor, action_masks: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, ...]:
+        self,
+        input_ids: torch.Tensor,
+        at: Positions,
+        actions: torch.Tensor,
+        action_masks: torch.Tensor | None = None,
+        other: OtherLogits | None = None,
+    ) -> Scores:
         """Score actions inside whole sequences, by one forward pass over the sequences.
 
         :param input_ids: int64 [B, T], right-padded.
         :param at: the N positions after which the actions follow.
         :param actions: int64 [N], token ids.
         :param action_masks: further masks, [N, V], true where a token is allowed.
-        :return: log-probabilities [N] and entropies [N], in nats, and last hidden states [N, H].
+        :param other: the logits of a frozen model of the same distribution, which this one is compared with.
+        :return: what this model says of the actions.
         :raises FloatingPointError: if a log-probability is NaN.
         """
         hidden = self.hidden_states(input_ids)[at.row, at.column]
-        log_prob, entropy = self._score(hidden, input_ids, at, actions, action_masks)
+        log_prob, entropy, *kl = self._score(hidden, input_ids, at, actions, action_masks, other)
         check_numbers(log_prob, "log-probabilities", lambda i: input_ids[at.row[i], : at.column[i] + 1].tolist(), self)
-        return log_prob, entropy, hidden
+        return Scores(log_prob, entropy, kl[0] if kl else None, hidden)
 
     def _score(
         self,
@@ -258,16 +291,17 @@ class CausalLM(nn.Module):
         at: Positions,
         actions: torch.Tensor,
         action_masks: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        other: OtherLogits | None,
+    ) -> tuple[torch.Tensor, ...]:
         if action_masks is None and not self.distribution.needs_masks:
-            return self.log_prob_and_entropy(hidden, at.step, actions)
+            return self.log_prob_and_entropy(hidden, at.step, actions, other=other)
         ids, row, column, step = (x.cpu().numpy() for x in (input_ids, *at))
 
         def allowed(part: slice) -> torch.Tensor | None:
             contexts = Contexts(ids[row[part]], column[part] + 1, step[part])
             return self.allowed(contexts, None if action_masks is None else action_masks[part])
 
-        return self.log_prob_and_entropy(hidden, at.step, actions, allowed)
+        return self.log_prob_and_entropy(hidden, at.step, actions, allowed, other)
 
     @torch.no_grad()
     def _check_causality(self) -> None:

@@ -15,7 +15,7 @@ from stable_baselines3.common.utils import get_device
 from transformers import PreTrainedTokenizerBase
 
 from agents.models.adapter import unwrapped
-from agents.models.causal_lm import CausalLM
+from agents.models.causal_lm import CausalLM, OtherLogits, Scores
 from agents.models.contexts import packed_positions
 from agents.models.distribution import TokenDistribution
 from agents.models.pretrained import check_positions, load_causal_lm, model_ends, tokenizer_beside
@@ -91,7 +91,6 @@ class Reference:
         """The distribution of the log-probabilities."""
         return self.lm.distribution
 
-    @torch.no_grad()
     def log_probs(self, observations: Mapping[str, torch.Tensor], actions: torch.Tensor) -> torch.Tensor:
         """
         :param observations: the observations of a packed batch (see ``EpisodeSamples``).
@@ -99,11 +98,38 @@ class Reference:
         :return: log π_ref of each action, float32 [N].
         :raises ValueError: if the frozen model has too few positions for the batch.
         """
+        return self.scores(observations, actions).log_prob
+
+    @torch.no_grad()
+    def scores(self, observations: Mapping[str, torch.Tensor], actions: torch.Tensor) -> Scores:
+        """
+        :param observations: the observations of a packed batch (see ``EpisodeSamples``).
+        :param actions: int64 [N], token ids.
+        :return: what the frozen model says of the actions. Its hidden states are all that :meth:`logits_at` needs.
+        :raises ValueError: if the frozen model has too few positions for the batch.
+        """
         device = self.lm.device
         packed = {name: x.to(device) for name, x in observations.items()}
         check_positions(self.lm.model, packed["input_ids"].shape[1])  # the policy's model may have more than this one
         with self._frozen():
-            return self.lm.evaluate(packed["input_ids"], packed_positions(packed), actions.to(device))[0]
+            return self.lm.evaluate(packed["input_ids"], packed_positions(packed), actions.to(device))
+
+    def logits_at(self, hidden: torch.Tensor) -> OtherLogits:
+        """The frozen model's whole distributions, which are too large to be kept and are made anew of hidden states.
+
+        :param hidden: the frozen model's last hidden states, [N, H], of :meth:`scores`.
+        :return: a function of a slice of the N positions, their ``step`` and what is ``allowed`` there, which returns
+            the logits [n, V] without a gradient, on the device of ``step``.
+        """
+        device = self.lm.device
+
+        @torch.no_grad()
+        def logits(part: slice, step: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+            mask = None if allowed is None else allowed.to(device)
+            with self._frozen():  # the head may have an adapter, too
+                return self.lm.logits(hidden[part], step.to(device), mask).to(step.device)
+
+        return logits
 
     def _frozen(self) -> contextlib.AbstractContextManager[None]:
         """A context manager in which a model that is shared with the policy is what it was before training."""

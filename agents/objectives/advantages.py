@@ -14,7 +14,7 @@ Array = np.ndarray
 
 
 def gae(
-    rewards: Array, values: Array, last_values: Array, mask: Array, gamma: float, gae_lambda: float
+    rewards: Array, values: Array, last_values: Array, mask: Array, gamma: float, gae_lambda: float | Array
 ) -> tuple[Array, Array]:
     """Generalized advantage estimation (Schulman et al. 2016, https://arxiv.org/abs/1506.02438, eq. 16).
 
@@ -27,7 +27,8 @@ def gae(
         terminated.
     :param mask: bool [E, T], true where a row has a step.
     :param gamma: the discount γ.
-    :param gae_lambda: λ. 1 gives Monte-Carlo returns minus values, 0 gives one-step advantages.
+    :param gae_lambda: λ, one number or one for each episode, [E]. 1 gives Monte-Carlo returns minus values, 0 gives
+        one-step advantages.
     :return: the advantages and the targets of the value function, float64 [E, T] each, 0 on padding.
     """
     assert rewards.shape == values.shape == mask.shape, (rewards.shape, values.shape, mask.shape)
@@ -43,6 +44,18 @@ def gae(
     return advantages, np.where(mask, advantages + values, 0.0)
 
 
+def length_adaptive_lambda(lengths: Array, alpha: float) -> Array:
+    """λ = 1 − 1/(α l), VAPO's choice for an episode of l steps (Yue et al. 2025, https://arxiv.org/abs/2504.05118).
+
+    The sum of the powers of λ, 1/(1 − λ), is then α times the length.
+
+    :param lengths: int [E], the number of steps of each episode.
+    :param alpha: α, greater than 0.
+    :return: λ of each episode, float [E]; 0 where α l is at most 1.
+    """
+    return np.maximum(1.0 - 1.0 / (alpha * lengths), 0.0)
+
+
 def discounted_returns(rewards: Array, last_values: Array, mask: Array, gamma: float) -> Array:
     """Discounted returns, G_t = r_t + γ G_{t+1} (Sutton & Barto 2018, Reinforcement Learning, eq. 3.9).
 
@@ -55,6 +68,26 @@ def discounted_returns(rewards: Array, last_values: Array, mask: Array, gamma: f
     """
     zeros = np.zeros_like(rewards, dtype=np.float64)
     return gae(rewards, zeros, last_values, mask, gamma, gae_lambda=1.0)[0]
+
+
+def step_advantages(rewards: Array, values: Array, lengths: Array, last: Array, gamma: float) -> Array:
+    """The advantage of a *step*, several tokens that share it: what the step was paid, and what it made of the state.
+
+    A_i = Σ_j γ^j r_{t_i + j} + γ^n V_{i+1} − V_i for a step of n tokens that begins at token t_i (Kazemnejad et al.
+    2024, https://arxiv.org/abs/2410.01679, who take γ = 1).
+
+    :param rewards: the rewards r of the tokens of S steps, step by step, float [N].
+    :param values: the value V of the state at the beginning of each step, float [S].
+    :param lengths: the number n of tokens of each step, int [S], at least 1.
+    :param last: whether the episode ends with the step, bool [S]; the value after it is then 0.
+    :param gamma: the discount γ.
+    :return: the advantage of each token, float64 [N].
+    """
+    first = np.cumsum(lengths) - lengths  # [S], where each step begins
+    place = np.arange(len(rewards)) - np.repeat(first, lengths)  # [N], of each token in its step
+    paid = np.add.reduceat(gamma**place * rewards, first)  # [S]
+    following = np.where(last, 0.0, np.append(values[1:], 0.0))
+    return np.repeat(paid + gamma**lengths * following - values, lengths)
 
 
 def leave_one_out(returns: Array, group_size: int) -> Array:
@@ -89,6 +122,18 @@ def group_relative(returns: Array, group_size: int, scale: bool) -> Array:
     return centred.reshape(-1)
 
 
+def informative_groups(scores: Array, group_size: int) -> Array:
+    """Which episodes belong to a group whose scores are not all the same. In any other group all advantages that
+    :func:`group_relative` and :func:`leave_one_out` give are 0.
+
+    :param scores: float [E], one group after the other.
+    :param group_size: the number k of episodes in each group.
+    :return: bool [E].
+    """
+    groups = scores.reshape(-1, group_size)
+    return np.repeat(groups.min(axis=1) < groups.max(axis=1), group_size)
+
+
 def variance(values: Array, mean: Callable[[Array], float] = np.mean) -> float:
     """The variance of an array: the mean squared distance from its mean.
 
@@ -109,3 +154,15 @@ def whiten(advantages: Array, mean: Callable[[Array], float] = np.mean) -> Array
     """
     centred = advantages - mean(advantages)
     return centred / (np.sqrt(variance(centred, mean)) + 1e-8)
+
+
+def whiten_groups(advantages: Array, lengths: Array, group_size: int) -> Array:
+    """Shift and scale the advantages of each group of episodes to mean 0 and variance 1 over the tokens of the group.
+
+    :param advantages: float [N], without padding, one episode after the other.
+    :param lengths: int [E], the number of advantages of each episode; N in all.
+    :param group_size: the number k of episodes in each group.
+    :return: float [N]; zeros for a group whose advantages are all equal.
+    """
+    ends = np.cumsum(lengths.reshape(-1, group_size).sum(axis=1))
+    return np.concatenate([whiten(group) for group in np.split(advantages, ends[:-1])])

@@ -1,7 +1,7 @@
-"""The KL divergence of the policy from the reference: its estimators, and controllers of the coefficient β of the KL
-penalty.
+"""The KL divergence of the policy from the reference: its estimators, the exact sum, and controllers of the
+coefficient β of the KL penalty.
 
-Notation: N tokens of one batch; p, the policy's distribution; q, the reference's.
+Notation: N tokens of one batch; V, the vocabulary; p, the policy's distribution; q, the reference's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from typing import Literal, Protocol
 import torch
 
 Tensor = torch.Tensor
-KLEstimator = Literal["k1", "k2", "k3"]
+SampledKL = Literal["k1", "k2", "k3"]
+"""The estimators that look at the token that was sampled."""
+KLEstimator = Literal["k1", "k2", "k3", "exact"]
 
 
 def kl_k1(log_ratio: Tensor) -> Tensor:
@@ -45,6 +47,20 @@ def kl_k3(log_ratio: Tensor) -> Tensor:
     :return: the estimate for each token, float [N], nats.
     """
     return torch.expm1(-log_ratio) + log_ratio
+
+
+def kl_exact(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
+    """KL(p‖q) itself, Σ_v p(v) (log p(v) − log q(v)): the mean of :func:`kl_k1` over all tokens that p may choose.
+
+    Its gradient is that of the divergence at the context of a token, where the sampled token gives one that is right in
+    the mean only (Rao–Blackwellisation; Amini et al. 2025, https://arxiv.org/abs/2504.10637).
+
+    :param log_probs: log p, float [N, V]; minus infinity where a token has probability 0, which adds nothing.
+    :param ref_log_probs: log q, float [N, V].
+    :return: the divergence at each context, float [N], nats.
+    """
+    log_ratio = (log_probs - ref_log_probs).masked_fill(log_probs == -torch.inf, 0.0)
+    return (log_probs.exp() * log_ratio).sum(dim=-1)
 
 
 KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}

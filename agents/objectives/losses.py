@@ -10,19 +10,99 @@ import torch
 Tensor = torch.Tensor
 
 
-def clipped_surrogate(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+def clipped_surrogate(
+    log_ratio: Tensor,
+    advantages: Tensor,
+    clip_range: float,
+    clip_range_high: float | None = None,
+    dual_clip: float | None = None,
+) -> Tensor:
     """The clipped surrogate objective of PPO, negated (Schulman et al. 2017, https://arxiv.org/abs/1707.06347, eq. 7).
 
-    −min(ρ A, clip(ρ, 1 − ε, 1 + ε) A), with ρ = exp(log π − log π_old).
+    −min(ρ A, clip(ρ, 1 − ε_low, 1 + ε_high) A), with the ratio ρ = π / π_old.
 
-    :param log_prob: log π, the log-probability of each action under the policy that is trained, float [N].
-    :param old_log_prob: log π_old, its log-probability under the policy that sampled it, float [N]; a constant.
+    :param log_ratio: log ρ, the log-probability of each action under the policy that is trained minus that under the
+        policy that sampled it, float [N].
     :param advantages: the advantages A, float [N]; constants.
-    :param clip_range: ε.
+    :param clip_range: ε_low.
+    :param clip_range_high: ε_high; None: ε_low. With a greater one, improbable tokens can become more probable faster
+        (clip-higher; Yu et al. 2025, https://arxiv.org/abs/2503.14476).
+    :param dual_clip: c > 1. Where A is negative, the objective is at least c A, so that a ratio greater than c, which
+        nothing else bounds there, has no gradient (Ye et al. 2020, https://arxiv.org/abs/1912.09729); None: no such
+        bound.
     :return: the loss of each token, float [N].
     """
-    ratio = torch.exp(log_prob - old_log_prob)
-    return -torch.min(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
+    ratio = torch.exp(log_ratio)
+    clipped = clip_ratio(ratio, clip_range, clip_range_high)
+    objective = torch.min(ratio * advantages, clipped * advantages)
+    if dual_clip is not None:
+        objective = torch.where(advantages < 0, torch.max(objective, dual_clip * advantages), objective)
+    return -objective
+
+
+def cispo(
+    log_prob: Tensor,
+    log_ratio: Tensor,
+    advantages: Tensor,
+    clip_range: float,
+    clip_range_high: float | None = None,
+) -> Tensor:
+    """The policy gradient with clipped importance weights (MiniMax 2025, https://arxiv.org/abs/2506.13585, eq. 4).
+
+    −sg(clip(ρ, 1 − ε_low, 1 + ε_high)) A log π, where sg(·) is a constant to the gradient. A token whose ratio is
+    clipped keeps a gradient, which it has not in :func:`clipped_surrogate`.
+
+    :param log_prob: log π, the log-probability of each action under the policy that is trained, float [N].
+    :param log_ratio: log ρ, as for :func:`clipped_surrogate`, float [N].
+    :param advantages: the advantages A, float [N]; constants.
+    :param clip_range: ε_low. With 1, as in the paper, nothing is clipped from below.
+    :param clip_range_high: ε_high; None: ε_low.
+    :return: the loss of each token, float [N].
+    """
+    weight = clip_ratio(torch.exp(log_ratio), clip_range, clip_range_high).detach()
+    return policy_gradient(log_prob, weight * advantages)
+
+
+def clip_ratio(ratio: Tensor, clip_range: float, clip_range_high: float | None = None) -> Tensor:
+    """
+    :param ratio: ρ, float [N].
+    :param clip_range: ε_low.
+    :param clip_range_high: ε_high; None: ε_low.
+    :return: clip(ρ, 1 − ε_low, 1 + ε_high), float [N].
+    """
+    return ratio.clamp(1 - clip_range, 1 + (clip_range if clip_range_high is None else clip_range_high))
+
+
+def sequence_log_ratio(log_ratio: Tensor, lengths: Tensor) -> Tensor:
+    """The log-ratio of whole texts, token by token (GSPO-token; Zheng et al. 2025, https://arxiv.org/abs/2507.18071,
+    eq. 14).
+
+    The ratio of a text is the geometric mean of the ratios of its tokens, s = exp(mean log ρ). Each of its tokens has
+    this ratio as its value, and the gradient of its own: log s_t = sg(log s) + log ρ_t − sg(log ρ_t).
+
+    :param log_ratio: log ρ of each token, text by text, float [N].
+    :param lengths: the number of tokens of each text, int [E]; N in all.
+    :return: log s_t of each token, float [N].
+    """
+    constant = log_ratio.detach()
+    means = torch.cat([text.mean().expand(len(text)) for text in constant.split(lengths.tolist())])
+    return means + (log_ratio - constant)
+
+
+def truncated_importance_weight(old_log_prob: Tensor, behaviour_log_prob: Tensor, cap: float) -> Tensor:
+    """min(π_old / μ, C): corrects the loss where μ, which sampled, is not π_old, which the ratio refers to (Yao et al.
+    2025, https://fengyao.notion.site/off-policy-rl; truncation: Ionides 2008,
+    https://doi.org/10.1198/106186008X320456).
+
+    So it is where another program or another precision writes the texts. The loss of each token is multiplied by its
+    weight. Truncation bounds the variance, at the price of a bias where the weight is greater than C.
+
+    :param old_log_prob: log π_old of each action, computed as the update computes log π, float [N]; constants.
+    :param behaviour_log_prob: log μ, under the distribution that the action was sampled from, float [N]; constants.
+    :param cap: C, greater than 0; as a rule 2 or more.
+    :return: the weight of each token, float [N].
+    """
+    return torch.exp(old_log_prob - behaviour_log_prob).clamp(max=cap)
 
 
 def policy_gradient(log_prob: Tensor, advantages: Tensor) -> Tensor:
@@ -47,6 +127,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: 
     :param clip_range: ε; None: no clipping.
     :return: the loss of each token, float [N].
     """
+    assert values.shape == returns.shape, (values.shape, returns.shape)
     error = (values - returns) ** 2
     if clip_range is not None:
         clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)

@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from agents.models.adapter import unwrapped
-from agents.models.causal_lm import CausalLM
+from agents.models.causal_lm import CausalLM, OtherLogits
 from agents.models.contexts import Contexts, check_spaces, contexts_of, packed_positions, share_prefixes
 from agents.models.critic import make_critic
 from agents.models.distribution import TokenDistribution, sample
@@ -69,6 +69,12 @@ class CausalLMActorCritic(BasePolicy):
     :param separate_critic: True: the value head is on a copy of the actor's decoder instead of sharing it. A directory
         or hub name of a reward model with the same tokenizer (``"builtin"``: the built-in one): the critic starts as
         that model, as in Stiennon et al. 2020 (https://arxiv.org/abs/2009.01325).
+    :param value_bins: the lowest value, the highest value and their number, for a critic that predicts a distribution
+        over so many values, by classification; its value is the mean (Farebrother et al. 2024,
+        https://arxiv.org/abs/2403.03950). The range should be somewhat wider than that of the returns. None: the critic
+        predicts the value itself, by regression.
+    :param value_sigma: the width of the targets of ``value_bins``, in distances between two values: the standard
+        deviation of HL-Gauss, for which the paper has 0.75. None: two-hot targets.
     :param prefix_cache: whether to cache keys and values of contexts between calls. The results are the same without.
     :param autocast: the name of the floating-point type of matrix products, such as ``"bfloat16"``, while the weights
         keep theirs; None: the type of the weights.
@@ -101,6 +107,8 @@ class CausalLMActorCritic(BasePolicy):
         eos_token_id: int | Sequence[int] | None = None,
         lora: dict[str, Any] | LoraConfig | None = None,
         separate_critic: bool | str | Path = False,
+        value_bins: Sequence[float] | None = None,
+        value_sigma: float | None = 0.75,
         prefix_cache: bool = True,
         autocast: str | None = None,
         compile_forward: bool = False,
@@ -137,6 +145,8 @@ class CausalLMActorCritic(BasePolicy):
             "eos_token_id": eos_token_id,
             "lora": lora,
             "separate_critic": separate_critic,
+            "value_bins": value_bins,
+            "value_sigma": value_sigma,
             "prefix_cache": prefix_cache,
             "autocast": autocast,
             "compile_forward": compile_forward,
@@ -149,7 +159,7 @@ class CausalLMActorCritic(BasePolicy):
         loaded = load_causal_lm(model, dtype)
         base = unwrapped(loaded)
         longest = observation_space["input_ids"].shape[0]  # type: ignore[index]
-        critic, value_head = make_critic(base, separate_critic, dtype, self.tokenizer, longest)
+        critic, value_head = make_critic(base, separate_critic, dtype, self.tokenizer, longest, value_bins, value_sigma)
         if lora is not None:
             loaded = add_lora(loaded, lora, model)
         assert isinstance(action_space, spaces.Discrete)
@@ -173,8 +183,21 @@ class CausalLMActorCritic(BasePolicy):
         self._build(lr_schedule)
 
     def _build(self, lr_schedule: Schedule) -> None:
-        trainable = [p for p in self.parameters() if p.requires_grad]
-        self.optimizer = self.optimizer_class(trainable, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        actor = [p for name, p in trained if is_actor(name, p)]
+        critic = [p for name, p in trained if not is_actor(name, p)]
+        # Apart, since the critic may have a learning rate of its own.
+        groups = [{"params": parameters} for parameters in (actor, critic)]
+        self.optimizer = self.optimizer_class(groups, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+
+    def set_learning_rates(self, actor: float, critic: float) -> None:
+        """
+        :param actor: the learning rate of the actor's weights, those of a decoder that it shares with the critic
+            included.
+        :param critic: that of the critic's own weights.
+        """
+        for group, rate in zip(self.optimizer.param_groups, (actor, critic), strict=True):
+            group["lr"] = rate
 
     # ---- SB3's interface ------------------------------------------------------------------------------------------
 
@@ -214,6 +237,28 @@ class CausalLMActorCritic(BasePolicy):
         :raises ValueError: if the log-probabilities of a packed batch under the reference are of another distribution
             than the policy's.
         """
+        predictions, log_prob, entropy, _ = self.evaluate(obs, actions, action_masks)
+        return self.value_head.values(predictions), log_prob, entropy
+
+    def evaluate(
+        self,
+        obs: PyTorchObs,
+        actions: torch.Tensor,
+        action_masks: torch.Tensor | None = None,
+        other: OtherLogits | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """As :meth:`evaluate_actions`, with the critic's predictions in place of the values, which with ``value_bins``
+        are only the means of the distributions that it predicts; and with a comparison of the distributions that the
+        actions were chosen from with another model's.
+
+        :param obs: as for :meth:`evaluate_actions`.
+        :param actions: as for :meth:`evaluate_actions`.
+        :param action_masks: as for :meth:`evaluate_actions`.
+        :param other: the other model's logits, such as ``Reference.logits_at`` returns; None: nothing is compared.
+        :return: predictions [N, P], for :meth:`value_loss`; log-probabilities [N] and entropies [N], in nats; and
+            KL(π ‖ other) at each context, [N], nats, with its gradient, or None.
+        :raises ValueError: as :meth:`evaluate_actions`.
+        """
         assert isinstance(obs, Mapping)
         if "action_mask" in obs:
             measured = getattr(obs, "distribution", None)
@@ -223,12 +268,44 @@ class CausalLMActorCritic(BasePolicy):
             input_ids, at = obs["input_ids"], packed_positions(obs)
         else:
             input_ids, at = share_prefixes(contexts_of(obs), self.lm.device)
-        log_prob, entropy, hidden = self.lm.evaluate(input_ids, at, actions.long().flatten(), action_masks)
+        log_prob, entropy, kl, hidden = self.lm.evaluate(input_ids, at, actions.long().flatten(), action_masks, other)
         if self.critic is not None:
             hidden = self.lm.run(self.critic, input_ids)[at.row, at.column]
-        values = self._values(hidden)
-        check_numbers(values, "values", lambda i: input_ids[at.row[i], : at.column[i] + 1].tolist(), self)
-        return values, log_prob, entropy
+        predictions = self._predictions(hidden)
+        check_numbers(predictions, "values", lambda i: input_ids[at.row[i], : at.column[i] + 1].tolist(), self)
+        return predictions, log_prob, entropy, kl
+
+    def value_loss(
+        self, predictions: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip_range: float | None
+    ) -> torch.Tensor:
+        """The loss of the critic: half the squared error or, with ``value_bins``, the cross-entropy.
+
+        :param predictions: what :meth:`evaluate` or :meth:`evaluate_critic` returned, [N, P]; [N] stands for [N, 1].
+        :param old_values: the values at the time of sampling, [N]; constants.
+        :param returns: the targets of the values, [N]; constants.
+        :param clip_range: ε of value clipping, as for :func:`agents.objectives.losses.value_loss`; None: no clipping.
+        :return: the loss of each token, [N].
+        """
+        return self.value_head.loss(predictions, old_values, returns, clip_range)
+
+    def evaluate_values(self, obs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """
+        :param obs: a packed batch of E whole episodes, as for :meth:`evaluate_actions`.
+        :return: values, [N], with the gradient of :meth:`evaluate_critic`.
+        """
+        return self.value_head.values(self.evaluate_critic(obs)).flatten()
+
+    def evaluate_critic(self, obs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Predictions that only the critic's own weights have a gradient of, not those of a decoder shared with the
+        actor.
+
+        :param obs: a packed batch of E whole episodes, as for :meth:`evaluate_actions`.
+        :return: predictions, [N, P], for :meth:`value_loss`.
+        """
+        input_ids, at = obs["input_ids"], packed_positions(obs)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.critic is not None):
+            hidden = self.lm.run(self.lm.backbone if self.critic is None else self.critic, input_ids)[at.row, at.column]
+        return self._predictions(hidden)
 
     def predict_values(self, obs: PyTorchObs) -> torch.Tensor:
         """
@@ -331,14 +408,18 @@ class CausalLMActorCritic(BasePolicy):
         """Load the critic that :meth:`save_pretrained` wrote.
 
         :param directory: the directory.
-        :raises ValueError: if the critic there has other weights than this policy's, as one with another
-            ``separate_critic`` has.
+        :raises ValueError: if the critic there is of another kind than this policy's, as one with another
+            ``separate_critic`` or other ``value_bins`` is.
         """
-        state = load_file(Path(directory) / VALUE_HEAD_FILE)
-        if strange := sorted(set(state) ^ set(self._critic_state())):
+        state, own = load_file(Path(directory) / VALUE_HEAD_FILE), self._critic_state()
+        strange = set(state) ^ set(own) or {name for name in own if state[name].shape != own[name].shape}
+        # The weights may differ, but not the values that the predictions stand for.
+        fixed = () if strange else (f"value_head.{name}" for name, _ in self.value_head.named_buffers())
+        strange |= {name for name in fixed if not torch.equal(state[name].float(), own[name].float().cpu())}
+        if strange:
             raise ValueError(
-                f"Expected {directory} to hold a critic like this policy's; they differ in {strange[:3]}. Make the "
-                "policy with the separate_critic that was saved."
+                f"Expected {directory} to hold a critic like this policy's; they differ in {sorted(strange)[:3]}. Make "
+                "the policy with the separate_critic and the value_bins that were saved."
             )
         self.load_state_dict(state, strict=False)
         self.clear_cache()
@@ -378,8 +459,11 @@ class CausalLMActorCritic(BasePolicy):
         return self._values(hidden)
 
     def _values(self, hidden: torch.Tensor) -> torch.Tensor:
-        values: torch.Tensor = self.value_head(hidden.to(self.value_head.weight.dtype))
-        return values
+        return self.value_head.values(self._predictions(hidden))
+
+    def _predictions(self, hidden: torch.Tensor) -> torch.Tensor:
+        predictions: torch.Tensor = self.value_head(hidden.to(self.value_head.weight.dtype))
+        return predictions
 
     def _logits(
         self, hidden: torch.Tensor, contexts: Contexts, action_masks: np.ndarray | torch.Tensor | None
@@ -443,6 +527,7 @@ def load_policy(
     device: str = "auto",
     dtype: str = "float32",
     temperature: float = 1.0,
+    separate_critic: bool | str | Path = False,
 ) -> CausalLMPolicy:
     """Load a policy for evaluation and sampling.
 
@@ -451,6 +536,8 @@ def load_policy(
     :param device: the device that the policy runs on.
     :param dtype: the floating-point type of the weights.
     :param temperature: the temperature of the policy's distribution; 1 gives that of the model itself.
+    :param separate_critic: what the critic was made of, as for ``CausalLMPolicy``. Its weights are another matter:
+        :meth:`CausalLMActorCritic.load_value_head` loads them.
     :return: the policy.
     :raises ValueError: for the reasons of ``CausalLMPolicy``.
     """
@@ -464,6 +551,7 @@ def load_policy(
         min_new_tokens=env.min_new_tokens,
         constraint=env.constraint,
         eos_token_id=env.eos_token_ids,
+        separate_critic=separate_critic,
         tokenizer=env.tokenizer,
     )
     return policy.to(get_device(device))

@@ -30,6 +30,7 @@ def collect_episodes(
     buffer: EpisodeBuffer,
     deterministic: bool = False,
     prompts: Sequence[Any] | None = None,
+    responses: Sequence[Any] | None = None,
     on_step: Callable[[int, dict[str, Any]], bool] | None = None,
 ) -> list[dict[str, Any]]:
     """Start exactly ``n_episodes`` episodes and finish all of them.
@@ -41,10 +42,12 @@ def collect_episodes(
     :param policy: the policy that chooses the tokens.
     :param env: the environment, which is switched to ``AutoresetMode.DISABLED``.
     :param n_episodes: the number of episodes.
-    :param buffer: the buffer that is filled, after it has been emptied. Its i-th episode is the i-th that was started.
+    :param buffer: the buffer that is filled, after it has been emptied. Its i-th episode is the i-th that was started,
+        and so is the i-th of its ``prompts``.
     :param deterministic: whether the policy chooses the most probable token instead of sampling one.
     :param prompts: the prompts of the episodes, one per episode, each in a form that a reset takes (see
         :meth:`text_env.episodes.Episodes.openings`); None: the environment draws them.
+    :param responses: the beginnings of the responses, likewise, from which the policy goes on; None: there are none.
     :param on_step: a function that is called after each step with the number of live rows and what SB3's own loop has
         in its local variables then, for all rows of the environment (``new_obs``, ``actions``, ``rewards``, ``dones``,
         ``infos``), with the environment's infos as ``vector_infos``; it returns False to stop. A row that isn't live
@@ -60,8 +63,14 @@ def collect_episodes(
     live = np.arange(min(env.num_envs, n_episodes))
     started = len(live)
     env.episodes.begin_group()  # an interrupted rollout may have left an incomplete group
-    given = None if prompts is None else [*prompts[:started], *[None] * (env.num_envs - started)]
-    observation, _ = env.reset(options={"prompt": given})
+    openings = {"prompt": prompts, "response": responses}
+
+    def options(first: int, last: int, others: int = 0) -> dict[str, Any]:
+        """How these episodes start, and after them so many rows that wait for another reset."""
+        return {name: [*of[first:last], *[None] * others] for name, of in openings.items() if of is not None}
+
+    observation, _ = env.reset(options=options(0, started, env.num_envs - started))
+    buffer.prompts += map(env.episodes.prompt, live.tolist())
     starts = np.ones(len(live), dtype=bool)
     length = np.zeros(env.num_envs, dtype=np.int64)
     returns = np.zeros(env.num_envs)
@@ -102,8 +111,8 @@ def collect_episodes(
             started += len(refill)
             if len(refill):
                 mask = np.isin(np.arange(env.num_envs), refill)
-                given = None if prompts is None else list(prompts[started - len(refill) : started])
-                observation, _ = env.reset(options={"reset_mask": mask, "prompt": given})
+                observation, _ = env.reset(options={"reset_mask": mask, **options(started - len(refill), started)})
+                buffer.prompts += map(env.episodes.prompt, refill.tolist())
             going_on = ~over | np.isin(live, refill)
             starts = over[going_on]
             live = live[going_on]

@@ -11,31 +11,42 @@ reward both for these and for the algorithms of this package: r_t = −β k_t, p
 estimates the KL divergence of the policy from the reference at token t. By default k_t is the estimator k1, log π_old −
 log π_ref.
 
+The exact divergence is for the algorithms of this package only, since half of its gradient is a term of their loss.
+With KL_t = KL(π ‖ π_ref) at context s_t, the gradient of −β E[Σ_t KL_t] is
+
+    −β Σ_t E[∇ log π(a_t) Σ_{t' > t} KL_t'  +  ∇KL_t].
+
+So an action pays for the divergence of the context that it leads to, r_t = −β KL_{t+1}; the first context's is no
+action's reward; and the loss has β KL_t at each token.
+
 Notation: E segments, M tokens of all streams, N actions among them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 
+from agents.models.causal_lm import OtherLogits
 from agents.models.contexts import check_spaces, contexts_of
 from agents.models.distribution import TokenDistribution
 from agents.models.reference import Reference
 from agents.objectives.advantages import gae
-from agents.objectives.kl import KL_ESTIMATORS, FixedKL, KLController, KLEstimator
+from agents.objectives.kl import KL_ESTIMATORS, FixedKL, KLController, KLEstimator, SampledKL
+from agents.policies.causal_lm_policy import CausalLMActorCritic
+from text_env.prompts import Prompt
 
 # Tokens of one forward pass of the reference, which needs no gradient.
 REFERENCE_TOKENS = 2048
 
 
 class EpisodeSamples(NamedTuple):
-    """A packed batch of E whole episodes with N actions: SB3's ``RolloutBufferSamples``, and log π_ref.
+    """A packed batch of E whole episodes with N actions: SB3's ``RolloutBufferSamples``, log π_ref, and the scores.
 
     All tensors but ``observations`` have one entry per action, row by row. They are float32 [N], except for
     ``actions``.
@@ -49,6 +60,7 @@ class EpisodeSamples(NamedTuple):
     :param returns: the targets of the value function.
     :param ref_log_prob: log π_ref, the log-probabilities under the reference; equal to ``old_log_prob`` if there is no
         reference.
+    :param scores: the score of the text that the action belongs to; NaN where it isn't known.
     """
 
     observations: dict[str, torch.Tensor]
@@ -58,6 +70,12 @@ class EpisodeSamples(NamedTuple):
     advantages: torch.Tensor
     returns: torch.Tensor
     ref_log_prob: torch.Tensor
+    scores: torch.Tensor
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """int64 [E], the number of actions of each episode, in the order of the batch."""
+        return self.observations["action_mask"].sum(dim=1)
 
 
 class PackedObservations(dict[str, torch.Tensor]):
@@ -111,7 +129,7 @@ class EpisodeBuffer(RolloutBuffer):
         package update a controller. With 0 the KL divergence is measured without a penalty.
     :param kl_estimator: the estimator k of the penalty: ``"k1"``, ``"k2"`` or ``"k3"`` (see
         :mod:`agents.objectives.kl`); None: no penalty. Only the policy gradient of k1 is that of the KL divergence
-        (``docs/ppo.md``).
+        (``docs/ppo.md``). The algorithms of this package set it to ``"exact"`` where they are told so.
     :raises ValueError: for another estimator, or spaces that are not the text environment's.
     """
 
@@ -134,6 +152,12 @@ class EpisodeBuffer(RolloutBuffer):
             reference = Reference.load(reference, n_tokens=int(action_space.n), device=device)
         self.reference = reference
         self.kl: KLController = FixedKL(kl_coef) if isinstance(kl_coef, int | float) else kl_coef
+        if kl_estimator == "exact":
+            raise ValueError(
+                "Expected kl_estimator to be 'k1', 'k2' or 'k3', got 'exact': half of its gradient is a term of the "
+                "loss, which SB3's algorithms don't have. Use it with an algorithm of this package, as in "
+                "agents.PPO(..., kl_estimator='exact')."
+            )
         self.kl_estimator = kl_estimator
         super().__init__(buffer_size, observation_space, action_space, device, gae_lambda, gamma, n_envs)
 
@@ -144,8 +168,8 @@ class EpisodeBuffer(RolloutBuffer):
 
     @kl_estimator.setter
     def kl_estimator(self, kl_estimator: KLEstimator | None) -> None:
-        if kl_estimator is not None and kl_estimator not in KL_ESTIMATORS:
-            raise ValueError(f"Expected kl_estimator to be one of {sorted(KL_ESTIMATORS)}, got {kl_estimator!r}.")
+        if kl_estimator is not None and kl_estimator not in get_args(KLEstimator):
+            raise ValueError(f"Expected kl_estimator to be one of {get_args(KLEstimator)}, got {kl_estimator!r}.")
         self._kl_estimator = kl_estimator
 
     @property
@@ -167,6 +191,7 @@ class EpisodeBuffer(RolloutBuffer):
         self._open = np.full(self.n_envs, -1, dtype=np.int64)  # the segment of each row; −1: none
         self._written = np.zeros(self.n_envs, dtype=np.int64)  # the number of tokens in each row's stream so far
         self._prompt_lengths: list[int] = []
+        self.prompts: list[Prompt] = []  # of each episode, if whoever fills the buffer says so
         self._stream = {
             "segment": _Column(np.int32),
             "token": _Column(np.int32),
@@ -174,6 +199,8 @@ class EpisodeBuffer(RolloutBuffer):
         }
         self._logged = {name: _Column(np.float32) for name in ("rewards", "values", "log_probs")}
         self._finalized = False
+        self.exact_kl: np.ndarray | None = None  # float32 [N], nats; None where no exact divergence is paid
+        self._ref_hidden: torch.Tensor | None = None  # [N, H], likewise
 
     def add(  # type: ignore[override]
         self,
@@ -231,16 +258,17 @@ class EpisodeBuffer(RolloutBuffer):
             self._extend_stream(np.full(len(tokens), self._open[row]), tokens, False)
         self._written[rows[longer]] = length
 
-    def _extend_stream(self, segment: np.ndarray, tokens: np.ndarray, is_action: bool) -> None:
+    def _extend_stream(self, segment: np.ndarray, tokens: np.ndarray, is_action: bool | np.ndarray) -> None:
         self._stream["segment"].extend(segment)
         self._stream["token"].extend(tokens)
-        self._stream["is_action"].extend(np.full(len(tokens), is_action))
+        self._stream["is_action"].extend(np.broadcast_to(is_action, len(tokens)))
 
-    def extend(self, other: EpisodeBuffer) -> None:
-        """Append the episodes of another buffer, for rollouts that several collectors share.
+    def extend(self, other: EpisodeBuffer, episodes: np.ndarray | None = None) -> None:
+        """Append episodes of another buffer, for rollouts that are put together from several.
 
         :param other: a buffer of whole episodes, which is not changed. Its first episode becomes number ``n_episodes``
             of this buffer.
+        :param episodes: int [E], the numbers of the episodes to append, in ascending order; None: all of them.
         :raises ValueError: if :meth:`finalize` has been called for one of the buffers, or if the other one holds an
             unfinished episode.
         """
@@ -251,13 +279,18 @@ class EpisodeBuffer(RolloutBuffer):
                 f"Expected a buffer of whole episodes; those of rows {np.flatnonzero(other._open >= 0).tolist()} are "
                 "not over: close() them first."
             )
-        for name, column in self._stream.items():
-            theirs = other._stream[name].array
-            column.extend(theirs + self._n_segments if name == "segment" else theirs)
+        episodes = np.arange(other.n_episodes) if episodes is None else episodes
+        number = np.full(other.n_episodes, -1)  # of each of their episodes in this buffer; −1: left out
+        number[episodes] = self._n_segments + np.arange(len(episodes))
+        segment, tokens, is_action = (column.array for column in other._stream.values())
+        wanted = number[segment] >= 0
+        self._extend_stream(number[segment[wanted]], tokens[wanted], is_action[wanted])
         for name, column in self._logged.items():
-            column.extend(other._logged[name].array)
-        self._prompt_lengths += other._prompt_lengths
-        self._n_segments += other._n_segments
+            column.extend(other._logged[name].array[wanted[is_action]])
+        self._prompt_lengths += [other._prompt_lengths[episode] for episode in episodes]
+        if other.prompts:
+            self.prompts += [other.prompts[episode] for episode in episodes]
+        self._n_segments += len(episodes)
 
     def close(self, row: int) -> int:
         """Mark a row's episode as finished.
@@ -271,10 +304,11 @@ class EpisodeBuffer(RolloutBuffer):
 
     # ---- laying out -----------------------------------------------------------------------------------------------
 
-    def finalize(self) -> None:
+    def finalize(self, policy: CausalLMActorCritic | None = None) -> None:
         """Sort the tokens by segment, compute log-probabilities under the reference, and apply the KL penalty.
 
-        :raises ValueError: if the reference gives a sampled token probability 0.
+        :param policy: the policy that sampled, which the estimator ``"exact"`` needs; the others don't.
+        :raises ValueError: if the reference gives a sampled token probability 0, or if the policy is missing.
         """
         if self._finalized:
             return
@@ -293,22 +327,67 @@ class EpisodeBuffer(RolloutBuffer):
         self._finalized = True
         self.advantages = np.zeros_like(self.rewards)
         self.returns = np.zeros_like(self.rewards)
+        # What only the environment knows of an episode; whoever collects whole episodes sets it.
+        self.scores = np.full(self.n_episodes, np.nan, dtype=np.float32)
+        self.truncated = np.zeros(self.n_episodes, dtype=bool)  # cut by the response budget
         self.log_ratio = np.zeros_like(self.rewards)  # log π_old − log π_ref
         if self.reference is not None:
             for batch in self.batches(np.arange(self.n_episodes), REFERENCE_TOKENS):
                 index = self._token_index(batch)
                 samples = self.pack(batch)
-                ref_log_prob = self.reference.log_probs(samples.observations, samples.actions)
+                if self.kl_estimator == "exact" and self.kl_coef > 0:
+                    ref_log_prob = self._compare(policy, index, samples)
+                else:
+                    ref_log_prob = self.reference.log_probs(samples.observations, samples.actions)
                 self.log_ratio[index] = self.log_probs[index] - ref_log_prob.cpu().numpy()
             if not np.isfinite(self.log_ratio).all():
                 raise ValueError(
                     "The reference gives probability 0 to a token that the policy sampled, so the KL is infinite. "
                     "Expected policy and reference under the same constraint, a pure function of contexts."
                 )
-            if self.kl_estimator is not None:
+            if self.exact_kl is not None:
+                next_kl = np.append(self.exact_kl[1:], np.float32(0))
+                next_kl[self.starts[1:] - 1] = 0  # no context follows the last action of an episode
+                self.rewards = self.rewards - self.kl_coef * next_kl
+            elif self.kl_estimator is not None and self.kl_estimator != "exact":
                 self.rewards = self.rewards - self.kl_coef * self.token_kl(self.kl_estimator)
 
-    def token_kl(self, estimator: KLEstimator) -> np.ndarray:
+    @torch.no_grad()
+    def _compare(self, policy: CausalLMActorCritic | None, index: np.ndarray, samples: EpisodeSamples) -> torch.Tensor:
+        """Measure the exact divergence of a batch, and keep the reference's hidden states for the loss.
+
+        :return: log π_ref of the actions, [N].
+        """
+        if policy is None:
+            raise ValueError(
+                "Expected finalize(policy) for kl_estimator='exact', which needs the policy's whole distributions and "
+                "a term of the loss. Use 'k1' with SB3's algorithms, or an algorithm of this package."
+            )
+        assert self.reference is not None
+        scores = self.reference.scores(samples.observations, samples.actions)
+        if self.exact_kl is None or self._ref_hidden is None:
+            self.exact_kl = np.zeros_like(self.rewards)
+            self._ref_hidden = scores.hidden.new_empty(len(self.rewards), scores.hidden.shape[1])
+        self._ref_hidden[torch.from_numpy(index).to(scores.hidden.device)] = scores.hidden
+        other = self.reference.logits_at(scores.hidden)
+        kl = policy.evaluate(samples.observations, samples.actions, other=other)[3]
+        assert kl is not None
+        self.exact_kl[index] = kl.cpu().numpy()
+        return scores.log_prob
+
+    def ref_logits(self, episodes: np.ndarray) -> OtherLogits | None:
+        """
+        :param episodes: int [E], the numbers of the episodes of a packed batch.
+        :return: the reference's logits at its N actions, which the exact divergence in the loss is made of; None where
+            the loss has no such term.
+        """
+        if self._ref_hidden is None:
+            return None
+        assert self.reference is not None
+        index = torch.from_numpy(self._token_index(episodes)).to(self._ref_hidden.device)
+        return self.reference.logits_at(self._ref_hidden[index])
+
+    def token_kl(self, estimator: SampledKL) -> np.ndarray:
         """
         :param estimator: ``"k1"``, ``"k2"`` or ``"k3"``.
         :return: the estimate of KL(π_old ‖ π_ref) at each action, float32 [N], nats; 0 if there is no reference.
@@ -332,7 +411,8 @@ class EpisodeBuffer(RolloutBuffer):
         streams = (self.tokens, self.is_action, self._stream_starts)
         logged = (self.values, self.log_probs, self.rewards, self.lengths, self.starts)
         derived = (self.advantages, self.returns, self.log_ratio)
-        return sum(array.nbytes for array in (*streams, *logged, *derived))
+        exact = [array for array in (self.exact_kl, self._ref_hidden) if array is not None]
+        return sum(array.nbytes for array in (*streams, *logged, *derived, *exact))
 
     @property
     def actions(self) -> np.ndarray:  # type: ignore[override]
@@ -375,22 +455,43 @@ class EpisodeBuffer(RolloutBuffer):
         self.finalize()
         self.estimate_gae(self.gamma, self.gae_lambda, bootstrap)
 
-    def estimate_gae(self, gamma: float, gae_lambda: float, last_values: np.ndarray | None = None) -> None:
+    def estimate_gae(
+        self,
+        gamma: float,
+        gae_lambda: float | np.ndarray,
+        last_values: np.ndarray | None = None,
+        gae_lambda_value: float | None = None,
+    ) -> None:
         """Set ``advantages`` and ``returns`` by generalized advantage estimation.
 
         :param gamma: the discount γ.
-        :param gae_lambda: λ.
+        :param gae_lambda: λ, one number or one for each segment, [E].
         :param last_values: the value of the context after the last step of each segment, [E]; None: 0, since all
             episodes have terminated.
+        :param gae_lambda_value: λ of ``returns``, the critic's targets; None: ``gae_lambda``.
         """
         mask = self.mask
         last_values = np.zeros(self.n_episodes) if last_values is None else last_values
         rewards, values = self.padded(self.rewards), self.padded(self.values)
         advantages, returns = gae(rewards, values, last_values, mask, gamma, gae_lambda)
+        if gae_lambda_value is not None:
+            _, returns = gae(rewards, values, last_values, mask, gamma, gae_lambda_value)
         self.advantages = advantages[mask].astype(np.float32)
         self.returns = returns[mask].astype(np.float32)
 
     # ---- handing out ----------------------------------------------------------------------------------------------
+
+    def response_before(self, episode: int, action: int) -> np.ndarray:
+        """
+        :param episode: the number of an episode.
+        :param action: the number of one of its actions, from 0.
+        :return: int32, the tokens of the response before that action. With the episode's prompt they are the state in
+            which the action was chosen, from which a reset can go on.
+        """
+        start, end = self._stream_starts[episode : episode + 2]
+        chosen = start + np.flatnonzero(self.is_action[start:end])
+        response: np.ndarray = self.tokens[start + self._prompt_lengths[episode] : chosen[action]]
+        return response
 
     def pack(self, episodes: np.ndarray) -> EpisodeSamples:
         """
@@ -421,6 +522,7 @@ class EpisodeBuffer(RolloutBuffer):
             self.to_torch(self.advantages[index]),
             self.to_torch(self.returns[index]),
             self.to_torch(self.log_probs[index] - self.log_ratio[index]),
+            self.to_torch(np.repeat(self.scores[episodes], self.lengths[episodes])),
         )
 
     def batches(self, episodes: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:

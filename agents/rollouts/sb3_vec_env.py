@@ -40,8 +40,7 @@ class TextVecEnv(VecEnv):
         self._returns = np.zeros(self.num_envs)
         self._lengths = np.zeros(self.num_envs, dtype=np.int64)
         self._start = time.time()
-        self._guarded = False
-        self._before: dict[str, Any] | None = None
+        self._guard: contextlib.ExitStack | None = None  # what restores the environment, as long as nobody has played
 
     def reset(self) -> dict[str, np.ndarray]:
         self._about_to_play()
@@ -92,37 +91,18 @@ class TextVecEnv(VecEnv):
     @contextlib.contextmanager
     def left_as_it_was(self) -> Iterator[None]:
         """Within it, somebody else may play in this environment; what was being played goes on afterwards as if nobody
-        had: the episodes, the random generators and the autoreset mode are put back.
-
-        Nothing is copied unless somebody does play.
+        had (see :meth:`text_env.vector_env.TextVectorEnv.left_as_it_was`). Nothing is copied unless somebody does play.
         """
-        self._guarded, self._before = True, None
-        try:
-            yield
-        finally:
-            self._guarded = False
-            if self._before is not None:
-                self._put_back(self._before)
-                self._before = None
+        with contextlib.ExitStack() as self._guard:
+            try:
+                yield
+            finally:
+                self._guard = None
 
     def _about_to_play(self) -> None:
-        if not self._guarded or self._before is not None:
-            return
-        env = self.vector_env
-        self._before = {
-            "episodes": {name: _copied(value) for name, value in vars(env.episodes).items()},
-            "generators": list(env._generators),
-            "states": [generator.bit_generator.state for generator, _ in env._generators],
-            "mode": env.autoreset_mode,
-        }
-
-    def _put_back(self, before: dict[str, Any]) -> None:
-        env = self.vector_env
-        vars(env.episodes).update(before["episodes"])
-        env._generators = before["generators"]
-        for (generator, _), state in zip(env._generators, before["states"], strict=True):
-            generator.bit_generator.state = state
-        env.autoreset_mode = before["mode"]
+        if self._guard is not None:
+            self._guard.enter_context(self.vector_env.left_as_it_was())
+            self._guard = None  # once is enough
 
     def close(self) -> None:
         self.outermost.close()
@@ -169,13 +149,6 @@ def make_vec_env(
     env = TextVecEnv(gym.make_vec(env_id, num_envs=n_envs, **(env_kwargs or {})))
     env.seed(seed)
     return env
-
-
-def _copied(value: Any) -> Any:
-    """What a step changes in place: arrays and lists. Everything else is exchanged as a whole, or never changes."""
-    if isinstance(value, np.ndarray):
-        return value.copy()
-    return list(value) if type(value) is list else value
 
 
 def _rows_of(infos: dict[str, Any], num_envs: int) -> list[dict[str, Any]]:

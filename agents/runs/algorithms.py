@@ -9,12 +9,14 @@ from typing import Any
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from agents.algorithms.a2c import A2C
+from agents.algorithms.dapo import DAPO
 from agents.algorithms.grpo import GRPO
 from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.algorithms.ppo import PPO
 from agents.algorithms.reinforce import REINFORCE
 from agents.algorithms.rloo import RLOO
-from agents.runs.config import TrainConfig
+from agents.algorithms.vineppo import VinePPO
+from agents.runs.config import TrainConfig, parsed
 from agents.state.arguments import argument_defaults
 from text_env.imports import import_object, is_object_name
 
@@ -30,6 +32,8 @@ ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {
     "reinforce": REINFORCE,
     "rloo": RLOO,
     "grpo": GRPO,
+    "dapo": DAPO,
+    "vineppo": VinePPO,
 }
 
 
@@ -57,6 +61,15 @@ def algorithm_named(name: str) -> type[OnPolicyAlgorithm]:
     return found
 
 
+def discount(config: TrainConfig) -> float:
+    """
+    :param config: of a run.
+    :return: γ, the algorithm's own if the configuration doesn't say.
+    """
+    defaults = argument_defaults(algorithm_named(config.algo))
+    return float(parsed(config.algo_kwargs).get("gamma", defaults.get("gamma", 1.0)))
+
+
 def resolved(config: TrainConfig) -> TrainConfig:
     """
     :param config: may leave to the algorithm what None stands for.
@@ -65,8 +78,8 @@ def resolved(config: TrainConfig) -> TrainConfig:
     """
     algorithm = algorithm_named(config.algo)
     defaults = argument_defaults(algorithm)
-    own = ("learning_rate", "n_episodes", "batch_size", "n_epochs")
-    if missing := sorted({*own, "kl_coef"} - set(defaults)):
+    own = ("learning_rate", "n_episodes", "batch_size", "n_epochs", "kl_coef")
+    if missing := sorted(set(own) - set(defaults)):
         raise ValueError(
             f"Expected {algorithm.__name__}.__init__ to hand on **kwargs to OnPolicyAlgorithm; it doesn't take "
             f"{missing}."

@@ -73,10 +73,65 @@ class EvaluateConfig:
         if self.max_new_tokens is not None:
             check_integer("max_new_tokens", self.max_new_tokens, 1)
         if self.json is not None:
-            if not self.json.parent.is_dir():
-                raise FileNotFoundError(f"There is no directory {self.json.parent} to write {self.json.name} in.")
-            if self.json.is_dir() or not os.access(self.json if self.json.exists() else self.json.parent, os.W_OK):
-                raise PermissionError(f"{self.json} can't be written; choose another --json.")
+            _check_writable("--json", self.json)
+
+
+@dataclass
+class CriticConfig:
+    """Ask whether a critic is any good: compare its values with what really follows.
+
+    The policy writes texts for held-out prompts, and writes on several times from states along each of them.
+    docs/ppo.md says what the figures mean.
+    """
+
+    policy: Path
+    """The directory of a run, or of the policy in it."""
+    prompts: str | None = None
+    """The prompts; by default the held-out ones of the run."""
+    texts: int = 32
+    """The number of texts."""
+    positions: int = 6
+    """The number of states along each text, the first one included."""
+    branches: int = 8
+    """The number of times that the policy writes on from each state."""
+    plot: Path | None = None
+    """The picture; by default critic.png in the directory that is given."""
+    json: Path | None = None
+    """A file to which the results are written as JSON."""
+    seed: int = 0
+    """The seed of the prompts, the texts and the intervals."""
+    device: str = "auto"
+    """'auto', 'cpu', 'cuda', …"""
+    dtype: str = "float32"
+    """The floating-point type of the weights."""
+
+    def check(self) -> None:
+        """Refuse what can't be examined or written; nothing is loaded for this.
+
+        :raises ValueError: if a number is out of range.
+        :raises OSError: if ``plot`` or ``json`` can't be written.
+        """
+        for name in ("texts", "positions", "branches"):
+            check_integer(name, getattr(self, name), 2)
+        _check_writable("--plot", self.picture())
+        if self.json is not None:
+            _check_writable("--json", self.json)
+
+    def picture(self) -> Path:
+        """
+        :return: the file of the picture.
+        """
+        return self.policy / "critic.png" if self.plot is None else self.plot
+
+
+def _check_writable(option: str, path: Path) -> None:
+    """
+    :raises OSError: if there is no such file to be written.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no directory {path.parent} to write {path.name} in.")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(f"{path} can't be written; choose another {option}.")
 
 
 @dataclass
@@ -208,6 +263,15 @@ COMMANDS = {
             "textrlhf evaluate --policy runs/sums/policy --prompts sums.jsonl --samples-per-prompt 8 --pass-at-k 1 4 8",
             "textrlhf evaluate --policy builtin:arithmetic --reference builtin:arithmetic --task arithmetic",
         ),
+    ),
+    "critic": Command(
+        CriticConfig,
+        {
+            "What is examined": ("policy", "prompts", "texts", "positions", "branches", "seed"),
+            "What comes out": ("plot", "json"),
+            "The model": ("device", "dtype"),
+        },
+        ("textrlhf critic --policy runs/mine", "textrlhf critic --policy runs/mine/policy --json critic.json"),
     ),
     "sample": Command(
         SampleConfig,

@@ -19,7 +19,8 @@ from agents.state.arguments import check_number
 from agents.state.schedules import LearningRate
 from text_env.settings import EpisodeSettings, check_integer
 from text_env.shaping import PotentialShaping
-from text_env.task_names import model_of_task, said_by_name
+from text_env.task_names import make_task, model_of_task, said_by_name
+from text_env.tasks import Task
 from text_env.vector_env import TextVectorEnv, plain, wrapped_error
 from text_env.wrappers import CONTINUOUS_ID
 
@@ -51,7 +52,7 @@ class EnvConfig(EpisodeSettings):
     """A string that ends the text."""
     group_size: int | None = None  # type: ignore[assignment]
     """The number of consecutive episodes that share a prompt.
-    By default it is what the algorithm needs, 4 for RLOO and GRPO and 1 for the others."""
+    By default it is what the algorithm needs, 4 for RLOO, GRPO and DAPO and 1 for the others."""
     metrics: tyro.conf.Suppress[Mapping[str, Any] | None] = None
     """Further scores besides `gold`. They can be set only in Python and YAML."""
     shaping: str | None = None
@@ -79,29 +80,51 @@ class EnvConfig(EpisodeSettings):
         """
         :return: the same environment with the prompts that are held out, if there are such.
         """
-        task, kwargs = self._task()
-        if task is not None:
-            return dataclasses.replace(self, task=task, task_kwargs={**kwargs, "split": "eval"})
+        if self.has_task:
+            return dataclasses.replace(self, task_kwargs={**self.task_kwargs, "split": "eval"})
         return dataclasses.replace(self, prompts="builtin:eval") if self.prompts == "builtin" else self
+
+    def for_evaluation(self, prompts: str | None = None) -> EnvConfig:
+        """
+        :param prompts: the name of other prompts; None: those that are held out.
+        :return: the same environment with these prompts, which may be longer than those of the training.
+        """
+        config = self.held_out()
+        if prompts is not None:
+            config = dataclasses.replace(config, prompts=prompts)
+        left = config.max_prompt_tokens == EnvConfig.max_prompt_tokens
+        # A task says how long its own prompts can be; else the first ones would, and longer ones would be replaced.
+        left_to_task = left and config.has_task and prompts is None
+        if config.overlong_prompts == "error" and not left_to_task:
+            config = dataclasses.replace(config, max_prompt_tokens=None)
+        return config
 
     def model(self) -> str:
         """
         :return: the name of the model that the task was made for; without one, ``"builtin"``.
         """
+        return model_of_task(*self._task()) or "builtin"
+
+    def made_task(self) -> Task:
+        """
+        :return: the task that the environment poses.
+        :raises ValueError: if there is none, and for the reasons of :func:`text_env.task_names.make_task`.
+        """
         task, kwargs = self._task()
-        return model_of_task(task, parsed(kwargs)) or "builtin"
+        return make_task(task, **{name: value for name, value in kwargs.items() if name != "split"})
 
     @property
     def has_task(self) -> bool:
         """Whether the environment poses a task, by ``task`` or by the registered name."""
         return self._task()[0] is not None
 
-    def _task(self) -> tuple[Any, dict[str, str]]:
-        """The task and its arguments, those that the registered name stands for included; None: there is none."""
+    def _task(self) -> tuple[Any, dict[str, Any]]:
+        """The task (None: there is none) and its arguments, with those that the registered name stands for."""
+        given = parsed(self.task_kwargs)
+        if self.task is not None:
+            return self.task, given
         said = said_by_name(self.env)
-        if self.task is not None or self.task_kwargs:
-            return self.task or said.get("task"), self.task_kwargs
-        return said.get("task"), {name: json.dumps(value) for name, value in (said.get("task_kwargs") or {}).items()}
+        return said.get("task"), {**(said.get("task_kwargs") or {}), **given}
 
     def make(self, num_envs: int, model: str, gamma: float | None = None, **overrides: Any) -> TextVectorEnv:
         """Make the environment of a run.
@@ -126,7 +149,7 @@ class EnvConfig(EpisodeSettings):
             metrics={**(self.metrics or {}), **gold} or None,
             shaping=shaping,
             reward_kwargs=parsed(self.reward_kwargs),
-            task_kwargs=parsed(self.task_kwargs),
+            task_kwargs=self._task()[1],
         )
         for name in ("task", "task_kwargs"):  # whatever the registered name says
             if not options[name]:
@@ -156,7 +179,7 @@ class TrainConfig:
     """
 
     algo: str = "ppo"
-    """'ppo', 'a2c', 'reinforce', 'rloo', 'grpo', or 'module:Class' for another algorithm."""
+    """'ppo', 'a2c', 'reinforce', 'rloo', 'grpo', 'dapo', 'vineppo', or 'module:Class' for another algorithm."""
     model: str | None = None
     """'builtin', 'builtin:arithmetic', a directory, a hub name, a GGUF file, or the directory of a PEFT adapter, which
     is trained on. By default it is the task's own model, or else 'builtin'."""
@@ -180,13 +203,15 @@ class TrainConfig:
     """The number of episodes of a minibatch; by default that of the algorithm."""
     n_epochs: int | None = None
     """The number of passes over a rollout; by default that of the algorithm."""
-    kl_coef: float = 0.04
-    """β, the coefficient of the KL penalty. With 0 the KL divergence is measured without a penalty."""
+    kl_coef: float | None = None
+    """β, the coefficient of the KL penalty; by default that of the algorithm, which is 0.04 for all but DAPO's 0.
+    With 0 the KL divergence is measured without a penalty."""
     kl_target: float | None = None
     """A KL divergence in nats per episode. β is adapted to hold it; by default β is constant."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k1"
     """The estimator of the KL divergence at each token for the penalty.
-    k1 is the log-ratio; k2 and k3 have another gradient (docs/ppo.md)."""
+    k1 is the log-ratio; k2 and k3 have another gradient; exact is the sum over the vocabulary, with less noise
+    (docs/ppo.md)."""
     missing_eos_penalty: float | None = None
     """A number that is subtracted from the reward of texts that the response budget has cut off."""
     algo_kwargs: dict[str, str] = field(default_factory=dict)
@@ -235,7 +260,8 @@ class TrainConfig:
                 f"Expected batch_size, the episodes of a minibatch, to be at most n_episodes={self.n_episodes}, those "
                 f"of the rollout; got {self.batch_size}."
             )
-        check_number("kl_coef", self.kl_coef, least=0)
+        if self.kl_coef is not None:
+            check_number("kl_coef", self.kl_coef, least=0)
         check_number("temperature", self.temperature, above=0)
         check_integer("lora_alpha", self.lora_alpha, 1)
         if self.kl_target is not None:

@@ -11,9 +11,10 @@ from typing import Any
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 
-from agents.algorithms.on_policy import OnPolicyAlgorithm, default_rows
+from agents.algorithms.environments import default_rows
+from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.models.pretrained import resolve_dtype
-from agents.runs.algorithms import OWN_OPTIONS, algorithm_named, resolved
+from agents.runs.algorithms import OWN_OPTIONS, algorithm_named, discount, resolved
 from agents.runs.config import TrainConfig, dump_config, lora_kwargs, parsed
 from agents.runs.recording import Checkpoint, SampleTexts, check_directory, plot_learning_curve, remove_start
 from agents.state.arguments import argument_defaults
@@ -48,10 +49,9 @@ def train(config: TrainConfig) -> OnPolicyAlgorithm:
     assert config.model is not None
     assert config.n_episodes is not None
     assert config.n_epochs is not None
+    assert config.kl_coef is not None
     assert config.env.group_size is not None
-    algo_kwargs = parsed(config.algo_kwargs)
-    gamma = algo_kwargs.get("gamma", argument_defaults(algorithm).get("gamma", 1.0))
-    env = config.env.make(default_rows(config.n_episodes, config.env.group_size), config.model, gamma)
+    env = config.env.make(default_rows(config.n_episodes, config.env.group_size), config.model, discount(config))
     assert config.learning_rate is not None
     policy_kwargs: dict[str, Any] = {
         "model": config.model,
@@ -76,7 +76,7 @@ def train(config: TrainConfig) -> OnPolicyAlgorithm:
         policy_kwargs=policy_kwargs,
         seed=config.seed,
         device=config.device,
-        **algo_kwargs,
+        **parsed(config.algo_kwargs),
     )
     callbacks: list[BaseCallback] = [SampleTexts(directory / "samples.jsonl", config)]
     if config.checkpoint_every:

@@ -182,7 +182,7 @@ def test_a_process_without_right_texts_logs_the_mean_length_of_those_of_the_othe
     episodes = collect_episodes(model.policy, model.vector_env, 8, model.buffer)
     model.buffer.finalize()
     model.engine = OneMore(model.policy)
-    model._log_rollout(episodes, np.zeros(8), seconds=1.0)
+    model._log_rollout(episodes)
     logged = model.logger.name_to_value
     assert logged["objective/correct"] == 0.0
     assert logged["completions/mean_length_right"] == 1.0

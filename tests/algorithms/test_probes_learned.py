@@ -23,10 +23,12 @@ from agents.runs.algorithms import ALGORITHMS
 from text_env.probes import PROBES, VOCABULARY, Probe, make_probe
 from text_env.vector_env import TextVectorEnv
 
-OWN = ("ppo", "a2c", "reinforce", "rloo", "grpo")
+OWN = ("ppo", "a2c", "reinforce", "rloo", "grpo", "dapo", "vineppo")
 EPISODES = 32  # of a rollout
 TEXTS = 1024  # to measure a policy by
-STEPS = {"ppo": 8}  # gradient steps a rollout (two minibatches, four epochs); the others take one
+STEPS = {"ppo": 8, "vineppo": 8}  # gradient steps a rollout (two minibatches, four epochs); the others take one
+
+OPTIONS = {"vineppo": {"n_branches": 1, "branch_every": 3}}  # texts are short; branches count as tokens
 
 
 class Allowance(NamedTuple):
@@ -72,12 +74,14 @@ class StopWhenSolved(BaseCallback):
         return self.solution is None
 
 
-def make_learner(algorithm: str, name: str, seed: int = 0, **kwargs: Any) -> OnPolicyAlgorithm:
+def make_learner(
+    algorithm: str, name: str, seed: int = 0, group_size: int | None = None, **kwargs: Any
+) -> OnPolicyAlgorithm:
     cls = ALGORITHMS[algorithm]
     model = tiny_model("gpt2", len(VOCABULARY), seed=seed, num_hidden_layers=1, initializer_range=0.1)
     return cls(
         "CausalLMPolicy",
-        make_probe(name, EPISODES, group_size=cls.default_group_size),
+        make_probe(name, EPISODES, group_size=group_size or cls.default_group_size),
         # Of many small steps each is noisier than one large one: as for batches, the root of their number.
         learning_rate=ALLOWANCES[name].learning_rate / STEPS.get(algorithm, 1) ** 0.5,
         n_episodes=EPISODES,
@@ -86,7 +90,7 @@ def make_learner(algorithm: str, name: str, seed: int = 0, **kwargs: Any) -> OnP
         device="cpu",
         policy_kwargs={"model": model},
         stats_window_size=4 * EPISODES,
-        **kwargs,
+        **{**OPTIONS.get(algorithm, {}), **kwargs},
     )
 
 
@@ -129,6 +133,39 @@ def test_reinforce_with_a_learned_baseline_solves_every_probe(name: str) -> None
 @pytest.mark.parametrize("name", ["fixed-token", "count-to-eos", "early-credit"])
 def test_reinforce_without_a_baseline_solves_the_easier_probes(name: str) -> None:
     assert learned_score(make_learner("reinforce", name, baseline="none"), name) >= towards_optimum(PROBES[name], 0.95)
+
+
+# Settings under which an algorithm has another name. Where the ratio is what they change, there are several steps.
+SEVERAL_STEPS = {"batch_size": 16, "n_epochs": 2}
+RELATIVES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Dr. GRPO": ("grpo", {"loss_weighting": "constant", "scale_rewards": False}),
+    "GSPO": ("grpo", {"surrogate": "gspo", "clip_range": 0.02, "clip_range_high": 0.03, **SEVERAL_STEPS}),
+    "CISPO": ("grpo", {"surrogate": "cispo", "clip_range": 1.0, "clip_range_high": 0.5, **SEVERAL_STEPS}),
+    "PPO with the ratios of texts": ("ppo", {"surrogate": "gspo", "clip_range": 0.1}),
+    "PPO with clipped weights": ("ppo", {"surrogate": "cispo"}),
+    "PPO with dual clip, whitened by group": ("ppo", {"dual_clip": 3.0, "normalize_advantage": "group"}),
+    "VAPO": (
+        "ppo",
+        {
+            "critic_warmup_episodes": 64,
+            "gae_lambda_value": 1.0,
+            "length_adaptive_alpha": 1.0,
+            "clip_range_high": 0.28,
+            "positive_lm_coef": 0.1,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("relative", "name"),
+    [*((relative, "fixed-token") for relative in RELATIVES), ("Dr. GRPO", "copy-prompt"), ("GSPO", "copy-prompt")],
+)
+def test_the_relatives_of_ppo_and_grpo_solve_probes(relative: str, name: str) -> None:
+    algorithm, settings = RELATIVES[relative]
+    group_size = 4 if settings.get("normalize_advantage") == "group" else None
+    model = make_learner(algorithm, name, group_size=group_size, **settings)
+    assert learned_score(model, name) >= towards_optimum(PROBES[name], 0.95)
 
 
 def pay_for_another_text(model: OnPolicyAlgorithm) -> OnPolicyAlgorithm:

@@ -16,6 +16,7 @@ from agents.evaluation.evaluate import draw_prompts, evaluate
 from agents.evaluation.intervals import bootstrap_interval, compare, wilson_interval
 from agents.evaluation.pass_at_k import majority_at_k, pass_at_k
 from agents.evaluation.report import answers_table
+from agents.evaluation.right_answers import have_right_answers, measure_answers
 from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.sampling import sample_texts
 from text_env.vector_env import TextVectorEnv
@@ -110,6 +111,43 @@ def test_pass_at_1_is_what_the_metrics_call_correct() -> None:
     assert result["answers"]["policy"]["pass@1"] == pytest.approx(result["policy"]["correct"])
     low, _, high = (result["answers"]["policy"][name] for name in ("pass@1", "majority@7", "pass@7"))
     assert 0 < low < high <= 1
+
+
+def test_texts_without_a_right_answer_are_left_out_of_what_is_said_of_answers() -> None:
+    """A mixture of tasks: of each second prompt no right answer is known."""
+
+    def mixture(prompts: list[str], completion_ids: list[list[int]], log_extra: Callable[..., None], **_: Any) -> Any:
+        known = [PROMPTS.index(prompt) % 2 == 0 for prompt in prompts]
+        right = [float(len(ids) < 4) for ids in completion_ids]
+        log_extra("correct", [verdict if judge else None for verdict, judge in zip(right, known, strict=True)])
+        log_extra("answer", [str(len(ids)) for ids in completion_ids])
+        return right
+
+    env = make_env(4, reward=mixture)
+    result = evaluate(*make_pair(env), env, 32, samples_per_prompt=8, n_texts=32)
+    known = [text for text in result["texts"] if PROMPTS.index(text["prompt"]) % 2 == 0]
+    assert len(known) == 16
+    for writer in ("policy", "reference"):
+        share = np.mean([text[writer]["correct"] for text in known])
+        assert 0 < share < 1
+        assert result["answers"][writer]["pass@1"] == result[writer]["correct"] == share
+        assert all("correct" not in text[writer] for text in result["texts"] if text not in known)
+
+
+def test_whether_there_are_right_answers_does_not_depend_on_what_is_written() -> None:
+    right, wrong, unknown, partly = ({"correct": value} for value in (1.0, 0.0, None, 0.5))
+    assert all(have_right_answers(infos) for infos in ([right], [wrong, unknown], [{}, right, wrong]))
+    assert not any(have_right_answers(infos) for infos in ([unknown], [{}], [right, partly]))
+
+
+def test_the_same_answer_in_other_words_is_one_vote() -> None:
+    texts = [("1,000", "1000", 1.0), ("1000.0", "1000", 1.0), ("7", "7", 0.0), ("7", "7", 0.0), ("1e3", "1000", 1.0)]
+    infos = [{"answer": a, "vote": v, "correct": c, "length": 1} for a, v, c in texts]
+    drawn = np.zeros(5, int)
+    assert measure_answers(infos, drawn, infos[:1], drawn[:1], [5], 0).rates["majority@5"][0].tolist() == [1.0] * 5
+    for info in infos:
+        del info["vote"]
+    assert measure_answers(infos, drawn, infos[:1], drawn[:1], [5], 0).rates["majority@5"][0].tolist() == [0.0] * 5
 
 
 def test_another_policy_takes_the_references_place_here_too() -> None:

@@ -64,7 +64,7 @@ def packed(
 def ppo_loss(values: torch.Tensor, log_prob: torch.Tensor, entropy: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """PPO's loss of each step; `keys` tells steps apart, and stands in for what a rollout would have stored."""
     old_log_prob, advantages, returns = log_prob.detach() + 0.3 * torch.sin(keys), torch.cos(keys), torch.sin(2 * keys)
-    loss = clipped_surrogate(log_prob, old_log_prob, advantages, 0.2) - 0.01 * entropy
+    loss = clipped_surrogate(log_prob - old_log_prob, advantages, 0.2) - 0.01 * entropy
     return loss + 0.1 * value_loss(values.flatten(), values.flatten().detach() * 0, returns, 0.5)
 
 

@@ -64,11 +64,12 @@ def bits(run: PPO) -> dict[str, Any]:
     [
         {},
         {"kl_target": 0.5},
+        {"kl_estimator": "exact"},
         {"policy_kwargs": {"separate_critic": True, "optimizer_kwargs": {"fused": True}}},
         {"policy_kwargs": {"lora": {"r": 2, "target_modules": "all-linear"}}},
         {"policy_kwargs": {"prefix_cache": False}, "missing_eos_penalty": 0.5, "stats_window_size": 9},
     ],
-    ids=["ppo", "adaptive KL", "separate critic", "lora", "options"],
+    ids=["ppo", "adaptive KL", "exact KL", "separate critic", "lora", "options"],
 )
 def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path: Path, kwargs: dict[str, Any]) -> None:
     model = save_model(tmp_path / "model")

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents.objectives.advantages import discounted_returns, gae, variance, whiten
+from agents.objectives.advantages import (
+    discounted_returns,
+    gae,
+    length_adaptive_lambda,
+    variance,
+    whiten,
+    whiten_groups,
+)
 
 # Two episodes, of three steps and of two; the 99s are padding, which must not be looked at.
 REWARDS = np.array([[1.0, 2.0, 3.0], [5.0, -1.0, 99.0]])
@@ -90,6 +97,19 @@ def test_whitening_by_a_mean_over_two_processes_is_whitening_of_both_together() 
     assert np.abs(whiten(ours) - whitened).max() > 0.05  # the control: alone it is something else
 
 
+def test_groups_are_whitened_one_by_one() -> None:
+    # Two groups of two texts, of lengths 1 + 2 and 1 + 1. First: 1, 2, 6 with mean 3 and variance (4 + 1 + 9)/3.
+    # Second: 5, 5, which stays zero however large the other group is.
+    whitened = whiten_groups(np.array([1.0, 2.0, 6.0, 5.0, 5.0]), np.array([1, 2, 1, 1]), 2)
+    np.testing.assert_allclose(whitened, [*np.array([-2.0, -1.0, 3.0]) / np.sqrt(14 / 3), 0.0, 0.0], atol=1e-7)
+
+
+def test_one_group_of_everything_is_whitened_as_the_rollout_is() -> None:
+    advantages, lengths = np.random.default_rng(0).normal(1.0, 3.0, 20), np.array([3, 5, 8, 4])
+    np.testing.assert_array_equal(whiten_groups(advantages, lengths, 4), whiten(advantages))
+    assert np.abs(whiten_groups(advantages, lengths, 2) - whiten(advantages)).max() > 0.05
+
+
 # ---- identities ----------------------------------------------------------------------------------------------------
 
 numbers = st.floats(-10, 10, allow_subnormal=False)
@@ -155,3 +175,15 @@ def test_whitening_forgets_shift_and_scale(advantages: list[float], shift: float
 def test_shapes_that_do_not_match_are_refused() -> None:
     with pytest.raises(AssertionError, match=r"\(2, 3\), \(2, 2\)"):
         gae(REWARDS, VALUES[:, :2], ENDED, MASK, 1.0, 1.0)
+
+
+def test_each_episode_may_have_a_lambda_of_its_own() -> None:
+    both, _ = gae(REWARDS, VALUES, ENDED, MASK, 0.9, np.array([0.5, 1.0]))
+    for row, lambda_ in enumerate((0.5, 1.0)):
+        one, _ = gae(REWARDS, VALUES, ENDED, MASK, 0.9, lambda_)
+        np.testing.assert_array_equal(both[row], one[row])
+
+
+def test_the_length_adaptive_lambda_is_vapos() -> None:
+    # α = 0.05: 1 − 1/(0.05 · 100) = 0.8; 1 − 1/(0.05 · 1000) = 0.98; up to 20 steps it would be negative.
+    np.testing.assert_allclose(length_adaptive_lambda(np.array([100, 1000, 10, 20]), 0.05), [0.8, 0.98, 0.0, 0.0])

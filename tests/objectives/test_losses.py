@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents.objectives.kl import KL_ESTIMATORS, kl_k1, kl_k2, kl_k3
-from agents.objectives.losses import clipped_surrogate, policy_gradient, value_loss
+from agents.objectives.kl import KL_ESTIMATORS, kl_exact, kl_k1, kl_k2, kl_k3
+from agents.objectives.losses import (
+    cispo,
+    clip_ratio,
+    clipped_surrogate,
+    policy_gradient,
+    sequence_log_ratio,
+    truncated_importance_weight,
+    value_loss,
+)
 
 
 def log(*probabilities: float) -> torch.Tensor:
@@ -26,32 +36,37 @@ def test_the_clipped_surrogate_is_the_one_worked_out_by_hand() -> None:
     log_prob, old_log_prob = log(0.6, 0.6, 0.2, 0.2, 0.44), log(0.4, 0.4, 0.4, 0.4, 0.4)
     advantages = torch.tensor([2.0, -2.0, 2.0, -2.0, 3.0], dtype=torch.float64)
     expected = [-2.4, 3.0, -1.0, 1.6, -3.3]
-    np.testing.assert_allclose(clipped_surrogate(log_prob, old_log_prob, advantages, 0.2), expected, rtol=1e-12)
-    wrong = clipped_surrogate(log_prob, old_log_prob, advantages, 0.3).numpy()
+    np.testing.assert_allclose(clipped_surrogate(log_prob - old_log_prob, advantages, 0.2), expected, rtol=1e-12)
+    wrong = clipped_surrogate(log_prob - old_log_prob, advantages, 0.3).numpy()
     assert np.abs(wrong - expected).max() > 0.15  # another ε misses by a lot
 
 
 def test_a_clipped_ratio_has_no_gradient_and_an_unclipped_one_has() -> None:
     log_prob, old_log_prob = log(0.6, 0.6, 0.2, 0.2).requires_grad_(), log(0.4, 0.4, 0.4, 0.4)
     advantages = torch.tensor([2.0, -2.0, 2.0, -2.0], dtype=torch.float64)
-    clipped_surrogate(log_prob, old_log_prob, advantages, 0.2).sum().backward()
+    clipped_surrogate(log_prob - old_log_prob, advantages, 0.2).sum().backward()
     # d(−ρA)/d log π = −ρA where it isn't clipped: 0, 1.5 · 2, −0.5 · 2, 0
     np.testing.assert_allclose(log_prob.grad, [0.0, 3.0, -1.0, 0.0], rtol=1e-12)
 
 
 @given(st.lists(st.tuples(st.floats(-8, -0.01), st.floats(-5, 5)), min_size=1, max_size=10), st.floats(0.01, 0.5))
 @settings(max_examples=50, deadline=None)
-def test_at_ratio_one_the_surrogate_has_the_policy_gradient(tokens: list[tuple[float, float]], epsilon: float) -> None:
+def test_at_ratio_one_every_surrogate_has_the_policy_gradient(
+    tokens: list[tuple[float, float]], epsilon: float
+) -> None:
     values, advantages = torch.tensor(tokens, dtype=torch.float64).unbind(dim=1)
     gradients = []
     for loss in (
-        lambda x: clipped_surrogate(x, values, advantages, epsilon),
         lambda x: policy_gradient(x, advantages),
+        lambda x: clipped_surrogate(x - values, advantages, epsilon),
+        lambda x: cispo(x, x - values, advantages, epsilon),
+        lambda x: clipped_surrogate(sequence_log_ratio(x - values, torch.tensor([len(x)])), advantages, epsilon),
     ):
         log_prob = values.clone().requires_grad_()
         loss(log_prob).mean().backward()
         gradients.append(log_prob.grad)
-    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-12, rtol=1e-12)
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0], atol=1e-12, rtol=1e-12)
 
 
 def test_the_policy_gradient_is_the_one_worked_out_by_hand() -> None:
@@ -78,6 +93,104 @@ def test_clipping_never_lowers_the_value_loss(tokens: list[tuple[float, float, f
     torch.testing.assert_close(clipped[near], free[near])
 
 
+# ---- relatives of the surrogate ------------------------------------------------------------------------------------
+
+
+def gradient_of(loss: Callable[[torch.Tensor], torch.Tensor], log_prob: torch.Tensor) -> torch.Tensor:
+    log_prob = log_prob.clone().requires_grad_()
+    return torch.autograd.grad(loss(log_prob).sum(), log_prob)[0]
+
+
+def test_clip_higher_moves_the_upper_bound_alone() -> None:
+    # ε_low = 0.2, ε_high = 0.5.
+    #   ρ = 1.4, A =  2: min(2.8, 1.4 · 2)  =  2.8    within the range, where ε = 0.2 would make it 1.2 · 2 = 2.4
+    #   ρ = 2.0, A =  2: min(4.0, 1.5 · 2)  =  3.0    clipped
+    #   ρ = 2.0, A = −2: min(−4.0, −3.0)    = −4.0    not clipped
+    #   ρ = 0.5, A = −2: min(−1.0, 0.8 · −2) = −1.6   clipped at the lower bound
+    log_ratio, advantages = log(1.4, 2.0, 2.0, 0.5), torch.tensor([2.0, 2.0, -2.0, -2.0], dtype=torch.float64)
+    np.testing.assert_allclose(clipped_surrogate(log_ratio, advantages, 0.2, 0.5), [-2.8, -3.0, 4.0, 1.6], rtol=1e-12)
+    gradient = gradient_of(lambda x: clipped_surrogate(x, advantages, 0.2, 0.5), log_ratio)
+    np.testing.assert_allclose(gradient, [-2.8, 0.0, 4.0, 0.0], rtol=1e-12)
+    np.testing.assert_allclose(clip_ratio(log_ratio.exp(), 0.2, 0.5), [1.4, 1.5, 1.5, 0.8], rtol=1e-12)
+
+
+def test_dual_clip_bounds_what_a_bad_token_can_cost() -> None:
+    # c = 3. ρ = 5, A = −2: max(−10, 3 · −2) = −6, without gradient.  ρ = 2, A = −2: max(−4, −6) = −4, as without c.
+    log_ratio, advantages = log(5.0, 2.0), torch.tensor([-2.0, -2.0], dtype=torch.float64)
+    np.testing.assert_allclose(clipped_surrogate(log_ratio, advantages, 0.2, dual_clip=3.0), [6.0, 4.0], rtol=1e-12)
+    gradient = gradient_of(lambda x: clipped_surrogate(x, advantages, 0.2, dual_clip=3.0), log_ratio)
+    np.testing.assert_allclose(gradient, [0.0, 4.0], rtol=1e-12)
+
+
+@given(st.lists(st.tuples(st.floats(-3, 3), st.floats(0, 5)), min_size=1, max_size=10), st.floats(1.01, 4))
+@settings(max_examples=50, deadline=None)
+def test_with_positive_advantages_dual_clip_is_the_plain_surrogate(tokens: list[tuple[float, float]], c: float) -> None:
+    log_ratio, advantages = torch.tensor(tokens, dtype=torch.float64).unbind(dim=1)
+    plain = clipped_surrogate(log_ratio, advantages, 0.2)
+    assert torch.equal(clipped_surrogate(log_ratio, advantages, 0.2, dual_clip=c), plain)
+
+
+def test_cispo_is_the_one_worked_out_by_hand_and_a_clipped_token_keeps_its_gradient() -> None:
+    # π = 0.6, 0.2, 0.44 and π_old = 0.4: ρ = 1.5, 0.5, 1.1; clipped with ε_low = 0.2, ε_high = 0.3: 1.3, 0.8, 1.1.
+    log_prob, old_log_prob = log(0.6, 0.2, 0.44), log(0.4, 0.4, 0.4)
+    advantages = torch.tensor([2.0, -2.0, 3.0], dtype=torch.float64)
+    expected = [-1.3 * 2 * np.log(0.6), 0.8 * 2 * np.log(0.2), -1.1 * 3 * np.log(0.44)]
+    np.testing.assert_allclose(cispo(log_prob, log_prob - old_log_prob, advantages, 0.2, 0.3), expected, rtol=1e-12)
+    gradient = gradient_of(lambda x: cispo(x, x - old_log_prob, advantages, 0.2, 0.3), log_prob)
+    np.testing.assert_allclose(gradient, [-2.6, 1.6, -3.3], rtol=1e-12)
+    clipped = gradient_of(lambda x: clipped_surrogate(x - old_log_prob, advantages, 0.2, 0.3), log_prob)
+    np.testing.assert_allclose(clipped, [0.0, 0.0, -3.3], rtol=1e-12)
+
+
+def test_the_ratio_of_a_text_is_the_geometric_mean_of_those_of_its_tokens() -> None:
+    # Two texts: ratios 2, 8 with the mean √16 = 4; and 0.5 alone.
+    ratio = sequence_log_ratio(log(2.0, 8.0, 0.5), torch.tensor([2, 1])).exp()
+    np.testing.assert_allclose(ratio, [4.0, 4.0, 0.5], rtol=1e-12)
+    # Each token has its own gradient, d s_t / d log π_t = s, and not that of the others.
+    gradient = gradient_of(lambda x: sequence_log_ratio(x, torch.tensor([2, 1])).exp(), log(2.0, 8.0, 0.5))
+    np.testing.assert_allclose(gradient, [4.0, 4.0, 0.5], rtol=1e-12)
+
+
+@given(st.lists(st.tuples(st.floats(-1, 1), st.floats(-5, 5)), min_size=1, max_size=10))
+@settings(max_examples=50, deadline=None)
+def test_for_texts_of_one_token_gspo_is_ppo(tokens: list[tuple[float, float]]) -> None:
+    log_ratio, advantages = torch.tensor(tokens, dtype=torch.float64).unbind(dim=1)
+    ones = torch.ones(len(tokens), dtype=torch.int64)
+    assert torch.equal(sequence_log_ratio(log_ratio, ones), log_ratio)
+    gspo = gradient_of(lambda x: clipped_surrogate(sequence_log_ratio(x, ones), advantages, 0.2), log_ratio)
+    assert torch.equal(gspo, gradient_of(lambda x: clipped_surrogate(x, advantages, 0.2), log_ratio))
+
+
+def test_with_one_advantage_for_a_text_gspo_token_has_the_gradient_of_gspo() -> None:
+    """GSPO's own objective is min(s A, clip(s) A) for each text, with s differentiated as it stands (eq. 5 and 10)."""
+    log_ratio, lengths = log(1.1, 0.8, 1.3, 1.05, 0.9), torch.tensor([2, 3])
+    advantages = torch.tensor([1.5, -0.5], dtype=torch.float64)
+
+    def of_texts(x: torch.Tensor) -> torch.Tensor:
+        return clipped_surrogate(torch.stack([text.mean() for text in x.split([2, 3])]), advantages, 0.5)
+
+    def of_tokens(x: torch.Tensor) -> torch.Tensor:  # the mean over the tokens of a text, as with "sequence"
+        loss = clipped_surrogate(sequence_log_ratio(x, lengths), advantages.repeat_interleave(lengths), 0.5)
+        return torch.stack([text.mean() for text in loss.split([2, 3])])
+
+    torch.testing.assert_close(of_tokens(log_ratio), of_texts(log_ratio))
+    torch.testing.assert_close(gradient_of(of_tokens, log_ratio), gradient_of(of_texts, log_ratio))
+
+
+def test_importance_weights_are_truncated_from_above_alone() -> None:
+    # π_old/μ = 0.6/0.2 = 3, which C = 2 cuts; 0.1/0.4 = 0.25; 0.3/0.3 = 1.
+    weight = truncated_importance_weight(log(0.6, 0.1, 0.3), log(0.2, 0.4, 0.3), 2.0)
+    np.testing.assert_allclose(weight, [2.0, 0.25, 1.0], rtol=1e-12)
+
+
+def test_importance_weights_that_are_not_truncated_make_samples_of_mu_mean_what_those_of_pi_old_mean() -> None:
+    mu, pi_old = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.3, 0.5])
+    losses = torch.tensor([1.0, -2.0, 4.0])
+    weight = truncated_importance_weight(pi_old.log(), mu.log(), 10.0)
+    assert float((mu * weight * losses).sum()) == pytest.approx(float((pi_old * losses).sum()))
+    assert float((mu * losses).sum()) != pytest.approx(float((pi_old * losses).sum()), abs=0.5)  # the control
+
+
 # ---- KL estimators -------------------------------------------------------------------------------------------------
 
 P, Q = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
@@ -100,6 +213,26 @@ def test_k1_and_k3_have_the_true_kl_as_their_mean_and_k2_has_not() -> None:
     assert float((P * kl_k3(log_ratio)).sum()) == pytest.approx(0.2748872, abs=1e-7)
     # k2's mean is 0.7 · 0.4197943 = 0.2938560
     assert float((P * kl_k2(log_ratio)).sum()) == pytest.approx(0.2938560, abs=1e-7)
+
+
+def test_the_exact_divergence_of_two_tokens_is_the_one_worked_out_by_hand_and_a_forbidden_third_adds_nothing() -> None:
+    # p = ¾, ¼;  q = ½, ½:  ¾ log 1.5 + ¼ log 0.5 = 0.3040988 − 0.1732868
+    p, q = torch.tensor([[0.75, 0.25, 0.0]], dtype=torch.float64), torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64)
+    assert float(kl_exact(p.log(), q.log())) == pytest.approx(0.1308120, abs=1e-7)
+    assert float(kl_exact(q.log(), p.log())) == pytest.approx(0.5 * np.log(4 / 3), abs=1e-7)  # ½ log ⅔ + ½ log 2
+    # d/dlogit_v = p_v (log p_v/q_v − KL):  ¾ (0.4054651 − 0.1308120);  ¼ (−0.6931472 − 0.1308120)
+    logits = p.log().requires_grad_()
+    kl_exact(logits.log_softmax(-1), q.log()).backward()
+    np.testing.assert_allclose(logits.grad, [[0.2059898, -0.2059898, 0.0]], atol=1e-7)
+
+
+def test_the_exact_divergence_is_the_mean_of_k1_and_its_gradient_is_the_numerical_one() -> None:
+    log_ratio = (P / Q).log()
+    assert float(kl_exact(P.log(), Q.log())) == pytest.approx(float((P * kl_k1(log_ratio)).sum()), abs=1e-12)
+    generator = torch.Generator().manual_seed(0)
+    logits, ref_logits = 2 * torch.randn(2, 5, 7, generator=generator, dtype=torch.float64)
+    ref_log_probs = ref_logits.log_softmax(-1)
+    assert torch.autograd.gradcheck(lambda x: kl_exact(x.log_softmax(-1), ref_log_probs), (logits.requires_grad_(),))
 
 
 def test_with_the_ratio_the_wrong_way_round_k3_misses_by_a_lot() -> None:

@@ -136,7 +136,7 @@ def test_without_a_reference_every_estimate_is_zero() -> None:
 
 
 def test_an_unknown_estimator_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"Expected kl_estimator to be one of \['k1', 'k2', 'k3'\], got 'k4'"):
+    with pytest.raises(ValueError, match=r"Expected kl_estimator to be one of \('k1', 'k2', 'k3', 'exact'\), got 'k4'"):
         make_buffer(2, kl_estimator="k4")
 
 
@@ -357,3 +357,13 @@ def test_a_reference_may_go_by_name(tmp_path: Any) -> None:
     model.learn(16)
     assert isinstance(model.rollout_buffer.reference, Reference)
     assert np.abs(model.rollout_buffer.log_ratio).max() < 1e-5  # the rollout was the first: policy = reference
+
+
+def test_the_samples_of_a_batch_know_the_lengths_and_the_scores_of_their_texts() -> None:
+    buffer = three_steps_of_two_rows(make_buffer(2))
+    buffer.finalize()
+    batch = np.array([2, 0])
+    assert buffer.pack(batch).lengths.tolist() == buffer.lengths[batch].tolist() == [1, 3]
+    assert buffer.pack(batch).scores.isnan().all()  # nobody has said
+    buffer.scores[:] = [0.5, 2.0, -1.0]
+    assert buffer.pack(batch).scores.tolist() == [-1.0, 0.5, 0.5, 0.5]

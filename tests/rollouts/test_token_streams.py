@@ -148,6 +148,28 @@ def test_what_several_collectors_gathered_is_one_rollout() -> None:
     assert ours.actions.equal(theirs.actions)
 
 
+def test_chosen_episodes_of_another_buffer_are_appended_whole_and_in_their_order() -> None:
+    env = make_env(3)
+    policy = make_policy(env, model=make_model(ends=0.2))
+    torch.manual_seed(1)
+    collect_episodes(policy, env, 6, gathered := buffer_of(env))
+    chosen = np.array([1, 2, 5])
+    part = buffer_of(env)
+    part.reset()
+    for episodes in (chosen, chosen[:0], chosen[1:]):
+        part.extend(gathered, episodes)
+    kept = np.concatenate([chosen, chosen[1:]])
+    for buffer in (part, gathered):
+        buffer.finalize()
+    assert len(set(gathered.lengths)) > 2
+    assert streams_of(part) == [streams_of(gathered)[episode] for episode in kept]
+    for name in ("values", "log_probs", "rewards"):
+        np.testing.assert_array_equal(getattr(part, name), getattr(gathered, name)[gathered._token_index(kept)])
+    ours, theirs = part.pack(np.array([4])), gathered.pack(np.array([5]))
+    assert ours.observations["prompt_length"].equal(theirs.observations["prompt_length"])
+    assert ours.actions.equal(theirs.actions)
+
+
 def test_only_whole_episodes_that_are_not_laid_out_yet_can_be_joined() -> None:
     env = make_env(2)
     buffers = [buffer_of(env) for _ in range(3)]

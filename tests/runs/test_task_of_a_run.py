@@ -12,7 +12,7 @@ import pytest
 import text_env.builtin
 from agents.cli import main
 from agents.runs.config import EnvConfig
-from text_env import Task, TextEnv
+from text_env import Task, TextEnv, TextVectorEnv
 
 MODULE = "test_task_of_a_run"
 BUILTIN = str(Path(text_env.builtin.__file__).parent / "language_model")
@@ -21,6 +21,10 @@ BUILTIN = str(Path(text_env.builtin.__file__).parent / "language_model")
 
 def one_sum(largest: int = 9) -> Task:
     return Task("one sum", lambda split: [{"prompt": f"1+{largest}=", "answer": 1 + largest}], "correct", {"n": len_of})
+
+
+def split_sums(largest: int, write: Any) -> Task:
+    return Task("split sums", lambda split: [{"prompt": f"{split} {write(largest)}=", "answer": largest}], "correct")
 
 
 def len_of(completions: list[str], **_: Any) -> list[float]:
@@ -55,12 +59,17 @@ def test_a_run_trains_on_one_part_and_is_measured_on_the_other(named: dict[str, 
 
 
 def test_the_arguments_that_a_registered_name_stands_for_hold_for_the_held_out_part() -> None:
-    gym.register("OneSum-v0", TextEnv, kwargs={"task": f"{MODULE}:one_sum", "task_kwargs": {"largest": 9}})
+    """Live objects too, which no configuration can write down."""
+    kwargs = {"task": split_sums, "task_kwargs": {"largest": 9, "write": str}}
+    gym.register("OneSum-v0", TextEnv, vector_entry_point=TextVectorEnv, kwargs=kwargs)
     try:
-        held_out = EnvConfig(env="OneSum-v0").held_out()
-        assert (held_out.task, held_out.task_kwargs) == (f"{MODULE}:one_sum", {"largest": "9", "split": "eval"})
-        given = EnvConfig(env="OneSum-v0", task_kwargs={"largest": "5"}).held_out()
-        assert given.task_kwargs == {"largest": "5", "split": "eval"}
+        config = EnvConfig(env="OneSum-v0")
+        assert [prompt.text for prompt in config.make(1, BUILTIN).prompts] == ["train 9="]
+        assert [prompt.text for prompt in config.held_out().make(1, BUILTIN).prompts] == ["eval 9="]
+        given = EnvConfig(env="OneSum-v0", task_kwargs={"largest": "5"})
+        assert [prompt.text for prompt in given.held_out().make(1, BUILTIN).prompts] == ["eval 5="]
+        assert config.held_out().held_out() == config.held_out()
+        assert given.made_task().name == "split sums"
     finally:
         del gym.registry["OneSum-v0"]
 

@@ -240,7 +240,17 @@ def test_answers_and_their_form_are_logged_also_by_a_part_of_a_sum(wrap: Any) ->
         "correct": [1.0, 0.0, 0.0, 0.0],
         "well_formed": [1.0, 1.0, 0.0, 0.0],
         "answer": ["4", "5", None, "3/0"],
+        "vote": ["4", "5", None, "3/0"],
     }
+
+
+def test_answers_that_are_the_same_vote_for_the_same() -> None:
+    same = ["1,000", "1000.0", "$1e3", "2000/2", "1000 ."]
+    heard = logged(Verifier("whole"), texts([*same, "1001", "a  thousand"], answer=["1000"] * 7))
+    assert heard["answer"][:5] == same
+    assert heard["vote"] == [*["1000"] * 3, "1000", "1000 .", "1001", "a thousand"]
+    heard = logged(Verifier("whole", "exact"), texts(["12", "12.0", "a b", "a\n b"], answer=["12"] * 4))
+    assert heard["vote"] == ["12", "12.0", "a b", "a b"]
 
 
 def test_what_extractor_and_matcher_raise_on_a_text_is_worth_zero() -> None:
@@ -252,8 +262,17 @@ def test_what_extractor_and_matcher_raise_on_a_text_is_worth_zero() -> None:
     def match(answer: str, expected: str) -> float:
         return 1 / len(answer.strip("x"))
 
-    heard = logged(Verifier(extract, match), texts(["ab", "x", "deep"], answer=["?"] * 3))
-    assert heard == {"correct": [0.5, 0.0, 0.0], "well_formed": [1.0, 0.0, 0.0], "answer": ["ab", "x", None]}
+    heard = logged(Verifier(extract, match), texts(["a", "x", "deep"], answer=["?"] * 3))
+    assert heard["correct"] == [1.0, 0.0, 0.0]
+    assert heard["well_formed"] == [1.0, 0.0, 0.0]
+    assert heard["answer"] == ["a", "x", None]
+
+
+def test_a_partly_right_answer_is_paid_its_part_and_called_wrong() -> None:
+    verify = Verifier("whole", lambda answer, expected: len(answer) / 4)
+    batch = texts(["a", "abcd"], answer=["?", "?"])
+    assert score(verify, batch).tolist() == [0.25, 1.0]
+    assert logged(verify, batch)["correct"] == [0.0, 1.0]
 
 
 def test_a_conversation_is_read_where_the_assistant_speaks() -> None:

@@ -19,7 +19,7 @@ from text_env.answers import ExpectedAnswerError, Verifier
 from text_env.bounded_calls import BoundedCallError
 from text_env.generated import ATTEMPTS, split_of
 from text_env.prompts import Prompts
-from text_env.reasoning_gym_tasks import INSTRUCTION, RUNS_ANSWERS, reasoning_gym_task
+from text_env.reasoning_gym_tasks import INSTRUCTION, ONE_IN, RUNS_ANSWERS, reasoning_gym_task
 from text_env.task_names import make_task
 
 pytest.importorskip("reasoning_gym")
@@ -28,9 +28,6 @@ NAMES = reasoning_gym_tasks._names()
 
 # One problem takes a second to make.
 SLOW = {"knight_swap", "quantum_lock"}
-
-# A mistake of reasoning-gym 0.1.25, which compares the truth of two strings: every answer but an empty one is right.
-LAX = {"game_of_life_halting"}
 
 
 @pytest.fixture
@@ -61,17 +58,56 @@ def test_a_data_set_poses_problems_and_judges_answers_to_them(name: str) -> None
         assert task.name == f"reasoning_gym:{name}"
         row = task.prompts("train")[1]
         assert row["prompt"].endswith(INSTRUCTION)
-        assert split_of(row["prompt"]) == "train"
+        assert split_of(row["prompt"].removesuffix(INSTRUCTION), ONE_IN) == "train"
         if row["answer"] is not None:
             assert judged(task, row, f"So be it. <answer>{row['answer']}</answer>")[:2] == (1.0, 1.0)
         assert judged(task, row, f"{row['answer']}") == (0.0, 0.0, None)  # it is asked for in tags
-        for junk in ("junk", "((", "[]", "\x00", "☃", "9" * 5000):
+        for junk in ("junk", "((", "[]", "\x00", "☃", "9" * 5000, "nan", "nan + nani", "-inf", "1e999", "null", "1/0"):
             score, well_formed, answer = judged(task, row, f"<answer>{junk}</answer>")
-            assert 0 <= score < 1 or name in LAX
+            assert 0 <= score < 1
             assert well_formed in (0.0, 1.0)
             assert answer == junk.strip()
     prompt = Prompts([row], tiny_tokenizer(), None)[0]
     assert prompt.columns == {"problem": row["problem"], "answer": row["answer"]}
+
+
+def each_number(answer: str, other: str) -> str:
+    return re.sub(r"-?[0-9.]+", other, answer)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "right"),
+    [
+        ("coin_flip", lambda item: "0", str),
+        ("coin_flip", lambda item: "15", lambda right: f"{1.00005 * float(right)}"),
+        ("complex_arithmetic", lambda item: each_number(item["answer"], "nan"), lambda right: right.replace(".0", "")),
+        ("game_of_life_halting", lambda item: {"True": "False", "False": "True"}[item["answer"]], str),
+        ("game_of_life_halting", lambda item: "junk", str),
+        ("gsm_symbolic", lambda item: f"-{item['answer']}", lambda right: f"It is {right}."),
+        ("gsm_symbolic", lambda item: f"{item['answer']} or 77777", lambda right: f"${right}"),
+        ("number_sorting", lambda item: each_number(item["answer"], "NaN"), lambda right: right.replace("'", '"')),
+        ("puzzle24", lambda item: "6*4*1*1", lambda right: f"({right})"),
+        ("puzzle24", lambda item: "8*3 + 1/2", str),
+    ],
+)
+def test_a_wrong_answer_that_the_data_set_calls_right_is_worth_nothing(name: str, wrong: Any, right: Any) -> None:
+    n_fooled = 0
+    for number in range(8):
+        item = reasoning_gym_tasks._item(name, 0, "{}", number)
+        junk = wrong(item)
+        n_fooled += reasoning_gym_tasks._dataset(name, 0, "{}").score_answer(junk, item) >= 1
+        assert reasoning_gym_tasks.score(name, 0, "{}", number, junk) < 1, junk
+        assert reasoning_gym_tasks.score(name, 0, "{}", number, right(item["answer"])) == 1
+    assert n_fooled  # else there would be nothing to mend
+
+
+def test_a_score_that_is_beyond_its_range_is_none() -> None:
+    """The sum of nine ninths is more than 1, for the first nine letters of ten."""
+    item = reasoning_gym_tasks._item("spell_backward", 0, "{}", 0)
+    assert len(item["answer"]) == 9
+    assert reasoning_gym_tasks._dataset("spell_backward", 0, "{}").score_answer(item["answer"] + "a", item) > 1
+    assert reasoning_gym_tasks.score("spell_backward", 0, "{}", 0, item["answer"] + "a") == 0
+    assert reasoning_gym_tasks.score("spell_backward", 0, "{}", 0, item["answer"]) == 1
 
 
 @pytest.mark.parametrize("name", ["acre", "chain_sum", "gsm_symbolic", "list_functions", "pool_matrix", "word_ladder"])
@@ -111,9 +147,21 @@ def test_the_configuration_and_the_seed_make_the_problems() -> None:
         prompt: str = reasoning_gym_task("chain_sum", 5, **kwargs).prompts("train")[2]["prompt"]
         return prompt
 
-    assert first() == first(seed=0) != first(seed=1)
+    assert first() == first(seed=0) != first(seed=100)
     assert len(re.findall(r"\d+", first(min_terms=9, max_terms=9))) == 9
-    assert first(instruction="\nAnswer:").endswith("\nAnswer:")
+    assert first(instruction="\nAnswer:") == first().removesuffix(INSTRUCTION) + "\nAnswer:"
+
+
+def test_another_instruction_brings_no_held_out_problem_into_the_training() -> None:
+    few = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    train, held_out = (
+        {
+            row["prompt"].removesuffix(text)
+            for row in reasoning_gym_task("chain_sum", 60, instruction=text, **few).prompts(split)
+        }
+        for split, text in (("train", INSTRUCTION), ("eval", "\nAnswer:"))
+    )
+    assert not train & held_out
 
 
 def test_partial_credit_is_paid_and_a_right_answer_is_still_counted(same_process: None) -> None:
@@ -125,8 +173,6 @@ def test_partial_credit_is_paid_and_a_right_answer_is_still_counted(same_process
         if 0 < judged(partial, row, f"<answer>{guess}</answer>")[0] < 1
     )
     assert judged(plain, row, near)[:2] == (0.0, 1.0)
-    assert plain.metrics == {}
-    assert partial.metrics["correct"].judge(near, row["problem"])[0] == 0.0
     env = TextEnv(
         task="reasoning_gym:time_intervals", task_kwargs={"size": 5, "partial_credit": True}, max_new_tokens=200
     )

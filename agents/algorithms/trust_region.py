@@ -1,0 +1,85 @@
+"""A trust region that is held: what an update has changed too much is taken back in part.
+
+Clipping alone does not hold one. It removes the gradient of a token whose ratio has left the clip range, but not the
+momentum, nor what other tokens do to it, and nothing at all of the first step (Engstrom et al. 2020,
+https://arxiv.org/abs/2005.12729). How far a step goes is decided by the learning rate, and which is too high depends on
+the task: where rewards are rare, most of a gradient is noise, and steps in its direction still have the full length,
+since Adam divides by the gradient's size.
+
+The distance is the KL divergence of an *episode*, since it is the episode that is scored: by Pinsker's inequality the
+mean of a score between 0 and 1 changes by at most √(KL / 2).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from agents.algorithms.engine import Engine
+from agents.objectives.kl import kl_k3
+from agents.policies.causal_lm_policy import CausalLMPolicy, is_actor
+from agents.rollouts.episode_buffer import EpisodeBuffer
+
+# The number of episodes that the distance is measured on.
+MEASURED_EPISODES = 32
+# How often an update is shortened at most. Once is enough where KL grows with the square of the step.
+MAX_CUTS = 4
+# What a distance may exceed the limit by before another cut.
+TOLERANCE = 1.1
+
+
+class TrustRegion:
+    """The weights of the actor before an update, and the distance from them that the update may reach.
+
+    :param policy: the policy, before the update.
+    :param limit: the largest KL(π_old ‖ π), in nats per episode.
+    :param engine: the engine, which knows of other processes.
+    :param micro_batch_tokens: the number of tokens of one forward pass.
+    """
+
+    def __init__(self, policy: CausalLMPolicy, limit: float, engine: Engine, micro_batch_tokens: int) -> None:
+        self._policy = policy
+        self._limit = limit
+        self._engine = engine
+        self._micro_batch_tokens = micro_batch_tokens
+        self._actor = [p for name, p in policy.named_parameters() if is_actor(name, p)]
+        self._before = [p.detach().clone() for p in self._actor]
+
+    def hold(self, buffer: EpisodeBuffer) -> tuple[float, float]:
+        """Shorten the update until it is within the limit.
+
+        :param buffer: the rollout, sampled by the policy before the update.
+        :return: the KL divergence that the whole update would have reached, in nats per episode; and the share of the
+            update that is kept, 1 where it is within the limit.
+        """
+        reached = kl = self.distance(buffer)
+        kept = 1.0
+        for _ in range(MAX_CUTS):
+            if kl <= TOLERANCE * self._limit:
+                break
+            cut = math.sqrt(self._limit / kl) if math.isfinite(kl) else 0.1
+            self._shorten(cut)
+            kept *= cut
+            kl = self.distance(buffer)
+        return reached, kept
+
+    @torch.no_grad()
+    def distance(self, buffer: EpisodeBuffer) -> float:
+        """
+        :param buffer: the rollout.
+        :return: KL(π_old ‖ π) in nats per episode, of the first episodes of the rollout.
+        """
+        lengths = buffer.lengths[:MEASURED_EPISODES]
+        total = 0.0
+        for part in buffer.batches(np.arange(len(lengths)), self._micro_batch_tokens):
+            samples = buffer.pack(part)
+            _, log_prob, _ = self._policy.evaluate_actions(samples.observations, samples.actions)
+            total += float(kl_k3((samples.old_log_prob - log_prob).double()).sum())
+        return self._engine.total(total) / self._engine.total(len(lengths))
+
+    @torch.no_grad()
+    def _shorten(self, share: float) -> None:
+        for parameter, before in zip(self._actor, self._before, strict=True):
+            parameter.copy_(torch.lerp(before, parameter, share))

@@ -1,0 +1,78 @@
+"""The trust region of PPO: an update never goes further than it may, whatever the learning rate is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from learners import largest_difference, make_env, make_model, make_ppo, weights_of
+
+from agents.algorithms.ppo import PPO
+from agents.algorithms.trust_region import TOLERANCE, TrustRegion
+
+
+def distance(model: PPO) -> float:
+    """KL(π_old ‖ π) in nats per episode, from all texts of the last rollout: the mean of ρ − 1 − log ρ."""
+    buffer = model.buffer
+    samples = buffer.pack(np.arange(buffer.n_episodes))
+    with torch.no_grad():
+        _, log_prob, _ = model.policy.evaluate_actions(samples.observations, samples.actions)
+    log_ratio = (log_prob - samples.old_log_prob).double()
+    return float((torch.expm1(log_ratio) - log_ratio).sum()) / buffer.n_episodes
+
+
+@pytest.mark.parametrize("learning_rate", [1e-3, 1e-2, 1e-1])
+def test_an_update_stays_within_the_limit_whatever_the_learning_rate(learning_rate: float) -> None:
+    free = make_ppo(make_env(32), learning_rate=learning_rate, n_episodes=32, batch_size=8)
+    free.learn(1)
+    assert distance(free) > 0.1
+    held = make_ppo(make_env(32), learning_rate=learning_rate, n_episodes=32, batch_size=8, trust_region=0.05)
+    for _ in range(3):
+        held.learn(1)
+        assert 0.005 < distance(held) <= TOLERANCE * 0.05
+
+
+def test_an_update_that_stays_within_the_limit_is_not_touched() -> None:
+    ends = []
+    for limit in (None, 100.0):
+        model = make_ppo(trust_region=limit)
+        model.learn(60)
+        ends.append(weights_of(model.policy))
+    assert largest_difference(*ends) == 0
+
+
+def test_the_learning_rate_follows_what_was_taken_back_and_recovers() -> None:
+    model = make_ppo(make_env(32), learning_rate=1e-2, n_episodes=32, batch_size=8, trust_region=0.05)
+    model.learn(1)
+    assert model.step_factor == 0.5  # the update went too far by much more
+    model.trust_region = 1e6
+    model.learn(1)
+    actor, critic = (group["lr"] for group in model.policy.optimizer.param_groups)
+    assert (actor, critic) == (pytest.approx(0.5e-2), pytest.approx(1e-2))  # the critic's is left alone
+    assert model.step_factor == pytest.approx(0.6)
+
+
+def test_the_distance_is_the_mean_over_episodes_of_summed_divergences() -> None:
+    model = make_ppo(make_env(8), learning_rate=1e-2)
+    region = TrustRegion(model.policy, 1.0, model.engine, 64)
+    model.learn(1)
+    assert region.distance(model.buffer) == pytest.approx(distance(model), rel=1e-4)
+
+
+def test_weights_that_are_no_numbers_are_taken_back() -> None:
+    model = make_ppo(model=make_model(ends=0.2))
+    model.learn(1)
+    region = TrustRegion(model.policy, 0.05, model.engine, 4096)
+    with torch.no_grad():
+        for parameter in model.policy.lm.model.parameters():
+            parameter += 1e4 * torch.randn_like(parameter)
+    region.hold(model.buffer)
+    assert region.distance(model.buffer) < np.inf
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, float("nan")])
+def test_a_limit_that_is_not_above_zero_is_refused(limit: Any) -> None:
+    with pytest.raises(ValueError, match="trust_region > 0"):
+        make_ppo(trust_region=limit)
