@@ -152,6 +152,7 @@ def test_chosen_episodes_of_another_buffer_are_appended_whole_and_in_their_order
     env = make_env(3)
     policy = make_policy(env, model=make_model(ends=0.2))
     torch.manual_seed(1)
+    env.reset(seed=1)
     collect_episodes(policy, env, 6, gathered := buffer_of(env))
     chosen = np.array([1, 2, 5])
     part = buffer_of(env)
