@@ -52,14 +52,14 @@ class Config:
     """What it learns, any task with a right answer."""
     task_kwargs: dict[str, str] = field(default_factory=TASK_KWARGS.copy)
     """Arguments of the task, as `textrlhf train` takes them."""
-    total_timesteps: int = 60_000
+    total_timesteps: int = 15_000
     """Tokens to generate."""
     max_new_tokens: int = 24
     """The response budget."""
-    n_episodes: int = 128
+    n_episodes: int = 64
     """Texts of a rollout."""
-    batch_size: int = 32
-    learning_rate: float = 5e-4
+    batch_size: int = 16
+    learning_rate: float = 7e-4
     kl_coef: float = 0.01
     episodes: int = 200
     """Held-out problems, a text of the model before and one after for each."""
