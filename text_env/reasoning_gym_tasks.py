@@ -67,6 +67,9 @@ TOO_LENIENT: dict[str, Callable[[str, dict[str, Any]], bool]] = {
 ONE_IN = 4
 """One problem of so many is held out. Some take a tenth of a second to make, and there is no end of them."""
 
+# reasoning-gym makes a problem from the sum of seed and number, so that neighbouring seeds would share nearly all.
+SEED_STRIDE = 1_000_003
+
 INSTRUCTION = "\n\nEnd with the final answer between <answer> and </answer>."
 
 
@@ -85,8 +88,7 @@ def reasoning_gym_task(
 
     :param name: the name of the data set, such as ``"chain_sum"``.
     :param size: the number of training problems, and of held-out ones; None: without end.
-    :param seed: the seed that the problems are made from. Neighbouring seeds share problems, since reasoning-gym makes
-        a problem from the sum of the seed and its number.
+    :param seed: the seed that the problems are made from.
     :param extract: how the answer is found in a text, as :class:`text_env.answers.Verifier` takes it.
     :param instruction: what follows each question.
     :param partial_credit: whether the score is what ``score_answer`` returns, from 0 to 1; otherwise it is 1 where that
@@ -113,6 +115,7 @@ def reasoning_gym_task(
         written = json.dumps(config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"Expected the configuration of {name!r} to be JSON values, got {config!r}.") from error
+    seed = seed * SEED_STRIDE % 2**31
     _dataset(name, seed, written)
     return Task(
         f"{PREFIX}{name}",

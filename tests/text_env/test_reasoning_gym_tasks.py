@@ -147,9 +147,17 @@ def test_the_configuration_and_the_seed_make_the_problems() -> None:
         prompt: str = reasoning_gym_task("chain_sum", 5, **kwargs).prompts("train")[2]["prompt"]
         return prompt
 
-    assert first() == first(seed=0) != first(seed=100)
+    assert first() == first(seed=0) != first(seed=1)
     assert len(re.findall(r"\d+", first(min_terms=9, max_terms=9))) == 9
     assert first(instruction="\nAnswer:") == first().removesuffix(INSTRUCTION) + "\nAnswer:"
+
+
+def test_neighbouring_seeds_share_no_problem() -> None:
+    drawn = [
+        {row["prompt"] for row in reasoning_gym_task("chain_sum", 20, seed=seed).prompts("train")} for seed in (0, 1)
+    ]
+    assert [len(prompts) for prompts in drawn] == [20, 20]
+    assert not drawn[0] & drawn[1]
 
 
 def test_another_instruction_brings_no_held_out_problem_into_the_training() -> None:
