@@ -162,7 +162,7 @@ def train(env: TextVectorEnv, policy: CausalLMPolicy, reference: CausalLMPolicy,
         scores.append(float(rollout.rewards.sum(axis=1).mean()))
         kl, length = log_ratio.sum(axis=1).mean(), rollout.mask.sum(axis=1).mean()
         print(
-            f"{iteration:3}  score {scores[-1]:+.2f}  KL {kl:5.2f} nats  length {length:4.1f}  "
+            f"{iteration:3}  score {scores[-1]:+.2f}  KL {kl:z5.2f} nats  length {length:4.1f}  "
             f"clipped {clipped:4.0%}  first ratio 1 ± {first_ratio:.0e}"
         )
     return scores
