@@ -178,7 +178,7 @@ def measure(model: OnPolicyAlgorithm, episodes: int, n_steps: tuple[int, ...]) -
     env: Any = gym.make_vec("TextArithmetic-v0", num_envs=64, task_kwargs=kwargs)
     # A policy is made for one size of observations, so the trained one is taken over with its weights.
     policy, reference = (load_policy(MODEL, env, "cpu", "float32", 1.0) for _ in range(2))
-    policy.load_state_dict(model.policy.state_dict())
+    policy.lm.load_state_dict(model.policy.lm.state_dict())
     return evaluate(policy, reference, env, episodes)
 
 

@@ -153,8 +153,9 @@ class SequenceClassifierReward:
                 raise ValueError(f"Expected {argument} to be an integer of at least 1, got {number!r}.")
         if dtype != "auto" and not isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype):
             raise ValueError(f"Expected dtype to be 'auto' or one of PyTorch's, such as 'bfloat16', got {dtype!r}.")
+        self.source: str | None = None  # the directory or hub name that the model was loaded from
         if isinstance(model, str | Path):
-            self.name = Path(model).name
+            self.name, self.source = Path(model).name, str(model)
             try:
                 target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
             except RuntimeError as error:

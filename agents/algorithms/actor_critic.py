@@ -40,7 +40,7 @@ class ActorCritic(OnPolicyAlgorithm):
     :raises ValueError: if a number is out of range.
     """
 
-    state_attributes: ClassVar[tuple[str, ...]] = ("critic_warmup_left",)
+    state_attributes: ClassVar[tuple[str, ...]] = (*OnPolicyAlgorithm.state_attributes, "critic_warmup_left")
 
     def __init__(
         self,
@@ -80,7 +80,6 @@ class ActorCritic(OnPolicyAlgorithm):
         self.critic_warmup_episodes = critic_warmup_episodes
         self.critic_warmup_epochs = critic_warmup_epochs
         self.critic_warmup_left = critic_warmup_episodes
-        self.step_factor = 1.0  # what multiplies the actor's learning rate
         super().__init__(policy, env, **kwargs)
 
     @abstractmethod
@@ -156,11 +155,10 @@ class ActorCritic(OnPolicyAlgorithm):
             losses.append(self.engine.total(loss))
         self.logger.record("train/critic_loss", float(np.mean(losses)))
 
-    def _update_learning_rate(self, optimizers: Any) -> None:
-        super()._update_learning_rate(optimizers)
-        progress = self._current_progress_remaining
-        actor = critic = self.lr_schedule(progress)
+    def learning_rates(self) -> tuple[float, float]:
+        """As the base class says; the critic may have a schedule of its own."""
+        actor, critic = super().learning_rates()
         if self.critic_learning_rate is not None:
-            critic = FloatSchedule(self.critic_learning_rate)(progress)
+            critic = FloatSchedule(self.critic_learning_rate)(self._current_progress_remaining)
             self.logger.record("train/critic_learning_rate", critic)
-        self.policy.set_learning_rates(self.step_factor * actor, critic)
+        return actor, critic

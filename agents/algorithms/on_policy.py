@@ -13,7 +13,7 @@ import time
 import warnings
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import numpy as np
@@ -105,6 +105,7 @@ class OnPolicyAlgorithm(Resumable):
     default_group_size: ClassVar[int] = 1
     # False: the KL penalty is a term of the loss and not of the reward.
     kl_in_reward: ClassVar[bool] = True
+    state_attributes: ClassVar[tuple[str, ...]] = ("step_factor",)
     # The engine decides how gradients are applied, and what several processes agree on.
     engine_class: ClassVar[type[Engine]] = Engine
 
@@ -151,6 +152,7 @@ class OnPolicyAlgorithm(Resumable):
         if policy_kwargs.get("lora") is not None:  # in a form that a checkpoint can hold
             policy_kwargs["lora"] = lora_arguments(policy_kwargs["lora"])
         vec_env = as_vec_env(env, n_episodes, self.default_group_size, policy_kwargs)
+        policy_kwargs = {**self.default_policy_kwargs(vec_env.vector_env, policy_kwargs), **policy_kwargs}
         if self.default_group_size > 1:
             check_groups(type(self).__name__, vec_env.vector_env, n_episodes)
         elif normalize_advantage == "group":
@@ -182,6 +184,7 @@ class OnPolicyAlgorithm(Resumable):
         self.kl: KLController = kl_controller(kl_coef, kl_target)
         self.reference = reference
         self.reference_was_given = reference is not None
+        self.step_factor = 1.0  # what multiplies the actor's learning rate, as a trust region does
         self._advantage_unit = 1.0  # what advantages were divided by
         self._warned_of_first_ratio = False
         self._first_ratio: float | None = (
@@ -255,6 +258,27 @@ class OnPolicyAlgorithm(Resumable):
     def vector_env(self) -> TextVectorEnv:
         """The environment inside SB3's adapter, which the training loop uses directly."""
         return self._text_env.vector_env
+
+    def learning_rates(self) -> tuple[float, float]:
+        """
+        :return: the learning rates of the actor and of the critic's own weights, as the schedules have them now.
+        """
+        rate = self.lr_schedule(self._current_progress_remaining)
+        return rate, rate
+
+    def _update_learning_rate(self, optimizers: Any) -> None:
+        super()._update_learning_rate(optimizers)
+        actor, critic = self.learning_rates()
+        self.policy.set_learning_rates(self.step_factor * actor, critic)
+
+    def default_policy_kwargs(self, env: TextVectorEnv, policy_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """What the policy is made of where its arguments don't say.
+
+        :param env: the environment.
+        :param policy_kwargs: what they say.
+        :return: keyword arguments of the policy.
+        """
+        return {}
 
     # ---- what an algorithm defines --------------------------------------------------------------------------------
 

@@ -1,20 +1,20 @@
 """Proximal policy optimisation (Schulman et al. 2017, https://arxiv.org/abs/1707.06347), as it is used for language
-models.
-
-``docs/ppo.md`` explains it line by line.
+models. ``docs/ppo.md`` explains it line by line.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from stable_baselines3.common.type_aliases import Schedule
 
 from agents.algorithms.actor_critic import ActorCritic
 from agents.algorithms.surrogate import Surrogate
-from agents.algorithms.trust_region import TrustRegion
+from agents.models.critic import critic_for
 from agents.rollouts.episode_buffer import EpisodeSamples
+from text_env.vector_env import TextVectorEnv
 
 
 class PPO(Surrogate, ActorCritic):
@@ -28,9 +28,6 @@ class PPO(Surrogate, ActorCritic):
     :param batch_size: the number of episodes of a minibatch; None: all of the rollout.
     :param n_epochs: the number of passes over a rollout.
     :param clip_range_vf: ε of value clipping; None: no value clipping.
-    :param trust_region: the largest KL divergence from the policy that sampled, in nats per *episode*, that an update
-        may reach. A longer update is shortened, and the learning rate of the next ones is lowered as long as they would
-        be too long; None: no limit.
     :param normalize_advantage: as for ``OnPolicyAlgorithm``.
     :param positive_lm_coef: the weight of −log π of the tokens of good texts, which are imitated in addition (VAPO, Yue
         et al. 2025, https://arxiv.org/abs/2504.05118, who take 0.1, for right answers). The mean is over the tokens of
@@ -39,8 +36,6 @@ class PPO(Surrogate, ActorCritic):
     :param kwargs: the other arguments of ``Surrogate``, ``ActorCritic`` and ``OnPolicyAlgorithm``.
     :raises ValueError: if a number is out of range.
     """
-
-    state_attributes: ClassVar[tuple[str, ...]] = (*ActorCritic.state_attributes, "step_factor")
 
     def __init__(
         self,
@@ -51,17 +46,13 @@ class PPO(Surrogate, ActorCritic):
         batch_size: int | None = 16,
         n_epochs: int = 4,
         clip_range_vf: float | None = 0.2,
-        trust_region: float | None = None,
         normalize_advantage: bool | Literal["group"] = True,
         positive_lm_coef: float = 0.0,
         positive_score: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        if trust_region is not None and not trust_region > 0:
-            raise ValueError(f"Expected a trust_region > 0 nats per episode, or None, got {trust_region}.")
         if not positive_lm_coef >= 0:
             raise ValueError(f"Expected positive_lm_coef >= 0, got {positive_lm_coef}.")
-        self.trust_region = trust_region
         self.positive_lm_coef = positive_lm_coef
         self.positive_score = positive_score
         super().__init__(
@@ -76,6 +67,15 @@ class PPO(Surrogate, ActorCritic):
             **kwargs,
         )
 
+    def default_policy_kwargs(self, env: TextVectorEnv, policy_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """A critic of its own, so that what it learns doesn't move the policy; not beside an adapter, which is chosen
+        where memory is scarce.
+        """
+        if policy_kwargs.get("lora") is not None:
+            return {}
+        copied = policy_kwargs.get("value_bins") is not None
+        return {"separate_critic": copied or critic_for(env.episodes.reward, env.tokenizer)}
+
     def policy_loss(
         self, samples: EpisodeSamples, log_prob: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -86,17 +86,3 @@ class PPO(Surrogate, ActorCritic):
             loss = loss + self.positive_lm_coef * lm_loss
             logged = {**logged, "positive_lm_loss": lm_loss}
         return loss, logged
-
-    def update_policy(self) -> None:
-        """Update policy and critic, within the trust region."""
-        if self.trust_region is None:
-            super().update_policy()
-            return
-        region = TrustRegion(self.policy, self.trust_region, self.engine, self.micro_batch_tokens)
-        super().update_policy()
-        reached, kept = region.hold(self.buffer)
-        # Towards the rate at which this update would have ended at the limit. Of an update that went very far that is
-        # badly known, hence the lower bound, and the way back up is taken more slowly.
-        self.step_factor = min(1.0, self.step_factor * (max(kept, 0.5) if kept < 1 else 1.2))
-        self.logger.record("train/update_kl", reached)
-        self.logger.record("train/update_kept", kept)

@@ -26,7 +26,7 @@ class REINFORCE(OnPolicyAlgorithm):
     :raises ValueError: for another baseline.
     """
 
-    state_attributes: ClassVar[tuple[str, ...]] = ("mean_return",)
+    state_attributes: ClassVar[tuple[str, ...]] = (*OnPolicyAlgorithm.state_attributes, "mean_return")
 
     def __init__(
         self,

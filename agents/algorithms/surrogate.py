@@ -1,4 +1,4 @@
-"""What PPO, GRPO and DAPO have in common: several steps on one rollout, and how they are corrected for that."""
+"""What PPO, VinePPO, GRPO and DAPO share: several steps on one rollout, and how they are corrected for that."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from agents.algorithms.on_policy import OnPolicyAlgorithm
+from agents.algorithms.trust_region import TrustRegion
 from agents.objectives.kl import kl_k3
 from agents.objectives.losses import cispo, clip_ratio, clipped_surrogate, sequence_log_ratio
 from agents.rollouts.episode_buffer import EpisodeSamples
@@ -32,6 +33,9 @@ class Surrogate(OnPolicyAlgorithm):
         https://arxiv.org/abs/1912.09729, who take 3); None: no such bound.
     :param target_kl: an update stops when the KL divergence from the policy that sampled, in nats per token, exceeds
         1.5 times this number; None: never.
+    :param trust_region: the largest KL divergence from the policy that sampled, in nats per *episode*, that an update
+        may reach. A longer update is shortened, and the learning rate of the next ones is lowered as long as they would
+        be too long; None: no limit.
     :param kwargs: the other arguments of ``OnPolicyAlgorithm``.
     :raises ValueError: for another surrogate, or if a number is out of range.
     """
@@ -45,6 +49,7 @@ class Surrogate(OnPolicyAlgorithm):
         clip_range_high: float | None = None,
         dual_clip: float | None = None,
         target_kl: float | None = None,
+        trust_region: float | None = None,
         **kwargs: Any,
     ) -> None:
         if surrogate not in get_args(SurrogateName):
@@ -57,11 +62,14 @@ class Surrogate(OnPolicyAlgorithm):
                 f"Expected a dual_clip > 1, or None, which it must be with surrogate='cispo'; got {dual_clip} with "
                 f"surrogate={surrogate!r}."
             )
+        if trust_region is not None and not trust_region > 0:
+            raise ValueError(f"Expected a trust_region > 0 nats per episode, or None, got {trust_region}.")
         self.surrogate = surrogate
         self.clip_range = clip_range
         self.clip_range_high = clip_range_high
         self.dual_clip = dual_clip
         self.target_kl = target_kl
+        self.trust_region = trust_region
         super().__init__(policy, env, **kwargs)
 
     def surrogate_loss(
@@ -88,3 +96,17 @@ class Surrogate(OnPolicyAlgorithm):
     def stop_early(self, means: dict[str, float]) -> bool:
         """Whether the KL divergence from the policy that sampled exceeds 1.5 times ``target_kl``."""
         return self.target_kl is not None and means["approx_kl"] > 1.5 * self.target_kl
+
+    def train(self) -> None:
+        """Update as the algorithm does, within the trust region."""
+        if self.trust_region is None:
+            super().train()
+            return
+        region = TrustRegion(self.policy, self.trust_region, self.engine, self.micro_batch_tokens)
+        super().train()
+        reached, kept = region.hold(self.buffer)
+        # Towards the rate at which this update would have ended at the limit. Of an update that went very far that is
+        # badly known, hence the lower bound, and the way back up is taken more slowly.
+        self.step_factor = min(1.0, self.step_factor * (max(kept, 0.5) if kept < 1 else 1.2))
+        self.logger.record("train/update_kl", reached)
+        self.logger.record("train/update_kept", kept)

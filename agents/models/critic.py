@@ -6,6 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,26 @@ from agents.models.pretrained import check_positions, check_tokenizers, resolve_
 from agents.objectives.losses import value_loss
 from agents.objectives.value_targets import cross_entropy, hl_gauss, two_hot
 from text_env.builtin import REWARD_MODEL
+from text_env.classifier_reward import SequenceClassifierReward
 from text_env.rewards import reward_normalization
+
+
+def critic_for(reward: Any, tokenizer: PreTrainedTokenizerBase) -> bool | str:
+    """What a critic of its own had best start as.
+
+    :param reward: the reward of the environment.
+    :param tokenizer: the environment's tokenizer.
+    :return: the name of the reward model, if the reward is one that a critic can start as: it knows already what is
+        good, and only has to learn what is likely. Else True, for a copy of the policy's decoder.
+    """
+    if not isinstance(reward, SequenceClassifierReward) or reward.source is None or reward.chat_template:
+        return True
+    score = getattr(reward.model, "score", None)
+    if not isinstance(score, nn.Linear) or score.out_features != 1 or reward.tokenizer.chat_template:
+        return True
+    if reward.tokenizer.get_vocab() != tokenizer.get_vocab():
+        return True
+    return "builtin" if reward.source == str(REWARD_MODEL) else reward.source
 
 
 class ScaledHead(nn.Linear, ABC):

@@ -219,8 +219,10 @@ class TrainConfig:
     temperature: float = 1.0
     """The temperature of the policy's distribution, in rollouts, updates and the reference."""
     critic: str | None = None
-    """A reward model that the critic starts as: 'builtin', a directory or a hub name.
-    By default the critic is a linear head on the policy's decoder."""
+    """What the critic is. 'head': a linear head on the policy's decoder, which takes the least memory; 'copy': a
+    decoder of its own that starts as the policy's; else the reward model that it starts as, 'builtin', a directory or
+    a hub name. By default the algorithm chooses: PPO takes the reward model if the reward is one, else a copy, and with
+    LoRA a head; all others take a head."""
     lora_r: int | None = None
     """The rank of a LoRA adapter; by default there is none, and all weights are trained."""
     lora_alpha: int = 16
@@ -285,6 +287,23 @@ def lora_kwargs(config: TrainConfig) -> dict[str, Any] | None:
         "lora_alpha": config.lora_alpha,
         "target_modules": targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
     }
+
+
+# What `critic` says where it names no reward model, and what `CausalLMPolicy` calls it.
+CRITICS: dict[str, bool] = {"head": False, "copy": True}
+
+
+def separate_critic(critic: str) -> bool | str:
+    """
+    :param critic: the option.
+    :return: the argument of ``CausalLMPolicy`` that it stands for.
+    """
+    return CRITICS.get(critic, critic)
+
+
+def critic_name(separate: bool | str | Path) -> str:
+    """The other way round."""
+    return next((name for name, kind in CRITICS.items() if kind is separate), str(separate))
 
 
 def parsed(given: dict[str, str]) -> dict[str, Any]:

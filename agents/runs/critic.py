@@ -13,7 +13,7 @@ from agents.models.reference import Reference
 from agents.policies.causal_lm_policy import VALUE_HEAD_FILE, load_policy
 from agents.runs.algorithms import discount
 from agents.runs.commands import CriticConfig
-from agents.runs.config import TrainConfig, load_config
+from agents.runs.config import TrainConfig, load_config, separate_critic
 from agents.state.devices import check_device
 
 
@@ -35,7 +35,8 @@ def examine_run(config: CriticConfig) -> dict[str, Any]:
     n_rows = min(64, config.texts * config.branches)
     env = env_config.make(n_rows, str(directory), gamma, group_size=1)
     set_random_seed(config.seed)
-    policy = load_policy(directory, env, config.device, config.dtype, run.temperature, run.critic or False)
+    critic = separate_critic(run.critic or "head")
+    policy = load_policy(directory, env, config.device, config.dtype, run.temperature, critic)
     policy.load_value_head(directory)
     kl_coef = _last_kl_coef(run, run_dir)
     reference = None

@@ -6,6 +6,7 @@ prompts, every few iterations), ``learning_curve.png`` and ``policy/`` (a plain 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
@@ -15,7 +16,7 @@ from agents.algorithms.environments import default_rows
 from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.models.pretrained import resolve_dtype
 from agents.runs.algorithms import OWN_OPTIONS, algorithm_named, discount, resolved
-from agents.runs.config import TrainConfig, dump_config, lora_kwargs, parsed
+from agents.runs.config import TrainConfig, critic_name, dump_config, lora_kwargs, parsed, separate_critic
 from agents.runs.recording import Checkpoint, SampleTexts, check_directory, plot_learning_curve, remove_start
 from agents.state.arguments import argument_defaults
 from agents.state.devices import check_device
@@ -59,9 +60,10 @@ def train(config: TrainConfig) -> OnPolicyAlgorithm:
         "autocast": config.autocast,
         "compile_forward": config.compile_forward,
         "temperature": config.temperature,
-        "separate_critic": config.critic or False,
         "lora": lora_kwargs(config),
     }
+    if config.critic is not None:
+        policy_kwargs["separate_critic"] = separate_critic(config.critic)
     model = algorithm(
         "CausalLMPolicy",
         env,
@@ -78,6 +80,7 @@ def train(config: TrainConfig) -> OnPolicyAlgorithm:
         device=config.device,
         **parsed(config.algo_kwargs),
     )
+    config = dataclasses.replace(config, critic=critic_name(model.policy_kwargs.get("separate_critic", False)))
     callbacks: list[BaseCallback] = [SampleTexts(directory / "samples.jsonl", config)]
     if config.checkpoint_every:
         callbacks.append(Checkpoint(directory / "checkpoint", config.checkpoint_every))

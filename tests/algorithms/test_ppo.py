@@ -602,3 +602,34 @@ def test_the_progress_bar_gives_the_terminal_back_when_learning_fails() -> None:
     for thread in refreshing:
         thread.join(timeout=10)  # it is asleep between two refreshes
     assert not any(thread.is_alive() for thread in refreshing)
+
+
+# ---- the critic that it has unless told otherwise ------------------------------------------------------------------
+
+
+def test_the_critic_is_a_decoder_of_its_own() -> None:
+    model = make_ppo()
+    assert model.policy_kwargs["separate_critic"] is True
+    assert model.policy.critic is not None
+
+
+def test_the_critic_starts_as_the_reward_model_where_the_reward_is_one() -> None:
+    env = gym.make_vec("TextRLHF-v0", num_envs=4)
+    assert PPO("CausalLMPolicy", env, n_episodes=4, batch_size=2).policy_kwargs["separate_critic"] == "builtin"
+
+
+@pytest.mark.parametrize("reward", ["sentiment", "builtin+0.1*sentiment"])
+def test_the_critic_starts_as_the_policy_where_the_reward_is_something_else(reward: str) -> None:
+    env = gym.make_vec("TextRLHF-v0", num_envs=4, reward=reward)
+    assert PPO("CausalLMPolicy", env, n_episodes=4, batch_size=2).policy_kwargs["separate_critic"] is True
+
+
+def test_the_critic_is_a_head_beside_an_adapter_and_where_one_is_asked_for() -> None:
+    assert make_ppo(policy_kwargs={"separate_critic": False}).policy.critic is None
+    assert make_ppo(policy_kwargs={"lora": {"r": 2, "target_modules": "all-linear"}}).policy.critic is None
+
+
+def test_the_critic_predicts_a_distribution_only_as_a_copy() -> None:
+    env = gym.make_vec("TextRLHF-v0", num_envs=4)
+    model = PPO("CausalLMPolicy", env, n_episodes=4, batch_size=2, policy_kwargs={"value_bins": (-3.0, 3.0, 11)})
+    assert model.policy_kwargs["separate_critic"] is True
