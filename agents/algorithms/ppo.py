@@ -5,6 +5,7 @@ models. ``docs/ppo.md`` explains it line by line.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,11 +23,13 @@ class PPO(Surrogate, ActorCritic):
 
     :param policy: the policy, as for ``OnPolicyAlgorithm``.
     :param env: the environment, as for ``OnPolicyAlgorithm``.
-    :param learning_rate: the learning rate. The default is lower than that of the algorithms that take one step per
-        rollout.
+    :param learning_rate: the learning rate.
     :param n_episodes: the number of episodes of a rollout.
     :param batch_size: the number of episodes of a minibatch; None: all of the rollout.
     :param n_epochs: the number of passes over a rollout.
+    :param gae_lambda: λ of the advantages. None: 0.9 for a critic that starts as the reward model and can be relied on
+        from the first text on; 0.98 for any other, whose early values would hide what a text was paid at its end.
+    :param gae_lambda_value: λ of the critic's targets; None: that of the advantages.
     :param clip_range_vf: ε of value clipping; None: no value clipping.
     :param normalize_advantage: as for ``OnPolicyAlgorithm``.
     :param positive_lm_coef: the weight of −log π of the tokens of good texts, which are imitated in addition (VAPO, Yue
@@ -41,10 +44,12 @@ class PPO(Surrogate, ActorCritic):
         self,
         policy: Any,
         env: Any,
-        learning_rate: float | Schedule = 1e-4,
+        learning_rate: float | Schedule = 3e-4,
         n_episodes: int = 64,
         batch_size: int | None = 16,
-        n_epochs: int = 4,
+        n_epochs: int = 2,
+        gae_lambda: float | None = None,
+        gae_lambda_value: float | None = 1.0,
         clip_range_vf: float | None = 0.2,
         normalize_advantage: bool | Literal["group"] = True,
         positive_lm_coef: float = 0.0,
@@ -62,10 +67,14 @@ class PPO(Surrogate, ActorCritic):
             n_episodes=n_episodes,
             batch_size=batch_size,
             n_epochs=n_epochs,
+            gae_lambda=0.98 if gae_lambda is None else gae_lambda,
+            gae_lambda_value=gae_lambda_value,
             clip_range_vf=clip_range_vf,
             normalize_advantage=normalize_advantage,
             **kwargs,
         )
+        if gae_lambda is None and isinstance(self.policy_kwargs.get("separate_critic"), str | Path):
+            self.gae_lambda = 0.9
 
     def default_policy_kwargs(self, env: TextVectorEnv, policy_kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """A critic of its own, so that what it learns doesn't move the policy; not beside an adapter, which is chosen

@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.algorithms.gradient_noise import measure
-from benchmarks.algorithms.learners import DEFAULT, KL_COEF, LEARNERS, MAIN, PEERS
+from benchmarks.algorithms.learners import BUDGETS, DEFAULT, KL_COEF, LEARNERS, MAIN, PEERS
 from benchmarks.algorithms.report import write_report
 from benchmarks.timing import machine, today, versions
 
@@ -93,6 +93,13 @@ def execute_all(todo: Sequence[Run], runs: Path, title: str) -> list[dict[str, A
     return [future.result() for future in futures]
 
 
+def budget(algorithm: str, total_timesteps: int) -> int:
+    """
+    :return: the number of tokens that an algorithm gets.
+    """
+    return round(total_timesteps * BUDGETS.get(algorithm, 1.0))
+
+
 def objective(result: dict[str, Any]) -> float:
     """What tuning maximises: what the algorithms do, score − β·KL (the score alone where there is no KL)."""
     if "failed" in result or not math.isfinite(result["score"]):
@@ -106,7 +113,7 @@ def tune(algorithms: Sequence[str], total_timesteps: int, runs: Path) -> dict[st
     :return: the trials of each algorithm, one of them ``chosen``.
     """
     todo = [
-        Run(algorithm, TUNING_SEED, rate, total_timesteps, "builtin")
+        Run(algorithm, TUNING_SEED, rate, budget(algorithm, total_timesteps), "builtin")
         for rate in LEARNING_RATES
         for algorithm in algorithms
     ]
@@ -173,7 +180,7 @@ def run_all(args: argparse.Namespace, seconds_so_far: Callable[[], float]) -> No
     rates = {name: next(t["learning_rate"] for t in mine if t["chosen"]) for name, mine in trials.items()}
     # Seed by seed: whoever looks at a benchmark that is not over yet sees every algorithm.
     todo = [
-        Run(name, seed, rates[name], args.total_timesteps, "builtin:eval")
+        Run(name, seed, rates[name], budget(name, args.total_timesteps), "builtin:eval")
         for seed in range(max(args.seeds, args.other_seeds))
         for name in args.algos
         if seed < (args.seeds if name in MAIN else args.other_seeds)

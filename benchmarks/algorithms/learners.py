@@ -2,9 +2,10 @@
 
 What all have in common: the built-in model, reward model and prompts; the token budget; β = 0.04 on the KL to the model
 that they start from; γ = 1; Adam (eps 1e-5), a learning rate that falls linearly to 0, gradients clipped at norm 1; and
-16 episodes to a gradient step. PPO takes 16 such steps on 64 episodes (4 epochs of 4 minibatches), the single-step
-algorithms one step on 16 fresh episodes. PPO's critic shares the policy's decoder; ``ppo-reward-critic`` has a critic
-of its own that starts as the reward model, as TRL's does. DDPG and TD3, which have no likelihood and so neither a KL
+16 episodes to a gradient step. PPO takes 8 such steps on 64 episodes (2 epochs of 4 minibatches; SB3's and TRL's 4
+epochs), the single-step algorithms one step on 16 fresh episodes. PPO's critic is a model of its own that starts as the
+reward model, as TRL's does; that of ``ppo-value-head`` shares the policy's decoder. ``ppo-two-thirds`` is PPO with two
+thirds of the others' tokens. DDPG and TD3, which have no likelihood and so neither a KL
 penalty nor these gradients, keep SB3's settings, but for the network that reads the text, exploration noise, and γ.
 """
 
@@ -115,7 +116,8 @@ def linear(learning_rate: float) -> Schedule:
 
 LEARNERS: dict[str, Callable[[float, int], BaseAlgorithm]] = {
     "ppo": ours(PPO),
-    "ppo-reward-critic": ours(PPO, policy_kwargs={"separate_critic": "builtin"}),
+    "ppo-two-thirds": ours(PPO),
+    "ppo-value-head": ours(PPO, policy_kwargs={"separate_critic": False}),
     "a2c": ours(A2C),
     "reinforce": ours(REINFORCE, baseline="mean"),
     "reinforce-no-baseline": ours(REINFORCE, baseline="none"),
@@ -139,6 +141,9 @@ LEARNERS: dict[str, Callable[[float, int], BaseAlgorithm]] = {
 PEERS = {"trl-ppo": "ppo", "trl-rloo": "rloo", "trl-grpo": "grpo"}
 """Name → what ``benchmarks.peers.trl_train`` calls it."""
 
-# REINFORCE and its kin have ten seeds, the question being about them; the others five.
-MAIN = ("ppo", "a2c", "reinforce")
+BUDGETS = {"ppo-two-thirds": 2 / 3}
+"""Name → the share of the tokens that it gets, where that isn't all of them."""
+
+# These have ten seeds, the questions being about them; the others five.
+MAIN = ("ppo", "ppo-two-thirds", "a2c", "reinforce", "trl-ppo")
 DEFAULT = (*LEARNERS, "trl-ppo", "trl-rloo")

@@ -33,7 +33,8 @@ from benchmarks.plot_style import STYLE
 # and an indigo.
 COLOURS = {
     "ppo": "#0072B2",
-    "ppo-reward-critic": "#332288",
+    "ppo-two-thirds": "#332288",
+    "ppo-value-head": "#999933",
     "a2c": "#E69F00",
     "reinforce": "#009E73",
     "reinforce-no-baseline": "#D55E00",

@@ -289,7 +289,7 @@ def test_the_goals_are_met_or_not_by_the_numbers() -> None:
             "trl-ppo": runs_of("trl-ppo", seeds, 1.0, 0.1, cpu_seconds=1.5 * seconds),
         }
         if critic is not None:
-            runs["ppo-reward-critic"] = runs_of("ppo-reward-critic", 5, critic, 0.1)
+            runs["ppo-two-thirds"] = runs_of("ppo-two-thirds", 5, critic, 0.1)
         timed = {"ppo": [ratio] * 3, "trl-ppo": [1.0] * 3}
         ratios = {"value": ratio, "low": ratio, "high": ratio}
         wall_time = {"threads": 2, "seconds_per_token": timed, "ratio": ratios} if ratio else {}
