@@ -120,6 +120,18 @@ def gpt2_4m(eos_hazard: float = 0.0, seed: int = 0) -> GPT2LMHeadModel:
     return model
 
 
+def tiny_gpt2(n_tokens: int, seed: int) -> GPT2LMHeadModel:
+    """A random GPT-2 of one layer of width 32, which solves the probes; EOS and padding are its tokens 0 and 1.
+
+    :param n_tokens: V, the number of tokens.
+    :param seed: of the weights.
+    """
+    torch.manual_seed(seed)
+    ids = {"eos_token_id": 0, "pad_token_id": 1}
+    shape = {"vocab_size": n_tokens, "n_positions": 128, "n_embd": 32, "n_layer": 1, "n_head": 4}
+    return GPT2LMHeadModel(gpt2_config(**shape, **ids, initializer_range=0.1)).eval()
+
+
 def gpt2_classifier(seed: int) -> GPT2ForSequenceClassification:
     """A random reward or value model of the same size.
 
