@@ -12,6 +12,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule
 
 from agents.algorithms.on_policy import OnPolicyAlgorithm
+from agents.algorithms.ranges import RANGES
 from agents.objectives.advantages import length_adaptive_lambda
 from agents.rollouts.episode_buffer import EpisodeBuffer, EpisodeSamples
 
@@ -58,17 +59,6 @@ class ActorCritic(OnPolicyAlgorithm):
         critic_warmup_epochs: int = 4,
         **kwargs: Any,
     ) -> None:
-        for name, value in (("gae_lambda", gae_lambda), ("gae_lambda_value", gae_lambda_value)):
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"Expected {name} between 0 and 1, got {value}.")
-        if length_adaptive_alpha is not None and not length_adaptive_alpha > 0:
-            raise ValueError(f"Expected length_adaptive_alpha > 0, got {length_adaptive_alpha}.")
-        counts = {"critic_epochs": critic_epochs, "critic_warmup_episodes": critic_warmup_episodes}
-        for name, count in counts.items():
-            if count < 0:
-                raise ValueError(f"Expected {name} >= 0, got {count}.")
-        if critic_warmup_epochs < 1:
-            raise ValueError(f"Expected critic_warmup_epochs >= 1, got {critic_warmup_epochs}.")
         self.gae_lambda = gae_lambda
         self.gae_lambda_value = gae_lambda_value
         self.length_adaptive_alpha = length_adaptive_alpha
@@ -131,7 +121,8 @@ class ActorCritic(OnPolicyAlgorithm):
         super().train()
 
     def fit_critic(self, n_epochs: int) -> None:
-        """Fit the critic's values to the targets of the rollout. No other weight changes.
+        """Fit the critic's values to the targets of the rollout, with the weights that tokens have in the loss. No
+        other weight changes.
 
         :param n_epochs: the number of passes over the rollout.
         """
@@ -139,26 +130,24 @@ class ActorCritic(OnPolicyAlgorithm):
         self._update_learning_rate(self.policy.optimizer)
         losses = []
         for minibatch in itertools.chain.from_iterable(self._epochs(n_epochs)):
-            total = self.engine.total(self.buffer.lengths[minibatch].sum())
-            self.engine.zero_grad()
-            loss = 0.0
-            parts = self.engine.micro_batches(list(self.buffer.batches(minibatch, self.micro_batch_tokens)))
-            for number, (part, factor) in enumerate(parts, 1):
-                samples = self.buffer.pack(part)
-                predictions = self.policy.evaluate_critic(samples.observations)
-                errors = self.policy.value_loss(predictions, samples.old_values, samples.returns, None)
-                error = factor * errors.sum() / total
-                self.engine.backward(error, last=number == len(parts))
-                loss += float(error.detach())
-            self.engine.clip(self.max_grad_norm)
-            self.engine.step()
-            losses.append(self.engine.total(loss))
-        self.logger.record("train/critic_loss", float(np.mean(losses)))
+            means = self.gradient(minibatch, self._critic_losses)
+            if means:  # something in it has a weight
+                self.engine.clip(self.max_grad_norm)
+                self.engine.step()
+                losses.append(means["loss"])
+        if losses:
+            self.logger.record("train/critic_loss", float(np.mean(losses)))
+
+    def _critic_losses(self, part: np.ndarray) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        samples = self.buffer.pack(part)
+        predictions = self.policy.evaluate_critic(samples.observations)
+        return self.policy.value_loss(predictions, samples.old_values, samples.returns, None), {}
 
     def learning_rates(self) -> tuple[float, float]:
         """As the base class says; the critic may have a schedule of its own."""
         actor, critic = super().learning_rates()
         if self.critic_learning_rate is not None:
             critic = FloatSchedule(self.critic_learning_rate)(self._current_progress_remaining)
+            RANGES["critic_learning_rate"].check("critic_learning_rate", critic)
             self.logger.record("train/critic_learning_rate", critic)
         return actor, critic

@@ -39,8 +39,6 @@ class DAPO(GroupRelative):
         max_sampling_rounds: int = 10,
         **kwargs: Any,
     ) -> None:
-        if max_sampling_rounds < 1:
-            raise ValueError(f"Expected max_sampling_rounds >= 1, got {max_sampling_rounds}.")
         self.max_sampling_rounds = max_sampling_rounds
         super().__init__(policy, env, clip_range_high=clip_range_high, kl_coef=kl_coef, **kwargs)
 

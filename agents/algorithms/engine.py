@@ -10,7 +10,7 @@ decisions, and the loop needs no special case for a single process.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -54,6 +54,13 @@ class Engine:
         """
         return float(value)
 
+    def names(self, names: Iterable[str]) -> list[str]:
+        """
+        :param names: names of this process, each once.
+        :return: the names of all processes, sorted, each once. So all ask for the same numbers in the same order.
+        """
+        return sorted(names)
+
     def micro_batches(self, parts: Sequence[np.ndarray]) -> list[tuple[np.ndarray, float]]:
         """Make the number of micro-batches the same in all processes.
 
@@ -79,6 +86,11 @@ class Engine:
             the processes.
         """
         loss.backward()
+
+    def give_up(self) -> None:
+        """Called in place of the ``backward`` calls of a minibatch that are left when one has failed in this process.
+        The gradient will not be used. An engine whose ``backward`` waits for other processes must not let them wait.
+        """
 
     def clip(self, max_norm: float) -> float:
         """Scale the gradient down if it is too long.

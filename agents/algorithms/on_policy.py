@@ -24,10 +24,14 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from stable_baselines3.common.vec_env import VecEnv
 
+from agents.algorithms.bad_updates import save_for_inspection
 from agents.algorithms.engine import Engine
 from agents.algorithms.environments import as_vec_env, check_groups
+from agents.algorithms.gradient import add_up
 from agents.algorithms.progress_bar import ProgressBar
+from agents.algorithms.ranges import RANGES, check_ranges
 from agents.algorithms.resumable import Resumable
+from agents.algorithms.snapshot import Snapshot, is_finite
 from agents.models.pretrained import check_tokenizers, lora_arguments
 from agents.models.reference import Reference
 from agents.objectives.advantages import variance, whiten, whiten_groups
@@ -35,6 +39,7 @@ from agents.objectives.kl import KLController, KLEstimator, kl_controller
 from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.collector import Interrupted, collect_episodes
 from agents.rollouts.episode_buffer import EpisodeBuffer, EpisodeSamples
+from agents.state import checkpoint
 from text_env.vector_env import TextVectorEnv
 
 # What counts the same in the loss: every token, every text, or every place for a token in the response budget.
@@ -42,6 +47,9 @@ LossWeighting = Literal["token", "sequence", "constant"]
 
 # Samples so many episodes into a buffer, and returns the final info of each, in the order in which they were started.
 Collect = Callable[[int, EpisodeBuffer], list[dict[str, Any]]]
+
+# The loss of the tokens of some episodes, given by their numbers, [N]; and what else to log, by name, [N] each.
+Losses = Callable[[np.ndarray], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 # How far from 1 a ratio π / π_old may be before anything has been learned from a rollout: half of the usual clip range.
 # Only rounding can make it differ from 1, by about 1e-5 in float32. What rounding has moved half-way to the edge of the
@@ -66,6 +74,10 @@ class OnPolicyAlgorithm(Resumable):
         loss of PPO, VinePPO, GRPO and DAPO corrects; the other algorithms take one step by default.
     :param gamma: the discount γ. Algorithms whose action is the whole text (RLOO, GRPO, DAPO) don't use it.
     :param max_grad_norm: the norm to which longer gradients are scaled down.
+    :param max_bad_updates: the number of updates in a row in which a number was not finite, each of which is undone,
+        after which training stops with an error. Undoing needs a copy of the trained weights and of the optimiser's
+        state, from the beginning to the end of an update. 0: there is no copy, and the first such update stops the
+        training.
     :param kl_coef: β, the coefficient of the KL penalty. With 0 the KL divergence is measured without a penalty.
     :param kl_target: a KL divergence in nats per episode. β is adapted to hold it, starting from ``kl_coef``. None: β
         is constant.
@@ -86,7 +98,7 @@ class OnPolicyAlgorithm(Resumable):
         filtering, Yu et al. 2025, https://arxiv.org/abs/2503.14476). In the baselines of others their scores still
         count. A minibatch of nothing else makes no step.
     :param micro_batch_tokens: the number of tokens of one forward pass. Fewer take less memory and give the same
-        gradient.
+        gradient. An update that runs out of memory lowers it.
     :param reference: the frozen model that the KL penalty refers to. Its temperature, minimum length and constraint
         must be those of the policy. None: the policy as it is at the start.
     :param policy_kwargs: the keyword arguments of the policy.
@@ -119,6 +131,7 @@ class OnPolicyAlgorithm(Resumable):
         n_epochs: int = 1,
         gamma: float = 1.0,
         max_grad_norm: float = 1.0,
+        max_bad_updates: int = 3,
         kl_coef: float = 0.04,
         kl_target: float | None = None,
         kl_estimator: KLEstimator = "k1",
@@ -135,10 +148,9 @@ class OnPolicyAlgorithm(Resumable):
         seed: int | None = None,
         device: torch.device | str = "auto",
     ) -> None:
+        check_ranges({**vars(self), **locals()})  # those of a subclass are attributes by now
+        self.kl: KLController = kl_controller(kl_coef, kl_target)
         batch_size = n_episodes if batch_size is None else batch_size
-        for name, value in (("n_episodes", n_episodes), ("batch_size", batch_size), ("n_epochs", n_epochs)):
-            if value < 1:
-                raise ValueError(f"Expected {name} >= 1, got {value}.")
         if kl_estimator != "k1" and not self.kl_in_reward:
             raise ValueError(
                 f"kl_estimator={kl_estimator!r} chooses the KL penalty in the reward, where {type(self).__name__} has "
@@ -181,7 +193,10 @@ class OnPolicyAlgorithm(Resumable):
         self.loss_weighting = loss_weighting
         self.mask_truncated = mask_truncated
         self.micro_batch_tokens = micro_batch_tokens
-        self.kl: KLController = kl_controller(kl_coef, kl_target)
+        self.max_bad_updates = max_bad_updates
+        self.bad_updates = 0  # that were undone
+        self.bad_updates_in_a_row = 0
+        self._minibatch = np.arange(0)  # the latest one, by the numbers of its episodes
         self.reference = reference
         self.reference_was_given = reference is not None
         self.step_factor = 1.0  # what multiplies the actor's learning rate, as a trust region does
@@ -378,7 +393,7 @@ class OnPolicyAlgorithm(Resumable):
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
             # The last rollout exceeds the total, and schedules are not defined for negative progress.
             self._current_progress_remaining = max(0.0, self._current_progress_remaining)
-            self.train()
+            self.update()
             self.kl.update(self.engine.mean(self.buffer.episode_sums(self.buffer.log_ratio)))
             if log_interval and iteration % log_interval == 0:
                 self._dump_logs(iteration)
@@ -453,6 +468,53 @@ class OnPolicyAlgorithm(Resumable):
             self._advantage_unit = math.sqrt(variance(buffer.advantages, self.engine.mean)) or 1.0
             buffer.advantages = whiten(buffer.advantages, self.engine.mean).astype(np.float32)
 
+    def update(self) -> None:
+        """:meth:`train`, all or nothing: if a number of an update was not finite, weights and optimiser are set back.
+
+        :raises FloatingPointError: if ``max_bad_updates`` in a row were bad. The last one's rollout has been saved.
+        """
+        before = Snapshot(self.policy) if self.max_bad_updates else None
+        n_updates = self._n_updates
+        try:
+            self.train()
+            # The steps themselves can overflow, at a learning rate that is far too high.
+            if self.engine.largest(not is_finite(self.policy)):
+                raise FloatingPointError(
+                    "After the update some weights, or moments of the optimiser, are not finite: try a lower learning "
+                    "rate."
+                )
+            self.bad_updates_in_a_row = 0
+        except FloatingPointError as error:
+            self.bad_updates += 1
+            self.bad_updates_in_a_row += 1
+            if before is not None:
+                before.restore()
+                self._n_updates = n_updates
+            self._report_bad_update(str(error))
+        self.logger.record("train/bad_updates", self.bad_updates)
+
+    def _report_bad_update(self, reason: str) -> None:
+        """
+        :param reason: what was not finite.
+        :raises FloatingPointError: if training should not go on.
+        """
+        undone = "Weights and optimiser are as before the update" if self.max_bad_updates else "Nothing was undone"
+        message = (
+            f"A number was not finite in the update after {self.num_timesteps} tokens, bad update number "
+            f"{self.bad_updates_in_a_row} in a row. {reason} {undone}"
+        )
+        if self.bad_updates_in_a_row < self.max_bad_updates:
+            warnings.warn(f"{message}, and training goes on with the next rollout.", stacklevel=3)
+            return
+        facts = {"reason": reason, "num_timesteps": self.num_timesteps, "minibatch": self._minibatch.tolist()}
+        saved = save_for_inspection(
+            self.logger.get_dir(), f"bad_update_{self.num_timesteps}", self.buffer, self.vector_env, facts
+        )
+        raise FloatingPointError(
+            f"{message}, and training stops (max_bad_updates={self.max_bad_updates}). The rollout is in {saved}, for "
+            f"{checkpoint.__name__}.load."
+        )
+
     def train(self) -> None:
         """Update the policy: ``n_epochs`` passes over the rollout, in minibatches of episodes. Each step follows the
         gradient of a whole minibatch, however it is split into micro-batches.
@@ -470,8 +532,10 @@ class OnPolicyAlgorithm(Resumable):
                 if not means:  # nothing in it has a weight
                     continue
                 if self._first_ratio is not None:
-                    self._report_first_ratio(self.engine.largest(self._first_ratio))
+                    self._report_first(self.engine.largest(self._first_ratio), means)
                     self._first_ratio = None
+                if not math.isfinite(means["loss"]):
+                    raise FloatingPointError(f"The loss is {means['loss']}; expected a finite one.")
                 means["grad_norm"] = self.engine.clip(self.max_grad_norm)
                 for name, value in means.items():
                     history[name].append(value)
@@ -490,6 +554,10 @@ class OnPolicyAlgorithm(Resumable):
         if "value_loss" in history:
             self.logger.record("train/explained_variance", self._explained_variance())
 
+    def _update_learning_rate(self, optimizers: Any) -> None:
+        RANGES["learning_rate"].check("learning_rate", self.lr_schedule(self._current_progress_remaining))
+        super()._update_learning_rate(optimizers)
+
     def _epochs(self, n_epochs: int) -> Iterator[list[np.ndarray]]:
         """For each pass over the rollout its minibatches, each the int [E] numbers of its episodes."""
         for _ in range(n_epochs):
@@ -497,12 +565,38 @@ class OnPolicyAlgorithm(Resumable):
             yield np.split(order, range(self.batch_size, self.n_episodes, self.batch_size))
 
     def _backward(self, minibatch: np.ndarray) -> dict[str, float]:
-        """Compute the gradient of the weighted mean loss of a minibatch.
+        """:meth:`gradient` of the algorithm's own loss, which also measures how far the first ratios are from 1."""
+        return self.gradient(minibatch, self._losses)
+
+    def _losses(self, part: np.ndarray) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        samples = self.buffer.pack(part)
+        predictions, log_prob, entropy, kl = self.policy.evaluate(
+            samples.observations, samples.actions, other=self.buffer.ref_logits(part)
+        )
+        if self._first_ratio is not None:
+            ratio = torch.exp(log_prob.detach() - samples.old_log_prob)
+            self._first_ratio = max(self._first_ratio, float((ratio - 1).abs().max()))
+        loss, logged = self.loss(samples, predictions.squeeze(-1), log_prob, entropy)
+        if kl is not None:  # the exact divergence, at the price that it has in the advantages
+            loss = loss + self.kl.coef / self._advantage_unit * kl
+            logged["kl_loss"] = kl
+        return loss, logged
+
+    def gradient(self, minibatch: np.ndarray, losses: Losses) -> dict[str, float]:
+        """Compute the gradient of the weighted mean of a loss over a minibatch.
+
+        If memory is not enough, the whole minibatch is tried again with half the ``micro_batch_tokens``, which stay at
+        that.
 
         :param minibatch: int [E], the numbers of the episodes in the buffer.
-        :return: the weighted means over tokens of the loss and of what :meth:`loss` logs; nothing, and no gradient, if
-            no token has a weight.
+        :param losses: the loss of the tokens of some episodes, given by their numbers, [N]; and what else to log, by
+            name, [N] each.
+        :return: the weighted means over tokens of the loss and of what else is logged; nothing, and no gradient, if no
+            token has a weight.
+        :raises FloatingPointError: if ``losses`` raised it, in this process or in another.
+        :raises MemoryError: if memory is not enough for one episode at a time.
         """
+        self._minibatch = minibatch
         lengths = self.buffer.lengths
         weights = self.token_weights(lengths)
         if self.mask_truncated:
@@ -512,40 +606,53 @@ class OnPolicyAlgorithm(Resumable):
             return {}
         if self.loss_weighting == "constant":  # each text is divided by, as if it were as long as the budget
             divisor = self.engine.total(weights[minibatch].sum()) * self.vector_env.max_new_tokens
-        self.engine.zero_grad()
-        means: dict[str, float] = defaultdict(float)
-        parts = self.engine.micro_batches(list(self.buffer.batches(minibatch, self.micro_batch_tokens)))
-        for number, (part, factor) in enumerate(parts, 1):
-            samples = self.buffer.pack(part)
-            predictions, log_prob, entropy, kl = self.policy.evaluate(
-                samples.observations, samples.actions, other=self.buffer.ref_logits(part)
-            )
-            if self._first_ratio is not None:
-                ratio = torch.exp(log_prob.detach() - samples.old_log_prob)
-                self._first_ratio = max(self._first_ratio, float((ratio - 1).abs().max()))
-            loss, logged = self.loss(samples, predictions.squeeze(-1), log_prob, entropy)
-            if kl is not None:  # the exact divergence, at the price that it has in the advantages
-                loss = loss + self.kl.coef / self._advantage_unit * kl
-                logged["kl_loss"] = kl
-            weight = torch.from_numpy(factor * np.repeat(weights[part], lengths[part])).to(loss)
-            self.engine.backward((weight * loss).sum() / divisor, last=number == len(parts))
-            for name, per_token in {"loss": loss, **logged}.items():
-                means[name] += float((weight * per_token.detach()).sum()) / total_weight
-        return {name: self.engine.total(mean) for name, mean in means.items()}
 
-    def _report_first_ratio(self, distance: float) -> None:
+        def add(part: np.ndarray, factor: float, last: bool) -> dict[str, float]:
+            loss, logged = losses(part)
+            weight = torch.from_numpy(factor * np.repeat(weights[part], lengths[part])).to(loss)
+            self.engine.backward((weight * loss).sum() / divisor, last)
+            every = {"loss": loss, **logged}
+            return {name: float((weight * of.detach()).sum()) / total_weight for name, of in every.items()}
+
+        while True:
+            parts = list(self.buffer.batches(minibatch, self.micro_batch_tokens))
+            if (means := add_up(self.engine, parts, add)) is not None:
+                return means
+            tokens = max(len(part) * np.diff(self.buffer.stream_starts)[part].max() for part in parts)
+            self.micro_batch_tokens = min(self.micro_batch_tokens, int(self.engine.largest(tokens))) // 2
+            warnings.warn(
+                f"An update ran out of memory. It is tried again with micro_batch_tokens={self.micro_batch_tokens}, "
+                "which gives the same gradient and holds for the rest of the training.",
+                stacklevel=2,
+            )
+
+    def _report_first(self, distance: float, means: dict[str, float]) -> None:
         """
         :param distance: the largest distance from 1 of the ratios at the first minibatch of the first epoch.
+        :param means: the means over this minibatch of what :meth:`loss` logs, by name.
         """
         self.logger.record("train/ratio_first_max", distance)
+        for name in ("approx_kl", "clip_fraction"):
+            if name in means:
+                self.logger.record(f"train/first_{name}", means[name])
         if distance > FIRST_RATIO_BOUND and not self._warned_of_first_ratio:
             self._warned_of_first_ratio = True
+            dtype = self.policy.distribution.autocast or str(self.policy.lm.model.dtype).removeprefix("torch.")
+            if dtype in ("float32", "float64"):
+                cause = (
+                    f"Rounding in {dtype} accounts for 1e-4 of that, so the rest is a bug: what scores a text is not "
+                    "what sampled it, as with weights that somebody changed in between, dropout that is on, or a "
+                    "constraint that is no function of the context alone."
+                )
+            else:
+                cause = (
+                    f"Sampling and training round differently in {dtype}, so that clipping and the gradient follow "
+                    "rounding errors. Use policy_kwargs={'dtype': 'float32'}, without autocast."
+                )
             warnings.warn(
                 "Expected the policy that is trained to be the one that sampled, with every ratio of their "
                 f"probabilities 1 before the first step of an update; one is off by {distance:.2g} (train/"
-                f"ratio_first_max; more than {FIRST_RATIO_BOUND}, half of the usual clip range). Sampling and training "
-                f"round differently in {self.policy.lm.model.dtype}, so that clipping and the gradient follow rounding "
-                "errors. Use policy_kwargs={'dtype': 'float32'}, without autocast.",
+                f"ratio_first_max; more than {FIRST_RATIO_BOUND}, half of the usual clip range). {cause}",
                 stacklevel=2,
             )
 
@@ -575,20 +682,19 @@ class OnPolicyAlgorithm(Resumable):
             paid = paid - self.kl.coef * buffer.exact_kl[buffer.starts[:-1]]  # which is no token's reward
         record("objective/rlhf_reward", mean(paid))
         record("objective/entropy", -mean(buffer.log_probs))
-        numbers: dict[str, list[float]] = defaultdict(list)  # what does not apply to a text has no number there
+        # What does not apply to a text has no number there. Another process may have numbers where this one has none.
+        numbers: dict[str, list[float]] = defaultdict(list)
         for episode in episodes:
             for name, value in episode.items():
                 if isinstance(value, float | np.floating) and name != "score" and not np.isnan(value):
-                    numbers[name].append(float(value))
-        for name in sorted(numbers):
-            record(f"objective/{name}", mean(np.array(numbers[name])))
+                    numbers[f"objective/{name}"].append(float(value))
+            for name, verdict in (("right", 1.0), ("wrong", 0.0)):  # of tasks with a right answer
+                if episode.get("correct") == verdict:
+                    numbers[f"completions/mean_length_{name}"].append(episode["length"])
+        for name in self.engine.names(numbers):
+            count, total = self.engine.total(len(numbers[name])), self.engine.total(sum(numbers[name]))
+            record(name, total / count)
         record("completions/mean_length", mean(buffer.lengths))
-        for name, verdict in (("right", 1.0), ("wrong", 0.0)):  # of tasks with a right answer
-            lengths = [episode["length"] for episode in episodes if episode.get("correct") == verdict]
-            # Another process may have such texts where this one has none, so both must ask for the sums.
-            count, tokens = self.engine.total(len(lengths)), self.engine.total(sum(lengths))
-            if count:
-                record(f"completions/mean_length_{name}", tokens / count)
         record("completions/clipped_ratio", mean(buffer.truncated))
         if self.mask_truncated:
             masked = self.engine.total(buffer.lengths[buffer.truncated].sum())

@@ -56,8 +56,6 @@ class PPO(Surrogate, ActorCritic):
         positive_score: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        if not positive_lm_coef >= 0:
-            raise ValueError(f"Expected positive_lm_coef >= 0, got {positive_lm_coef}.")
         self.positive_lm_coef = positive_lm_coef
         self.positive_score = positive_score
         super().__init__(

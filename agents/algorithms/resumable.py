@@ -29,8 +29,11 @@ from agents.state.arguments import (
 from agents.state.generators import generator_states, set_generator_states
 from agents.state.schedules import LearningRate
 
-# The attributes of SB3's algorithms that change while training.
-COUNTERS = ("num_timesteps", "_total_timesteps", "_n_updates", "_current_progress_remaining")
+# The attributes of every algorithm that change while training: SB3's, and how many updates were undone.
+COUNTERS = (
+    *("num_timesteps", "_total_timesteps", "_n_updates", "_current_progress_remaining"),
+    *("bad_updates", "bad_updates_in_a_row"),
+)
 # Arguments that are no data, or that the state holds in another form.
 NOT_KEPT = frozenset({"policy", "env", "policy_kwargs", "device", "reference", "stats_window_size"})
 
@@ -39,7 +42,7 @@ class Resumable(BaseAlgorithm):
     """An algorithm that can be saved and loaded.
 
     It must keep the arguments of its constructor as attributes of the same names. ``state_attributes`` names the
-    numbers that change while training, besides SB3's counters.
+    numbers that change while training, besides those of every algorithm.
     """
 
     policy: CausalLMPolicy

@@ -54,16 +54,8 @@ class Surrogate(OnPolicyAlgorithm):
     ) -> None:
         if surrogate not in get_args(SurrogateName):
             raise ValueError(f"Expected surrogate to be one of {get_args(SurrogateName)}, got {surrogate!r}.")
-        for name, value in (("clip_range", clip_range), ("clip_range_high", clip_range_high)):
-            if value is not None and not value >= 0:
-                raise ValueError(f"Expected {name} >= 0, got {value}.")
-        if dual_clip is not None and (surrogate == "cispo" or not dual_clip > 1):
-            raise ValueError(
-                f"Expected a dual_clip > 1, or None, which it must be with surrogate='cispo'; got {dual_clip} with "
-                f"surrogate={surrogate!r}."
-            )
-        if trust_region is not None and not trust_region > 0:
-            raise ValueError(f"Expected a trust_region > 0 nats per episode, or None, got {trust_region}.")
+        if dual_clip is not None and surrogate == "cispo":
+            raise ValueError(f"Expected dual_clip=None with surrogate='cispo', got {dual_clip}.")
         self.surrogate = surrogate
         self.clip_range = clip_range
         self.clip_range_high = clip_range_high

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from agents.algorithms.engine import Engine
+from agents.algorithms.snapshot import Weights
 from agents.objectives.kl import kl_k3
 from agents.policies.causal_lm_policy import CausalLMPolicy, is_actor
 from agents.rollouts.episode_buffer import EpisodeBuffer
@@ -44,8 +45,7 @@ class TrustRegion:
         self._limit = limit
         self._engine = engine
         self._micro_batch_tokens = micro_batch_tokens
-        self._actor = [p for name, p in policy.named_parameters() if is_actor(name, p)]
-        self._before = [p.detach().clone() for p in self._actor]
+        self._before = Weights([p for name, p in policy.named_parameters() if is_actor(name, p)])
 
     def hold(self, buffer: EpisodeBuffer) -> tuple[float, float]:
         """Shorten the update until it is within the limit.
@@ -60,7 +60,7 @@ class TrustRegion:
             if kl <= TOLERANCE * self._limit:
                 break
             cut = math.sqrt(self._limit / kl) if math.isfinite(kl) else 0.1
-            self._shorten(cut)
+            self._before.go_back(kept=cut)
             kept *= cut
             kl = self.distance(buffer)
         return reached, kept
@@ -69,17 +69,17 @@ class TrustRegion:
     def distance(self, buffer: EpisodeBuffer) -> float:
         """
         :param buffer: the rollout.
-        :return: KL(π_old ‖ π) in nats per episode, of the first episodes of the rollout.
+        :return: KL(π_old ‖ π) in nats per episode, of the first episodes of the rollout; infinite where the update has
+            gone so far that the policy's numbers are not finite.
         """
         lengths = buffer.lengths[:MEASURED_EPISODES]
         total = 0.0
         for part in buffer.batches(np.arange(len(lengths)), self._micro_batch_tokens):
             samples = buffer.pack(part)
-            _, log_prob, _ = self._policy.evaluate_actions(samples.observations, samples.actions)
+            try:
+                _, log_prob, _ = self._policy.evaluate_actions(samples.observations, samples.actions)
+            except FloatingPointError:  # the other processes wait for this one's total
+                total = math.inf
+                break
             total += float(kl_k3((samples.old_log_prob - log_prob).double()).sum())
         return self._engine.total(total) / self._engine.total(len(lengths))
-
-    @torch.no_grad()
-    def _shorten(self, share: float) -> None:
-        for parameter, before in zip(self._actor, self._before, strict=True):
-            parameter.copy_(torch.lerp(before, parameter, share))

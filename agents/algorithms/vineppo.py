@@ -52,8 +52,6 @@ class VinePPO(Surrogate):
         normalize_advantage: bool | Literal["group"] = True,
         **kwargs: Any,
     ) -> None:
-        if n_branches < 1 or branch_every < 1:
-            raise ValueError(f"Expected n_branches and branch_every >= 1, got {n_branches} and {branch_every}.")
         if split == "":
             raise ValueError("Expected split to be a string that ends a step, such as '\\n', or None, got ''.")
         self.n_branches, self.branch_every, self.split = n_branches, branch_every, split

@@ -138,8 +138,8 @@ class BinnedValueHead(ScaledHead):
                 "Expected value_bins to be the lowest value, the highest value and the number of values, at least 2, "
                 f"such as (-1.0, 1.0, 51); got {value_bins!r}."
             )
-        if sigma is not None and not sigma > 0:
-            raise ValueError(f"Expected value_sigma > 0, or None for two-hot targets, got {sigma!r}.")
+        if sigma is not None and not 0 < sigma < float("inf"):
+            raise ValueError(f"Expected a finite value_sigma > 0, or None for two-hot targets, got {sigma!r}.")
         super().__init__(hidden_size, int(n_bins))
         self.register_buffer("support", torch.linspace(low, high, int(n_bins)))
         self.sigma = sigma

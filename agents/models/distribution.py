@@ -51,9 +51,9 @@ class TokenDistribution:
     autocast: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
+        if not 0 < self.temperature < float("inf"):
             raise ValueError(
-                f"Expected temperature > 0, got {self.temperature}. For greedy actions use deterministic=True."
+                f"Expected a finite temperature > 0, got {self.temperature}. For greedy actions use deterministic=True."
             )
         if self.min_new_tokens > 0 and not self.eos_token_ids:
             raise ValueError(

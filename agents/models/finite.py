@@ -10,13 +10,21 @@ from torch import nn
 SHOWN = 8  # tokens of a context in an error
 
 
+def broken_parameters(model: nn.Module) -> list[str]:
+    """
+    :param model: a model.
+    :return: the names of its parameters that hold NaN or an infinite number.
+    """
+    return [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]
+
+
 def not_a_number(what: str, model: nn.Module) -> FloatingPointError:
     """
     :param what: what is not a number, as the subject of a sentence: ``"the logits after ..."``.
     :param model: the model that gave it; its parameters are searched.
     :return: the error, which names the first parameter that is not finite.
     """
-    broken = [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]
+    broken = broken_parameters(model)
     if broken:
         cause = (
             f"{len(broken)} of the parameters of {type(model).__name__} are not finite, the first of which is "

@@ -31,7 +31,7 @@ from agents.models.causal_lm import CausalLM, OtherLogits
 from agents.models.contexts import Contexts, check_spaces, contexts_of, packed_positions, share_prefixes
 from agents.models.critic import make_critic
 from agents.models.distribution import TokenDistribution, sample
-from agents.models.finite import check_numbers
+from agents.models.finite import broken_parameters, check_numbers
 from agents.models.prefix_cache import PrefixCache
 from agents.models.pretrained import (
     add_lora,
@@ -396,7 +396,13 @@ class CausalLMActorCritic(BasePolicy):
 
         :param directory: the directory, which is created if it does not exist.
             ``AutoModelForCausalLM.from_pretrained(directory)`` loads it.
+        :raises FloatingPointError: if a parameter is not finite. Nothing is written then.
         """
+        if broken := broken_parameters(self):
+            raise FloatingPointError(
+                f"Expected finite weights to save, got NaN or infinite numbers in {len(broken)} parameters, the first "
+                f"of which is {broken[0]!r}. What {directory} holds was left as it is."
+            )
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.lm.save_pretrained(directory)

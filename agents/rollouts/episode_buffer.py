@@ -315,7 +315,7 @@ class EpisodeBuffer(RolloutBuffer):
         segment, tokens, is_action = (column.array for column in self._stream.values())
         order = np.argsort(segment, kind="stable")
         self.tokens, self.is_action = tokens[order], is_action[order]  # [M]
-        self._stream_starts = np.concatenate([[0], np.cumsum(np.bincount(segment, minlength=self._n_segments))])
+        self.stream_starts = np.concatenate([[0], np.cumsum(np.bincount(segment, minlength=self._n_segments))])
         segment = segment[is_action]  # the segment of each of the N actions
         order = np.argsort(segment, kind="stable")
         self.values = self._logged["values"].array[order]
@@ -408,7 +408,7 @@ class EpisodeBuffer(RolloutBuffer):
     @property
     def nbytes(self) -> int:
         """The memory of the stored rollout, in bytes."""
-        streams = (self.tokens, self.is_action, self._stream_starts)
+        streams = (self.tokens, self.is_action, self.stream_starts)
         logged = (self.values, self.log_probs, self.rewards, self.lengths, self.starts)
         derived = (self.advantages, self.returns, self.log_ratio)
         exact = [array for array in (self.exact_kl, self._ref_hidden) if array is not None]
@@ -488,7 +488,7 @@ class EpisodeBuffer(RolloutBuffer):
         :return: int32, the tokens of the response before that action. With the episode's prompt they are the state in
             which the action was chosen, from which a reset can go on.
         """
-        start, end = self._stream_starts[episode : episode + 2]
+        start, end = self.stream_starts[episode : episode + 2]
         chosen = start + np.flatnonzero(self.is_action[start:end])
         response: np.ndarray = self.tokens[start + self._prompt_lengths[episode] : chosen[action]]
         return response
@@ -501,7 +501,7 @@ class EpisodeBuffer(RolloutBuffer):
         size = self._stream_lengths[episodes] - 1  # no action follows the last one
         columns = np.arange(size.max())
         real = columns < size[:, None]  # [E, T]
-        first = self._stream_starts[episodes]
+        first = self.stream_starts[episodes]
         stream = np.concatenate([np.arange(start, start + n) for start, n in zip(first, size, strict=True)])
         # Padding repeats the first token; causal attention never looks at it.
         input_ids = np.repeat(self.tokens[first][:, None], len(columns), axis=1).astype(np.int64)
@@ -560,7 +560,7 @@ class EpisodeBuffer(RolloutBuffer):
     @property
     def _stream_lengths(self) -> np.ndarray:
         """int64 [E], the number of tokens of each stream."""
-        lengths: np.ndarray = np.diff(self._stream_starts)
+        lengths: np.ndarray = np.diff(self.stream_starts)
         return lengths
 
     def _token_index(self, episodes: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -55,6 +55,13 @@ class OfSeveral(Engine):
 
     def largest(self, value: float) -> float:
         return max(self._meeting.everybody(self._rank, float(value)))
+
+    def names(self, names: Iterable[str]) -> list[str]:
+        return sorted(set().union(*self._meeting.everybody(self._rank, set(names))))
+
+    def give_up(self) -> None:
+        nothing = sum(p.sum() for group in self._policy.optimizer.param_groups for p in group["params"])
+        self.backward(0.0 * nothing, last=True)
 
     def micro_batches(self, parts: Sequence[np.ndarray]) -> list[tuple[np.ndarray, float]]:
         missing = max(self._meeting.everybody(self._rank, len(parts))) - len(parts)
@@ -170,10 +177,13 @@ def test_what_is_counted_and_logged_is_everybodys() -> None:
 
 
 class OneMore(Engine):
-    """As if another process had one text of one token for whatever is counted."""
+    """As if another process had one right text of one token, with a metric of its own."""
 
     def total(self, value: float) -> float:
         return float(value) + 1
+
+    def names(self, names: Iterable[str]) -> list[str]:
+        return sorted({*names, "completions/mean_length_right", "objective/theirs"})
 
 
 def test_a_process_without_right_texts_logs_the_mean_length_of_those_of_the_others() -> None:
@@ -184,7 +194,8 @@ def test_a_process_without_right_texts_logs_the_mean_length_of_those_of_the_othe
     model.engine = OneMore(model.policy)
     model._log_rollout(episodes)
     logged = model.logger.name_to_value
-    assert logged["objective/correct"] == 0.0
+    assert logged["objective/correct"] == 1 / 9
+    assert logged["objective/theirs"] == 1.0
     assert logged["completions/mean_length_right"] == 1.0
     assert logged["completions/mean_length_wrong"] == (model.buffer.n_tokens + 1) / 9
 

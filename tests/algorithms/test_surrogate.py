@@ -116,8 +116,8 @@ def test_target_kl_stops_an_update_of_grpo_too() -> None:
         ({"surrogate": "ppo"}, r"one of \('clip', 'gspo', 'cispo'\), got 'ppo'"),
         ({"clip_range": -0.1}, "clip_range >= 0, got -0.1"),
         ({"clip_range_high": -0.1}, "clip_range_high >= 0, got -0.1"),
-        ({"dual_clip": 1.0}, "dual_clip > 1, or None.*got 1.0 with surrogate='clip'"),
-        ({"dual_clip": 3.0, "surrogate": "cispo"}, "None, which it must be with surrogate='cispo'; got 3.0"),
+        ({"dual_clip": 1.0}, "dual_clip > 1, got 1.0"),
+        ({"dual_clip": 3.0, "surrogate": "cispo"}, "dual_clip=None with surrogate='cispo', got 3.0"),
         ({"positive_lm_coef": -1.0}, "positive_lm_coef >= 0, got -1.0"),
     ],
 )

@@ -183,8 +183,8 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ({"n_branches": 0}, "n_branches and branch_every >= 1, got 0 and 16"),
-        ({"branch_every": 0}, "got 4 and 0"),
+        ({"n_branches": 0}, "n_branches >= 1, got 0"),
+        ({"branch_every": 0}, "branch_every >= 1, got 0"),
         ({"split": ""}, "split to be a string that ends a step"),
     ],
 )

@@ -192,7 +192,7 @@ def test_a_dtype_that_is_none_is_refused(tmp_path: Path, dtype: str) -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0])
 def test_a_temperature_that_is_not_positive_is_refused(temperature: float) -> None:
-    with pytest.raises(ValueError, match=f"Expected temperature > 0, got {temperature}. For greedy actions"):
+    with pytest.raises(ValueError, match=f"Expected a finite temperature > 0, got {temperature}. For greedy actions"):
         make_policy(make_env(), temperature=temperature)
 
 
