@@ -82,7 +82,7 @@ class EpisodeSettings:
     :param reward_kwargs: the arguments ``batch_size``, ``device``, ``dtype``, ``max_length``, ``label`` and
         ``chat_template`` of :class:`text_env.rewards.SequenceClassifierReward`, for every classifier that ``reward``,
         ``metrics`` and ``shaping`` name.
-    :param reward_timeout: the number of seconds that one call of ``reward``, ``metrics`` or ``shaping`` may take. A call
+    :param reward_timeout: the number of seconds that one call of ``reward``, ``metrics`` or ``shaping`` may take. One
         that takes longer is a :class:`text_env.rewards.RewardError` that names the reward and the time. None: any time.
         A plain function cannot be ended from outside: it goes on in a thread that nobody waits for.
     :param reward_retries: how often a call that raised or took too long is tried again, after waits of 0.5 seconds, 1,

@@ -98,7 +98,7 @@ class Server:
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:  # noqa: N802
+            def do_POST(self) -> None:
                 batch = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.received.append(batch)
                 scores = json.dumps({"scores": [len(text) for text in batch["completions"]]})
