@@ -22,14 +22,16 @@ def _loop(process: int) -> asyncio.AbstractEventLoop:
     return loop
 
 
-def run_coroutine(awaitable: Awaitable[T]) -> T:
+def run_coroutine(awaitable: Awaitable[T], timeout: float | None = None) -> T:
     """
     :param awaitable: what an ``async def`` returns when it is called.
+    :param timeout: seconds after which it is cancelled; None: it may take any time.
     :return: its result. What it raises is passed on.
+    :raises TimeoutError: if it was cancelled.
     """
 
     async def awaited() -> T:
-        return await awaitable
+        return await asyncio.wait_for(awaitable, timeout)
 
     # A forked process has none of its parent's threads.
     return asyncio.run_coroutine_threadsafe(awaited(), _loop(os.getpid())).result()

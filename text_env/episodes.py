@@ -131,11 +131,12 @@ class Episodes:
             self.eos_token_ids,
         )
         self.max_prompt_tokens = self.prompts.max_prompt_tokens
-        options = dict(settings.reward_kwargs or {})
-        self.reward = make_reward(settings.reward, **options)
-        self.metrics = {name: make_reward(metric, **options) for name, metric in (settings.metrics or {}).items()}
+        options, limits = dict(settings.reward_kwargs or {}), settings.reward_limits
+        self.reward = make_reward(settings.reward, limits, **options)
+        metrics = (settings.metrics or {}).items()
+        self.metrics = {name: make_reward(metric, limits, **options) for name, metric in metrics}
         self.trainer_state = TrainerState()
-        self.shaping: PotentialShaping | None = make_shaping(settings.shaping, **options)
+        self.shaping: PotentialShaping | None = make_shaping(settings.shaping, limits, **options)
         if clash := sorted(name for name in self.metrics if name in RESERVED_INFO or name.startswith(("_", "reward/"))):
             raise ValueError(f"Expected metrics to have names that the final info does not use yet, got {clash}.")
 

@@ -47,20 +47,24 @@ def _terms(text: str) -> list[str]:
 
 def parse_sum(text: str) -> dict[str, float]:
     """
-    :param text: a weighted sum such as ``"builtin+0.5*sentiment"``.
+    :param text: a weighted sum such as ``"builtin+0.5*sentiment"``. A + always begins the next term, so in the address
+        of a server it is written %2B.
     :return: the weights by name. A name without a weight has the weight 1.
     :raises ValueError: if a term is not of this form, or a name stands there twice.
     """
     weights: dict[str, float] = {}
+    hint = " In an address, write + as %2B and * as %2A." if "://" in text else ""
     for term in _terms(text):
         before, parenthesis, arguments = term.partition("(")
         weight, star, name = before.rpartition("*")
         try:
             number = float(weight) if star else 1.0
         except ValueError as error:
-            raise ValueError(f"Expected each term of {text!r} to be 'name' or 'weight*name', got {term!r}.") from error
+            raise ValueError(
+                f"Expected each term of {text!r} to be 'name' or 'weight*name', got {term!r}.{hint}"
+            ) from error
         name = (name + parenthesis + arguments).strip()
         if not name or name in weights:
-            raise ValueError(f"Expected each term of {text!r} to name another reward, got {term!r}.")
+            raise ValueError(f"Expected each term of {text!r} to name another reward, got {term!r}.{hint}")
         weights[name] = number
     return weights

@@ -15,6 +15,8 @@ import inspect
 import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +32,9 @@ from text_env.classifier_reward import (
 )
 from text_env.coroutines import run_coroutine
 from text_env.finished_texts import TRL_EXTRAS, FinishedTexts, Messages, TrainerState, assistant_texts
+from text_env.http_reward import HttpReward, is_address
 from text_env.imports import import_object, is_object_name
+from text_env.reward_limits import NO_LIMITS, LimitedReward, Limits, RewardError, reward_name
 from text_env.reward_names import parse_call, parse_sum
 from text_env.text_rewards import FormatReward, LengthPenalty, OverlongPenalty
 
@@ -38,6 +42,9 @@ __all__ = [
     "KNOWN_REWARDS",
     "REWARD_KWARGS",
     "FinishedTexts",
+    "HttpReward",
+    "LimitedReward",
+    "Limits",
     "Messages",
     "Normalized",
     "Reward",
@@ -68,18 +75,6 @@ class Reward(Protocol):
         :return: B finite numbers. None in place of one says that the reward does not apply to that text.
         """
         ...
-
-
-class RewardError(RuntimeError):
-    """A reward raised, or returned something other than one finite number per text."""
-
-
-def reward_name(reward: Any) -> str:
-    """
-    :param reward: any reward.
-    :return: its attribute ``name`` if it has one, otherwise the name of the function or of the class.
-    """
-    return str(getattr(reward, "name", None) or getattr(reward, "__name__", None) or type(reward).__name__)
 
 
 def score(reward: Any, texts: FinishedTexts) -> NDArray[np.float64]:
@@ -117,6 +112,7 @@ def score_where_it_applies(reward: Any, texts: FinishedTexts) -> NDArray[np.floa
         raise  # the error of a part of a weighted sum names that part already
     except Exception as error:
         hint = " Let it accept **kwargs." if "unexpected keyword argument" in str(error) else ""
+        hint += "".join(f" {note}" for note in getattr(error, "__notes__", ()))
         raise RewardError(
             f"Reward {name!r} raised {type(error).__name__}: {str(error).rstrip('.')}.{hint} It was called with "
             f"{expected} texts, the first being: {texts.show(0)}."
@@ -309,14 +305,17 @@ KNOWN_REWARDS: dict[str, Callable[..., Any]] = {
 """What makes a reward that has a name. It takes the arguments that stand in parentheses after the name."""
 
 
-def make_reward(spec: Any, **kwargs: Any) -> Any:
+def make_reward(spec: Any, limits: Limits = NO_LIMITS, /, **kwargs: Any) -> Any:
     """Resolve the environment's argument ``reward``, or one of ``metrics``.
 
     :param spec: a callable, which is used as it is; one of :data:`KNOWN_REWARDS`, with arguments in parentheses where
         it takes some, written as in Python: ``"sentiment"``, ``"overlong(max_new_tokens=256, buffer=64)"``; the
-        directory or hub name (``"organisation/model"``) of a Hugging Face sequence classifier; ``"module:function"``; a
-        mapping of such names to weights; or that mapping as a string, ``"correct+0.1*format"``. A known name takes
-        precedence over a directory of the same name.
+        directory or hub name (``"organisation/model"``) of a Hugging Face sequence classifier; ``"module:function"``;
+        the address of a server, ``"http://host:8000/score"`` (see :class:`text_env.http_reward.HttpReward`); a mapping
+        of such names to weights; or that mapping as a string, ``"correct+0.1*format"``. A known name takes precedence
+        over a directory of the same name.
+    :param limits: how long each call may take and how often it is tried again. In a weighted sum they are meant for
+        each part by itself.
     :param kwargs: the arguments :data:`REWARD_KWARGS` of :class:`SequenceClassifierReward`, for every classifier that
         is made by name. They mean nothing to other rewards.
     :return: a callable with the signature of :class:`Reward`.
@@ -324,11 +323,32 @@ def make_reward(spec: Any, **kwargs: Any) -> Any:
         that the reward does not take.
     :raises TypeError: if the reward is not callable.
     """
+    limits.check()
+    return _limited(_made(spec, kwargs), limits)
+
+
+def _limited(reward: Any, limits: Limits) -> Any:
+    """The same reward within limits, which go to the parts of a sum: their failures are each their own."""
+    if isinstance(reward, WeightedSum):
+        parts = {name: _limited(part, limits) for name, part in reward.rewards.items()}
+        if all(part is reward.rewards[name] for name, part in parts.items()):
+            return reward
+        limited = copy(reward)
+        limited.rewards = parts
+        return limited
+    if isinstance(reward, HttpReward):
+        reward = replace(reward, timeout=limits.timeout)  # so that an abandoned request ends by itself
+    elif limits == NO_LIMITS:
+        return reward
+    return LimitedReward(reward, limits)
+
+
+def _made(spec: Any, kwargs: Mapping[str, Any]) -> Any:
     _check_kwargs(kwargs)
     if isinstance(spec, Mapping):
         parts: dict[str, tuple[Any, float]] = {}
         for part, weight in spec.items():
-            reward = make_reward(part, **kwargs)
+            reward = _made(part, kwargs)
             if (name := reward_name(reward)) in parts:
                 raise ValueError(f"Expected the rewards of a weighted sum to have different names, got {name!r} twice.")
             parts[name] = (reward, weight)
@@ -348,15 +368,17 @@ def _make_by_name(name: str, kwargs: Mapping[str, Any]) -> Any:
     if (called := parse_call(name)) is not None and called[0] in KNOWN_REWARDS:
         return _make_known(*called, kwargs)
     if "+" in name or "*" in name:
-        return make_reward(parse_sum(name), **kwargs)
+        return _made(parse_sum(name), kwargs)
+    if is_address(name):
+        return HttpReward(name)
     if is_object_name(name):
-        return make_reward(import_object(name), **kwargs)
+        return _made(import_object(name), kwargs)
     if "/" in name:
         return shared_classifier(name, **kwargs)
     raise ValueError(
         f"Unknown reward {name!r}. Known names: {', '.join(KNOWN_REWARDS)}. Otherwise give a directory or hub name "
-        f"('organisation/model') of a Hugging Face sequence classifier, 'module:function', a callable, or a weighted "
-        f"sum such as 'builtin+0.5*sentiment'."
+        f"('organisation/model') of a Hugging Face sequence classifier, 'module:function', the address of a server "
+        f"('http://host:8000/score'), a callable, or a weighted sum such as 'builtin+0.5*sentiment'."
     )
 
 

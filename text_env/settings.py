@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import numpy as np
 
 from text_env.prompts import OverlongPrompts
+from text_env.reward_limits import Limits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,7 +49,8 @@ class EpisodeSettings:
         tokenizer appends to a text, are dropped.
     :param reward: ``"builtin"``, ``"sentiment"``, the directory or hub name of a sequence classifier,
         ``"module:function"``, a callable ``(prompts, completions, completion_ids, **columns) -> list[float]``, or a
-        weighted sum of these, as ``{"builtin": 1.0, "sentiment": 0.5}`` or ``"builtin+0.5*sentiment"``. Further names
+        weighted sum of these, as ``{"builtin": 1.0, "sentiment": 0.5}`` or ``"builtin+0.5*sentiment"``. An address such
+        as ``"http://host:8000/score"`` names a server (:class:`text_env.http_reward.HttpReward`). Further names
         are ``"correct"``, ``"format"``, ``"length"`` and ``"overlong"``, which take arguments: ``"overlong(256, 64)"``
         (see :func:`text_env.rewards.make_reward`). ``"task"`` is the reward of ``task``.
     :param max_prompt_tokens: the length of the longest prompt, in tokens. None: as long as the longest one is (of
@@ -80,6 +82,12 @@ class EpisodeSettings:
     :param reward_kwargs: the arguments ``batch_size``, ``device``, ``dtype``, ``max_length``, ``label`` and
         ``chat_template`` of :class:`text_env.rewards.SequenceClassifierReward`, for every classifier that ``reward``,
         ``metrics`` and ``shaping`` name.
+    :param reward_timeout: the number of seconds that one call of ``reward``, ``metrics`` or ``shaping`` may take. One
+        that takes longer is a :class:`text_env.rewards.RewardError` that names the reward and the time. None: any time.
+        A plain function cannot be ended from outside: it goes on in a thread that nobody waits for.
+    :param reward_retries: how often a call that raised or took too long is tried again, after waits of 0.5 seconds, 1,
+        2, and so on up to 30. What a reward returns is no reason to try again, even if it is wrong. None: 8 times over
+        HTTP, so that a server may come back within a minute and a half; otherwise never.
     """
 
     task: Any = None
@@ -99,6 +107,13 @@ class EpisodeSettings:
     chat_template: bool | None = None
     shaping: Any = None
     reward_kwargs: Mapping[str, Any] | None = None
+    reward_timeout: float | None = None
+    reward_retries: int | None = None
+
+    @property
+    def reward_limits(self) -> Limits:
+        """``reward_timeout`` and ``reward_retries``."""
+        return Limits(self.reward_timeout, self.reward_retries)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -115,6 +130,7 @@ class EpisodeSettings:
         check_integer("max_new_tokens", self.max_new_tokens, 1)
         check_integer("min_new_tokens", self.min_new_tokens, 0)
         check_integer("group_size", self.group_size, 1)
+        self.reward_limits.check()
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"Expected min_new_tokens to be at most max_new_tokens={self.max_new_tokens}, got "

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from text_env.imports import import_object, is_object_name
+from text_env.reward_limits import NO_LIMITS, Limits
 from text_env.rewards import FinishedTexts, make_reward, score
 
 
@@ -74,11 +75,12 @@ class PotentialShaping:
         return self.gamma * after - before
 
 
-def make_shaping(spec: Any, **reward_kwargs: Any) -> PotentialShaping | None:
+def make_shaping(spec: Any, limits: Limits = NO_LIMITS, /, **reward_kwargs: Any) -> PotentialShaping | None:
     """Resolve the environment's argument ``shaping``.
 
     :param spec: None; a :class:`PotentialShaping`, or its name as ``"module:object"``; or anything that
         :func:`text_env.rewards.make_reward` takes, which becomes the potential of a ``PotentialShaping``.
+    :param limits: how long each call of the potential may take and how often it is tried again.
     :param reward_kwargs: the keyword arguments of :func:`text_env.rewards.make_reward`.
     :return: the shaping, with a callable as its potential; None if ``spec`` is None.
     :raises ValueError: for the reasons of ``make_reward``.
@@ -89,4 +91,4 @@ def make_shaping(spec: Any, **reward_kwargs: Any) -> PotentialShaping | None:
     if isinstance(spec, str) and is_object_name(spec):
         spec = import_object(spec)
     shaping = spec if isinstance(spec, PotentialShaping) else PotentialShaping(spec)
-    return replace(shaping, potential=make_reward(shaping.potential, **reward_kwargs))
+    return replace(shaping, potential=make_reward(shaping.potential, limits, **reward_kwargs))

@@ -281,11 +281,6 @@ class OnPolicyAlgorithm(Resumable):
         rate = self.lr_schedule(self._current_progress_remaining)
         return rate, rate
 
-    def _update_learning_rate(self, optimizers: Any) -> None:
-        super()._update_learning_rate(optimizers)
-        actor, critic = self.learning_rates()
-        self.policy.set_learning_rates(self.step_factor * actor, critic)
-
     def default_policy_kwargs(self, env: TextVectorEnv, policy_kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """What the policy is made of where its arguments don't say.
 
@@ -557,6 +552,8 @@ class OnPolicyAlgorithm(Resumable):
     def _update_learning_rate(self, optimizers: Any) -> None:
         RANGES["learning_rate"].check("learning_rate", self.lr_schedule(self._current_progress_remaining))
         super()._update_learning_rate(optimizers)
+        actor, critic = self.learning_rates()
+        self.policy.set_learning_rates(self.step_factor * actor, critic)
 
     def _epochs(self, n_epochs: int) -> Iterator[list[np.ndarray]]:
         """For each pass over the rollout its minibatches, each the int [E] numbers of its episodes."""

@@ -227,7 +227,10 @@ COMMANDS = {
                 ),
                 *("max_new_tokens", "min_new_tokens", "stop", "eos_token_ids", "constraint", "group_size"),
             ),
-            "Rewards": (*("reward", "gold", "reward_kwargs", "missing_eos_penalty", "shaping", "shaping_every"),),
+            "Rewards": (
+                *("reward", "gold", "reward_kwargs", "reward_timeout", "reward_retries"),
+                *("missing_eos_penalty", "shaping", "shaping_every"),
+            ),
             "KL to the reference": ("kl_coef", "kl_target", "kl_estimator"),
             "Optimisation": (
                 *("learning_rate", "lr_schedule", "lr_warmup", "n_episodes", "batch_size", "n_epochs", "algo_kwargs"),

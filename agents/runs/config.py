@@ -45,7 +45,8 @@ class EnvConfig(EpisodeSettings):
     """'builtin', 'builtin:eval', a file (.jsonl, .json, .csv, .txt) or 'module:function'."""
     reward: str = "builtin"
     """'builtin', 'sentiment', 'correct' (the right answer), 'format', 'length(budget=64)', 'overlong(64, 16)', the
-    directory or hub name of a classifier, 'module:function', or a weighted sum of these ('builtin+0.5*sentiment')."""
+    directory or hub name of a classifier, 'module:function', the address of a server ('http://host:8000/score'), or a
+    weighted sum of these ('builtin+0.5*sentiment')."""
     constraint: str | None = None
     """'module:function', a function that decides which tokens may follow a context."""
     stop: str | None = None
