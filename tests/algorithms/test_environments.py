@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import stable_baselines3 as sb3
-from learners import PROMPTS, even_tokens, largest_difference, make_env, make_ppo, save_model, weights_of
+from learners import PROMPTS, constant, even_tokens, largest_difference, make_env, make_ppo, save_model, weights_of
 from peft import LoHaConfig, LoraConfig
 from tiny import tiny_tokenizer
 
@@ -17,6 +17,8 @@ import text_env  # noqa: F401  registers TextRLHF-v0
 from agents.algorithms.ppo import PPO
 from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.sb3_vec_env import TextVecEnv
+from agents.state import checkpoint
+from agents.state.history import CheckpointHistory
 from text_env.constraints import ForbiddenTokens
 
 
@@ -78,6 +80,8 @@ def test_what_a_registered_name_says_itself_is_left_alone(model: str) -> None:
             "max_prompt_tokens was 16 and is 17; max_new_tokens was 8 and",
         ),
         ({"constraint": ForbiddenTokens([5])}, r"constraint was None and is 'ForbiddenTokens\(\(5,\)\)'"),
+        ({"reward": constant}, "reward was 'even_tokens' and is 'constant'"),
+        ({"group_size": 2}, "group_size was 1 and is 2"),
     ],
     ids=str,
 )
@@ -101,8 +105,8 @@ def test_an_environment_with_another_tokenizer_is_refused(saved: Path, tmp_path:
         PPO.load(saved, env=make_env(tokenizer=other), device="cpu")
 
 
-def test_another_reward_or_other_prompts_are_no_other_environment(saved: Path) -> None:
-    env = make_env(prompts=["a", "I"], reward=lambda prompts, **_: [0.0] * len(prompts))
+def test_other_prompts_are_no_other_environment(saved: Path) -> None:
+    env = make_env(prompts=["a", "I"])
     assert PPO.load(saved, env=env, device="cpu").learn(8, reset_num_timesteps=False).num_timesteps > 8
 
 
@@ -152,9 +156,13 @@ def test_a_saved_policy_says_which_function_loads_it(saved: Path, tmp_path: Path
         PPO.load(tmp_path / "policy", env=make_env())
 
 
-def test_a_runs_directory_says_where_its_checkpoint_is(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"a run's directory: use agents\.PPO\.load\('.*checkpoint', env="):
-        PPO.load(tmp_path)
+def test_the_directory_of_several_checkpoints_says_which_is_the_newest(saved: Path, tmp_path: Path) -> None:
+    history = CheckpointHistory(tmp_path / "run" / "checkpoints")
+    for timesteps in (32, 64):
+        history.save(checkpoint.load(saved), timesteps)
+    for path in (history.directory, tmp_path / "run"):
+        with pytest.raises(ValueError, match=r"there are several: use agents\.PPO\.load\('.*/000000000064', env="):
+            PPO.load(path)
 
 
 @pytest.mark.parametrize("name", ["stock.zip", "stock"])
