@@ -29,8 +29,8 @@ from agents.state.arguments import (
 from agents.state.generators import generator_states, set_generator_states
 from agents.state.schedules import LearningRate
 
-# The attributes of SB3's algorithms that change while training.
-COUNTERS = ("num_timesteps", "_total_timesteps", "_n_updates", "_current_progress_remaining")
+# The attributes of SB3's algorithms, and the loop's own number of iterations, that change while training.
+COUNTERS = ("num_timesteps", "_total_timesteps", "_n_updates", "_current_progress_remaining", "_iterations")
 # Arguments that are no data, or that the state holds in another form.
 NOT_KEPT = frozenset({"policy", "env", "policy_kwargs", "device", "reference", "stats_window_size"})
 
