@@ -1,14 +1,15 @@
 """Trees of tensors and JSON values in a directory of safetensors and JSON files, independent of what they belong to.
 
 A tree is a dict whose keys are strings and whose values are trees, tensors, or values that JSON can represent. Its
-directory holds ``state.json`` and, for each top-level entry of the tree that has tensors, ``<entry>.safetensors``.
-Reading a directory runs no code.
+directory holds ``state.json``, for each top-level entry of the tree that has tensors ``<entry>.safetensors``, and
+``manifest.json``, by which damage is noticed. Reading a directory runs no code.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping
@@ -16,63 +17,97 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from agents.state.arguments import is_plain
+from agents.state.manifest import CheckpointError, seal, verify
+from agents.state.replacing import present, replacing
 
 Tree = dict[str, Any]
 
 
-def save(path: str | Path, tree: Mapping[str, Any]) -> None:
+STATE = "state.json"
+
+
+def save(path: str | Path, tree: Mapping[str, Any], notes: Mapping[str, Any] | None = None) -> None:
     """Write a tree to a directory.
 
     :param path: the directory; an ending ``.zip``, which SB3's callbacks add, is dropped. It is replaced as a whole, so
-        that a process that is killed at any moment leaves either the old one or the new one.
+        that a process that is killed at any moment leaves either the old one or the new one. When this function
+        returns, the new one is on the disk.
     :param tree: the tree. A tensor that has several names within a top-level entry (tied weights) is written once.
+    :param notes: JSON values for :func:`agents.state.manifest.notes_of`.
     :raises TypeError: for a key that is no string, or a value that is no tree, no tensor and no JSON value.
     :raises ValueError: for a top-level key that can't be the name of a file.
+    :raises FloatingPointError: if a tensor holds NaN or an infinite number; it names the tensor.
+    :raises OSError: if the files can't be written (a full disk). The old checkpoint is as it was.
     """
     files: dict[str, _Tensors] = defaultdict(_Tensors)
     values, names = _taken_apart(tree, (), files)
-    directory = _directory(path)
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for entry, tensors in files.items():
-        save_file(tensors.by_name, partial / f"{entry}.safetensors")
-    (partial / "state.json").write_text(json.dumps({"values": values, "tensors": names}, indent=1))
-    # A directory can't be replaced in one step. While there is none at its place, `load` reads the previous one.
-    if directory.exists():
-        shutil.rmtree(_previous(directory), ignore_errors=True)
-        os.replace(directory, _previous(directory))
-    os.replace(partial, directory)
-    shutil.rmtree(_previous(directory), ignore_errors=True)
+    with replacing(_directory(path)) as partial:
+        for entry, tensors in files.items():
+            _write(tensors.by_name, partial / f"{entry}.safetensors")
+        (partial / STATE).write_text(json.dumps({"values": values, "tensors": names}, indent=1))
+        seal(partial, notes or {})
 
 
 def load(path: str | Path) -> Tree:
-    """Read a tree from a directory.
+    """Read a tree from a directory, after its files have been checked against its manifest.
 
     :param path: the directory that :func:`save` wrote.
     :return: the tree, with tensors on the CPU. Tuples have become lists. Names that stood for the same tensor do so
         again.
-    :raises FileNotFoundError: if there is no checkpoint, or if one of its files is missing.
-    :raises ValueError: if the directory was written by another program, or by another version of this one.
+    :raises FileNotFoundError: if there is no checkpoint.
+    :raises CheckpointError: if a file is missing, unknown or not as it was written, or if the directory was written by
+        another program, or by another version of this one.
     """
-    directory = _directory(path)
-    if not directory.exists() and _previous(directory).exists():
-        directory = _previous(directory)
-    if not (directory / "state.json").exists():
-        raise FileNotFoundError(f"Expected a checkpoint directory with state.json, found none at {directory}.")
-    state = json.loads((directory / "state.json").read_text())
-    if not isinstance(state, dict) or set(state) != {"values", "tensors"}:
-        raise ValueError(
-            f"Expected {directory / 'state.json'} to have 'values' and 'tensors', got {sorted(state)}: it was written "
-            "by something else, or by another version. Load it with the version that wrote it."
-        )
-    tree: Tree = state["values"]
-    for entry, names in state["tensors"].items():
-        _put_together(tree, {entry: names}, load_file(directory / f"{entry}.safetensors"))
+    directory = present(_directory(path))
+    verify(directory)
+    try:
+        state = json.loads((directory / STATE).read_bytes())
+        tree: Tree = state["values"]
+        for entry, names in state["tensors"].items():
+            _put_together(tree, {entry: names}, load_file(directory / f"{entry}.safetensors"))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+        # The files are as they were written, but this function's counterpart has not written them.
+        raise CheckpointError(
+            f"Expected a checkpoint as agents writes it, got something else in {directory}: {type(error).__name__}: "
+            f"{error}. Load it with the program that wrote it."
+        ) from error
     return tree
+
+
+def copy(source: str | Path, target: str | Path) -> None:
+    """Write a second checkpoint with the contents of another, which takes no room where there are hard links.
+
+    :param source: the directory of the checkpoint.
+    :param target: the directory of its copy, which is replaced as a whole.
+    :raises FileNotFoundError: if there is no checkpoint.
+    :raises CheckpointError: if it is damaged.
+    :raises OSError: if the copy can't be written.
+    """
+    directory = present(_directory(source))
+    verify(directory)
+    with replacing(_directory(target)) as partial:
+        for path in directory.iterdir():
+            try:
+                os.link(path, partial / path.name)  # no file of a checkpoint is ever changed
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, partial / path.name)
+
+
+def _write(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """
+    :raises OSError: as other functions that write do, where safetensors has an exception of its own.
+    """
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 class _Tensors:
@@ -119,6 +154,7 @@ def _taken_apart(tree: Mapping[str, Any], path: tuple[str, ...], files: Mapping[
         if not path and not key.isidentifier():
             raise ValueError(f"Expected the entries of a checkpoint to be identifiers (they name files), got {key!r}.")
         if isinstance(value, torch.Tensor):
+            _check_finite(value, here)
             names[key] = files[here[0]].add(value, ".".join(here[1:]) or key)
         elif isinstance(value, Mapping):
             values[key], below = _taken_apart(value, here, files)
@@ -145,5 +181,9 @@ def _directory(path: str | Path) -> Path:
     return path.with_suffix("") if path.suffix == ".zip" else path
 
 
-def _previous(directory: Path) -> Path:
-    return directory.with_name(directory.name + ".previous")
+def _check_finite(tensor: torch.Tensor, path: tuple[str, ...]) -> None:
+    if not bool(torch.isfinite(tensor.detach()).all()):
+        raise FloatingPointError(
+            f"Expected finite numbers in a checkpoint, got NaN or an infinite one in {'/'.join(path)}: nothing was "
+            "written, so the checkpoint before it is still there. Go on from that, at a lower learning rate, say."
+        )
