@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shlex
@@ -52,15 +51,13 @@ def check_directory(directory: Path) -> None:
 
 
 def remove_start(directory: Path) -> None:
-    """Remove what a run wrote that learned nothing, and the directory itself if nothing else is in it.
+    """Remove what a run wrote that learned nothing.
 
     :param directory: of the run.
     """
     for pattern in ("config.yaml", "progress.csv", "samples.jsonl", "events.out.tfevents.*"):
         for path in directory.glob(pattern):
             path.unlink()
-    with contextlib.suppress(OSError):
-        directory.rmdir()
 
 
 class SampleTexts(BaseCallback):

@@ -7,6 +7,7 @@ directory).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable
@@ -36,6 +37,7 @@ from agents.state.checkpoint import Tree
 from agents.state.devices import check_device
 from agents.state.history import CheckpointHistory
 from agents.state.lock import locked
+from agents.state.replacing import replacing
 from agents.state.schedules import LearningRate
 
 
@@ -58,10 +60,14 @@ def train(config: TrainConfig) -> OnPolicyAlgorithm:
     check_directory(directory)
     model = new_algorithm(config)
     directory.mkdir(parents=True, exist_ok=True)
-    with locked(directory):
-        check_directory(directory)  # while the model was being made, another training may have begun here
-        replace_text(directory / "config.yaml", dump_config(config))
-        return _learn(config, directory, model)
+    try:
+        with locked(directory):
+            check_directory(directory)  # while the model was being made, another training may have begun here
+            replace_text(directory / "config.yaml", dump_config(config))
+            return _learn(config, directory, model)
+    finally:
+        with contextlib.suppress(OSError):  # only a start that failed leaves nothing in it
+            directory.rmdir()
 
 
 def resume(directory: Path, total_timesteps: int | None = None) -> OnPolicyAlgorithm:
@@ -153,6 +159,16 @@ def new_algorithm(config: TrainConfig) -> OnPolicyAlgorithm:
     )
 
 
+def save_policy(model: OnPolicyAlgorithm, directory: Path) -> None:
+    """Write the policy of an algorithm. An earlier one is replaced as a whole.
+
+    :param model: the algorithm.
+    :param directory: a plain Hugging Face directory.
+    """
+    with replacing(directory) as partial:
+        model.policy.save_pretrained(partial)
+
+
 def _learn(
     config: TrainConfig, directory: Path, model: OnPolicyAlgorithm, resumed: bool = False, state: Tree | None = None
 ) -> OnPolicyAlgorithm:
@@ -184,7 +200,7 @@ def _learn(
     def write_down(cause: BaseException | None = None) -> None:
         finish: list[Callable[[], object]] = []
         if cause is None or model._n_updates or len(table):
-            finish.append(lambda: model.policy.save_pretrained(directory / "policy"))
+            finish.append(lambda: save_policy(model, directory / "policy"))
             if cause is not None and checkpoints is not None:
                 finish.insert(0, checkpoints.save)
             finish += [model.logger.close, lambda: plot_learning_curve(directory)]

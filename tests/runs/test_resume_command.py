@@ -18,6 +18,7 @@ from agents.cli import main
 from agents.runs.config import load_config
 from agents.state import checkpoint
 from agents.state.history import CheckpointHistory
+from agents.state.replacing import remove
 
 SIZES = ["--max-new-tokens", "6", "--n-episodes", "8", "--batch-size", "4", "--n-epochs", "1", "--device", "cpu"]
 SIZES += ["--total-timesteps", "250", "--n-samples", "2", "--sample-every", "2", "--learning-rate", "3e-3"]
@@ -225,7 +226,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(runs: Run
 def test_what_was_logged_after_the_checkpoint_is_dropped_and_half_a_row_too(runs: Runs, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(runs.whole, run)
-    checkpoint.remove(CheckpointHistory(run / "checkpoints").path(reached(run)[-1]))
+    remove(CheckpointHistory(run / "checkpoints").path(reached(run)[-1]))
     for name in ("progress.csv", "samples.jsonl"):
         text = (run / name).read_text()
         (run / name).write_text(text[: text.rstrip().rfind("\n") + 20])
