@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from agents.rollouts.sb3_vec_env import TextVecEnv, make_vec_env
 from text_env.constraints import name_of
+from text_env.rewards import reward_name
 from text_env.task_names import model_of_task, said_by_name
 from text_env.vector_env import TextVectorEnv, plain
 
@@ -109,10 +110,9 @@ def environment_facts(env: TextVectorEnv) -> dict[str, Any]:
     """What has to be the same where a training goes on, because policy, memory and scores depend on it.
 
     :param env: the environment.
-    :return: JSON values; of the tokenizer and the constraint as much as tells them from others.
+    :return: JSON values; of the tokenizer, the constraint and the reward as much as tells them from others.
     """
     vocabulary = json.dumps(sorted(env.tokenizer.get_vocab().items())).encode()
-    constraint = None if env.constraint is None else re.sub(r" at 0x[0-9a-f]+", "", name_of(env.constraint))
     return {
         "tokenizer": blake2b(vocabulary, digest_size=8).hexdigest(),
         "vocabulary": env.episodes.vocabulary,
@@ -121,8 +121,15 @@ def environment_facts(env: TextVectorEnv) -> dict[str, Any]:
         "max_new_tokens": env.max_new_tokens,
         "min_new_tokens": env.min_new_tokens,
         "stop": list(env.episodes.stop),
-        "constraint": constraint,
+        "constraint": None if env.constraint is None else _without_address(name_of(env.constraint)),
+        "reward": _without_address(reward_name(env.reward)),
+        "group_size": env.group_size,
     }
+
+
+def _without_address(name: str) -> str:
+    """The name of an object as it is in every process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", name)
 
 
 def check_facts(saved: Mapping[str, Any], env: TextVectorEnv) -> None:
@@ -132,9 +139,9 @@ def check_facts(saved: Mapping[str, Any], env: TextVectorEnv) -> None:
     :raises ValueError: naming every field in which the two differ, and both values.
     """
     now = environment_facts(env)
-    differing = [name for name in now if name in saved and saved[name] != now[name]]
+    differing = [name for name in now if saved.get(name) != now[name]]
     if differing:
-        values = "; ".join(f"{name} was {saved[name]!r} and is {now[name]!r}" for name in differing)
+        values = "; ".join(f"{name} was {saved.get(name)!r} and is {now[name]!r}" for name in differing)
         raise ValueError(
             f"Expected the environment that the checkpoint was written in, got another: {values}. Make it with the "
             "same settings; or, for a new training in another environment, save the policy by policy.save_pretrained("

@@ -56,6 +56,8 @@ class Resumable(BaseAlgorithm):
             whole, so that a process that is killed at any moment leaves either the old one or the new one.
         :param exclude: not used; part of SB3's signature.
         :param include: not used; part of SB3's signature.
+        :raises FloatingPointError: if a weight, or another number of the state, is NaN or infinite.
+        :raises OSError: if the files can't be written; the checkpoint that was there is as it was.
         """
         checkpoint.save(path, self.state())
 
@@ -79,6 +81,7 @@ class Resumable(BaseAlgorithm):
             saved (live objects, schedules other than ``LearningRate``, ``"module:function"`` names).
         :return: the algorithm as it was saved.
         :raises FileNotFoundError: if there is no checkpoint.
+        :raises CheckpointError: if its files are not as they were written. It is a ValueError.
         :raises ValueError: if there is something else at the path; if an algorithm or a policy of another class was
             saved; if an argument that can't be saved is missing; or if the environment is another.
         """
@@ -125,11 +128,7 @@ class Resumable(BaseAlgorithm):
         cls, state: dict[str, Any], policy: Any, policy_kwargs: dict[str, Any], device: Any
     ) -> Self:
         """An algorithm that holds the policy of a checkpoint, and nothing to train it in."""
-        if (facts := state.get("environment")) is None:
-            raise ValueError(
-                "Expected env: this checkpoint is of an earlier version, which did not write down what its environment "
-                "was like. Pass load(path, env=...)."
-            )
+        facts = state["environment"]
         if facts["constraint"] is not None and "constraint" not in policy_kwargs:
             raise ValueError(
                 f"Expected the constraint {facts['constraint']}, under which the policy was trained and which no "
@@ -214,7 +213,7 @@ class Resumable(BaseAlgorithm):
                 f"Expected the counters {sorted(counters)} of {type(self).__name__}, got {sorted(state['counters'])}: "
                 "another version of it has written them. Load them with that version."
             )
-        check_facts(state.get("environment", {}), self._text_env.vector_env)
+        check_facts(state["environment"], self._text_env.vector_env)
         self.policy.load_state_dict(state["policy"])
         self.policy.clear_cache()
         assert self.reference is not None

@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import stable_baselines3 as sb3
-from learners import PROMPTS, even_tokens, largest_difference, make_env, make_ppo, save_model, weights_of
+from learners import PROMPTS, constant, even_tokens, largest_difference, make_env, make_ppo, save_model, weights_of
 from peft import LoHaConfig, LoraConfig
 from tiny import tiny_tokenizer
 
@@ -78,6 +78,7 @@ def test_what_a_registered_name_says_itself_is_left_alone(model: str) -> None:
             "max_prompt_tokens was 16 and is 17; max_new_tokens was 8 and",
         ),
         ({"constraint": ForbiddenTokens([5])}, r"constraint was None and is 'ForbiddenTokens\(\(5,\)\)'"),
+        ({"reward": constant, "group_size": 2}, "reward was 'even_tokens' and is 'constant'; group_size was 1 and is 2"),
     ],
     ids=str,
 )
@@ -101,8 +102,8 @@ def test_an_environment_with_another_tokenizer_is_refused(saved: Path, tmp_path:
         PPO.load(saved, env=make_env(tokenizer=other), device="cpu")
 
 
-def test_another_reward_or_other_prompts_are_no_other_environment(saved: Path) -> None:
-    env = make_env(prompts=["a", "I"], reward=lambda prompts, **_: [0.0] * len(prompts))
+def test_other_prompts_are_no_other_environment(saved: Path) -> None:
+    env = make_env(prompts=["a", "I"])
     assert PPO.load(saved, env=env, device="cpu").learn(8, reset_num_timesteps=False).num_timesteps > 8
 
 

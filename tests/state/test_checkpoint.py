@@ -22,6 +22,7 @@ from agents.algorithms.reinforce import REINFORCE
 from agents.algorithms.rloo import RLOO
 from agents.models.reference import Reference
 from agents.policies.causal_lm_policy import CausalLMPolicy
+from agents.state.manifest import seal
 from agents.state.schedules import LearningRate
 
 
@@ -35,8 +36,8 @@ def test_a_checkpoint_is_safetensors_and_json_only(run: PPO, tmp_path: Path) -> 
     run.save(tmp_path / "checkpoint")
     names = sorted(path.name for path in (tmp_path / "checkpoint").iterdir())
     weights = ["generators", "optimizer", "policy", "reference"]
-    assert names == [*(f"{name}.safetensors" for name in weights), "state.json"]
-    for name in names[:4]:
+    assert names == sorted([*(f"{name}.safetensors" for name in weights), "manifest.json", "state.json"])
+    for name in (name for name in names if name.endswith(".safetensors")):
         with safe_open(tmp_path / "checkpoint" / name, "pt") as file:
             assert len(list(file.keys())) > 0
     values = json.loads((tmp_path / "checkpoint" / "state.json").read_text())["values"]
@@ -140,7 +141,7 @@ def test_learning_without_an_environment_says_what_to_pass(run: PPO, tmp_path: P
 
 def test_loading_what_is_not_there_says_what_was_expected(tmp_path: Path) -> None:
     with pytest.raises(
-        FileNotFoundError, match=r"Expected a checkpoint directory with state\.json, found none at .*nowhere"
+        FileNotFoundError, match=r"Expected a checkpoint directory with manifest\.json, found none at .*nowhere"
     ):
         PPO.load(tmp_path / "nowhere", env=make_env())
 
@@ -295,6 +296,8 @@ def rewritten(directory: Path, change: Any) -> None:
     state = json.loads((directory / "state.json").read_text())
     change(state["values"])
     (directory / "state.json").write_text(json.dumps(state))
+    (directory / "manifest.json").unlink()
+    seal(directory, {})
 
 
 def test_a_file_sets_no_attribute_that_the_class_does_not_list(run: PPO, tmp_path: Path) -> None:
@@ -358,6 +361,18 @@ def test_an_algorithm_goes_back_to_a_state_that_was_copied(run: PPO) -> None:
     assert largest_difference(weights_of(run.policy), state["policy"]) == 0.0
     run.learn(40, reset_num_timesteps=False)
     assert largest_difference(weights_of(run.policy), expected) == 0.0
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_weight_that_is_no_number_is_never_written_over_a_good_one(run: PPO, tmp_path: Path, wrong: float) -> None:
+    run.save(tmp_path / "checkpoint")
+    before = weights_of(run.policy)
+    with torch.no_grad():
+        run.policy.lm.model.transformer.h[0].ln_1.bias[3] = wrong
+    with pytest.raises(FloatingPointError, match=r"got NaN or an infinite one in policy/.*h\.0\.ln_1\.bias: nothing"):
+        run.save(tmp_path / "checkpoint")
+    loaded = PPO.load(tmp_path / "checkpoint", env=make_env(), device="cpu")
+    assert largest_difference(before, weights_of(loaded.policy)) == 0.0
 
 
 def test_an_environment_of_another_size_does_not_go_on(run: PPO, tmp_path: Path) -> None:
