@@ -30,7 +30,12 @@ class Checkpoints(BaseCallback):
     """
 
     def __init__(
-        self, history: CheckpointHistory, table: ProgressTable, every: int | None, best: str | None, timesteps: int | None
+        self,
+        history: CheckpointHistory,
+        table: ProgressTable,
+        every: int | None,
+        best: str | None,
+        timesteps: int | None,
     ) -> None:
         super().__init__()
         self._history = history

@@ -16,7 +16,6 @@ from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.rollouts.sampling import sample_texts
 from agents.runs.config import TrainConfig
 
-
 CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
 
 

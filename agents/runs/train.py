@@ -31,8 +31,8 @@ from agents.runs.recording import (
     remove_start,
     resume_command,
 )
-from agents.runs.stopping import Stopped, StopOnSignal, take_every
-from agents.state.arguments import argument_defaults
+from agents.runs.stopping import StopOnSignal, Stopped, take_every
+from agents.state.arguments import argument_defaults, class_name
 from agents.state.checkpoint import Tree
 from agents.state.devices import check_device
 from agents.state.history import CheckpointHistory
@@ -94,8 +94,8 @@ def resume(directory: Path, total_timesteps: int | None = None) -> OnPolicyAlgor
         )
     if config.checkpoint_every == 0:
         raise ValueError(
-            f"Expected a run with checkpoints; {directory} was trained with --checkpoint-every 0. Start it again, or go "
-            f"on from its weights in a new run: textrlhf train --model {directory / 'policy'}."
+            f"Expected a run with checkpoints; {directory} was trained with --checkpoint-every 0. Start it again, or "
+            f"go on from its weights in a new run: textrlhf train --model {directory / 'policy'}."
         )
     with locked(directory):
         history = CheckpointHistory(directory / CHECKPOINTS, config.keep)
@@ -182,6 +182,8 @@ def _learn(
     """
     samples = SampleTexts(directory / "samples.jsonl", config)
     if state is not None:
+        if (saved := state["algorithm"]) != (ours := class_name(type(model))):
+            raise ValueError(f"Expected {directory / 'config.yaml'} to name the run's algorithm {saved}, got {ours}.")
         model.load_state(state)  # now, since making whatever was made before may have drawn random numbers
     done = model.num_timesteps
     model.set_logger(run_logger(directory, done if resumed else None))

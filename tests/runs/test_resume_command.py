@@ -79,7 +79,9 @@ def weights(directory: Path) -> dict[str, bytes]:
 def rows(directory: Path) -> list[dict[str, str]]:
     """The log, apart from what is measured by the clock."""
     with (directory / "progress.csv").open(newline="") as file:
-        return [{k: v for k, v in row.items() if "per_second" not in k and k not in CLOCKS} for row in csv.DictReader(file)]
+        return [
+            {k: v for k, v in row.items() if "per_second" not in k and k not in CLOCKS} for row in csv.DictReader(file)
+        ]
 
 
 CLOCKS = {"time/fps", "time/time_elapsed"}
@@ -273,9 +275,7 @@ def test_an_existing_run_is_offered_to_be_resumed(runs: Runs, capsys: pytest.Cap
     assert f"holds a run already: `textrlhf train --resume {runs.whole}` goes on with it" in said(capsys)
 
 
-def test_what_cannot_be_resumed_is_refused(
-    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_resumed_is_refused(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert resume(tmp_path) == 1
     assert f"Expected the directory of a run, which has a config.yaml; found none in {tmp_path}." in said(capsys)
     assert runs.train(tmp_path / "run", "--checkpoint-every", "0", "--total-timesteps", "10") == 0
@@ -286,9 +286,7 @@ def test_what_cannot_be_resumed_is_refused(
         resume(tmp_path / "run", "--seed", "1")
 
 
-def test_two_trainings_do_not_share_a_directory(
-    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_trainings_do_not_share_a_directory(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, shown = tmp_path / "run", []
 
     def meanwhile() -> None:
