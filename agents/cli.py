@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from rich.markup import escape
 from agents.evaluation.report import answers_table, evaluation_table, texts_table
 from agents.reward_models.config import RewardModelConfig
 from agents.runs.commands import COMMANDS, CriticConfig, DemoConfig, EvaluateConfig, ResumeConfig, SampleConfig
-from agents.runs.config import EnvConfig, TrainConfig, load_config
+from agents.runs.config import EnvConfig, TrainConfig, load_config, names_from_run
 from agents.runs.errors import described
 from agents.runs.usage import usage
 
@@ -63,14 +63,15 @@ def evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
 
     :param config: the options.
     :return: what :func:`agents.evaluation.evaluate.evaluate` returns, and ``prompt_set``, the name of the prompts.
+    :raises UntrustedNameError: if the run names code, and ``config.trust`` is False.
     :raises ValueError: if no reference is given, and the policy belongs to no run that names one.
     """
-    run = run_of(config.policy)
-    env_config = _changed(run.env if run is not None else EnvConfig(), config, "reward", "gold", *TASK_OPTIONS)
-    reference = config.reference or (run.model if run is not None else None)
-    if reference is None:
-        raise ValueError(f"{config.policy!r} belongs to no run that says what it started from: pass --reference.")
-    return _evaluate(config, env_config, reference)
+    with run_of(config) as run:
+        env_config = _changed(run.env if run is not None else EnvConfig(), config, "reward", "gold", *TASK_OPTIONS)
+        reference = config.reference or (run.model if run is not None else None)
+        if reference is None:
+            raise ValueError(f"{config.policy!r} belongs to no run that says what it started from: pass --reference.")
+        return _evaluate(config, env_config, reference)
 
 
 def run_critic(config: CriticConfig) -> int:
@@ -99,6 +100,12 @@ def run_sample(config: SampleConfig) -> int:
     :return: the exit status.
     """
     config.check()
+    with run_of(config) as run:
+        _sample(config, _changed(run.env if run is not None else EnvConfig(), config, "reward", *TASK_OPTIONS))
+    return 0
+
+
+def _sample(config: SampleConfig, env_config: EnvConfig) -> None:
     from stable_baselines3.common.utils import set_random_seed
 
     from agents.policies.causal_lm_policy import load_policy
@@ -106,14 +113,13 @@ def run_sample(config: SampleConfig) -> int:
     from agents.state.devices import check_device
 
     check_device(config.device)
-    run = run_of(config.policy)
-    env_config = _changed(run.env if run is not None else EnvConfig(), config, *TASK_OPTIONS)
-    env_config = dataclasses.replace(env_config, max_prompt_tokens=None)
+    # Only the score is shown.
+    env_config = dataclasses.replace(env_config, max_prompt_tokens=None, gold=None, metrics=None)
     prompts = [prompt for prompt in config.prompt for _ in range(config.n)]
     # The right answers of these prompts are unknown, so that a task can't judge what is written.
     if env_config.has_task:
         task = dataclasses.replace(env_config.made_task(), metrics={})
-        judge: dict[str, Any] = {"reward": _unjudged, "task": task, "task_kwargs": None, "metrics": None}
+        judge: dict[str, Any] = {"reward": _unjudged, "task": task, "task_kwargs": None}
     else:
         judge = {}
     env = env_config.make(len(prompts), config.policy, prompts=prompts, **judge)
@@ -122,7 +128,6 @@ def run_sample(config: SampleConfig) -> int:
     for info in sample_texts(policy, env, prompts, config.greedy):
         score = "" if env_config.has_task else f" [dim]({info['score']:+.2f})[/dim]"
         console.print(f"[bold]{escape(info['prompt'])}[/bold]{escape(info['completion'])}{score}", soft_wrap=True)
-    return 0
 
 
 TASK_OPTIONS = ("max_new_tokens", "task", "task_kwargs")
@@ -163,7 +168,7 @@ def run_resume(config: ResumeConfig) -> int:
     config.check()
     from agents.runs.train import resume
 
-    resume(config.resume, config.total_timesteps)
+    resume(config)
     _print_written(config.resume)
     return 0
 
@@ -234,15 +239,20 @@ def run_demo(config: DemoConfig) -> int:
     return 0 if all(checks.values()) else 1
 
 
-def run_of(policy: str) -> TrainConfig | None:
-    """
-    :param policy: the name or directory of a policy.
+@contextlib.contextmanager
+def run_of(config: EvaluateConfig | SampleConfig) -> Iterator[TrainConfig | None]:
+    """The run of a policy. While this lasts, what only the run names is imported only with ``--trust``.
+
+    :param config: the options, of which ``policy`` is the name or directory of the policy.
     :return: the configuration of the run that the directory belongs to; None if there is none.
     """
-    if not Path(policy).is_dir():  # the name of a model
-        return None
-    path = Path(policy).resolve().parent / "config.yaml"
-    return load_config(path) if path.exists() else None
+    path = Path(config.policy).resolve().parent / "config.yaml"
+    if not Path(config.policy).is_dir() or not path.exists():  # the name of a model, or a directory of its own
+        yield None
+        return
+    run = load_config(path)
+    with names_from_run(path, run, config):
+        yield run
 
 
 def print_evaluation(result: dict[str, Any]) -> None:

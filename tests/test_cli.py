@@ -577,7 +577,8 @@ def test_a_config_in_the_working_directory_is_not_taken_for_a_run(
 ) -> None:
     (tmp_path / "config.yaml").write_text("foo: 1")
     monkeypatch.chdir(tmp_path)
-    assert run_of("builtin") is None
+    with run_of(SampleConfig("builtin", ["I"])) as found:
+        assert found is None
 
 
 def test_a_training_that_fails_keeps_its_last_checkpoint_which_goes_on(

@@ -30,7 +30,7 @@ class BoundedCallError(RuntimeError):
     """A function took too long or too much memory, or it raised."""
 
 
-def call_bounded(function: str, *arguments: Any, seconds: float = 5.0) -> Any:
+def call_bounded(function: str, *arguments: Any, seconds: float = 5.0, **keywords: Any) -> Any:
     """Call a function in the other process. One process serves all calls of this one, also those of other threads.
 
     The process starts with the first call (which takes seconds), and again with the call after one that did not end.
@@ -39,6 +39,7 @@ def call_bounded(function: str, *arguments: Any, seconds: float = 5.0) -> Any:
     :param arguments: values that JSON can express.
     :param seconds: how long the function may compute, in seconds of processor time, so that it does not matter what
         else the machine does. A function that waits for something else is ended after ten times as long.
+    :param keywords: further values that JSON can express, by the names of the function's parameters.
     :return: what the function returned, as JSON expresses it.
     :raises BoundedCallError: if the function did not end, or raised.
     :raises RuntimeError: if the process does not start.
@@ -47,7 +48,7 @@ def call_bounded(function: str, *arguments: Any, seconds: float = 5.0) -> Any:
     if _worker.owner != os.getpid():  # a fork: the process belongs to the parent
         _worker.disown()
         _worker = _Worker()
-    reply = json.loads(_worker.ask(json.dumps([function, arguments, seconds]), function))
+    reply = json.loads(_worker.ask(json.dumps([function, arguments, keywords, seconds]), function))
     if "error" in reply:
         raise BoundedCallError(f"{function!r} raised {reply['error']}")
     return reply["returned"]
@@ -157,18 +158,18 @@ def _serve() -> None:
         replies.write(READY)
         replies.flush()
         for line in sys.stdin:
-            function, arguments, seconds = json.loads(line)
-            replies.write(_reply(function, arguments, seconds) + "\n")
+            function, arguments, keywords, seconds = json.loads(line)
+            replies.write(_reply(function, arguments, keywords, seconds) + "\n")
             replies.flush()
 
 
-def _reply(function: str, arguments: list[Any], seconds: float) -> str:
+def _reply(function: str, arguments: list[Any], keywords: dict[str, Any], seconds: float) -> str:
     try:
         called: Callable[..., Any] = import_object(function)
         signal.setitimer(signal.ITIMER_PROF, seconds)
         signal.setitimer(signal.ITIMER_REAL, 10 * seconds)
         try:
-            return json.dumps({"returned": called(*arguments)})
+            return json.dumps({"returned": called(*arguments, **keywords)})
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)

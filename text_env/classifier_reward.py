@@ -14,7 +14,9 @@ from weakref import WeakValueDictionary
 import numpy as np
 from numpy.typing import NDArray
 
+from text_env.chat_templates import apply_chat_template
 from text_env.finished_texts import ASSISTANT, Messages, assistant_texts, split_opening, written
+from text_env.pretrained_files import load_pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -162,7 +164,7 @@ class SequenceClassifierReward:
             if dtype == "auto" and target.type == "cpu":
                 dtype = "float32"
             try:
-                loaded = AutoModelForSequenceClassification.from_pretrained(str(model), dtype=dtype)
+                loaded = load_pretrained(AutoModelForSequenceClassification, model, dtype=dtype)
             except (OSError, ValueError) as error:
                 raise ValueError(
                     f"Expected a directory or hub name of a Hugging Face sequence classifier, got {str(model)!r}, "
@@ -177,7 +179,7 @@ class SequenceClassifierReward:
                 raise ValueError("Expected the tokenizer of a live reward model, got None: pass tokenizer=.")
         self.model.eval()
         self.tokenizer: PreTrainedTokenizerBase = (
-            AutoTokenizer.from_pretrained(str(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
+            load_pretrained(AutoTokenizer, tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
         )
         self.batch_size, self.max_length, self.chat_template = batch_size, max_length, chat_template
         if chat_template and not self.tokenizer.chat_template:
@@ -241,7 +243,7 @@ class SequenceClassifierReward:
         texts: list[str]
         if templated:
             turns = [self._turns(prompt, text) for prompt, text in zip(prompts, written(completions), strict=True)]
-            texts = self.tokenizer.apply_chat_template(turns, tokenize=False)  # type: ignore[assignment]
+            texts = apply_chat_template(self.tokenizer, turns)
         else:
             texts = [text or self._blank for text in assistant_texts(prompts, completions)]
         # Without return_tensors, this neither pads nor needs a pad token.

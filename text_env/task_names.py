@@ -16,7 +16,7 @@ import gymnasium as gym
 from text_env.answers import ExpectedAnswerError, Extractor, Matcher, Verifier, number
 from text_env.arithmetic import arithmetic_task
 from text_env.generated import Split, check_split, split_of
-from text_env.imports import import_object, is_object_name
+from text_env.imports import check_may_import, import_object, is_object_name
 from text_env.prompts import load_prompts
 from text_env.reasoning_gym_tasks import PREFIX, reasoning_gym_task
 from text_env.reward_names import parse_sum
@@ -147,9 +147,11 @@ def said_by_name(env: str) -> dict[str, Any]:
     """
     :param env: the registered name of an environment, perhaps with a module in front (``"my_module:MyText-v0"``).
     :return: the arguments that the name stands for; empty for an unknown name.
+    :raises UntrustedNameError: if only a file names the module that is not trusted.
     """
     module, _, name = env.rpartition(":")
-    if module:
+    if module and module != __package__:
+        check_may_import(env, module)  # gymnasium would import it without asking
         importlib.import_module(module)
     spec = gym.envs.registry.get(name)
     return dict(spec.kwargs) if spec is not None else {}

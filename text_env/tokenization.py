@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from text_env.builtin import ARITHMETIC_MODEL, LANGUAGE_MODEL
+from text_env.chat_templates import apply_chat_template
+from text_env.pretrained_files import load_pretrained, read_json
 from text_env.streams import TokenStream
 
 if TYPE_CHECKING:
@@ -40,18 +41,32 @@ def base_of_adapter(name: str | Path) -> str | None:
     """
     :param name: the name of a model, as :func:`pretrained_name` takes it.
     :return: the name of the model that the PEFT adapter in this directory was made for; None if there is no adapter.
-    :raises ValueError: if the adapter does not name the model.
+    :raises ValueError: if the adapter does not name the model, or if it is its own base, directly or by way of others.
     """
+    base = _named_base(name)
+    seen, following = {Path(name).resolve()}, base
+    while following is not None:
+        if (place := Path(following).resolve()) in seen:
+            raise ValueError(
+                f"The adapter in {str(name)!r} is its own base: base_model_name_or_path in the adapter_config.json of "
+                f"{following!r} leads back to it. Write the model there that the adapter was trained on."
+            )
+        seen.add(place)
+        following = _named_base(following)
+    return base
+
+
+def _named_base(name: str | Path) -> str | None:
     path = Path(name) / "adapter_config.json"
     if not path.is_file():
         return None
-    base = json.loads(path.read_text()).get("base_model_name_or_path")
-    if not base:
+    base = read_json(path).get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
         raise ValueError(
             f"Expected {path} to name the base of the adapter as base_model_name_or_path, got {base!r}: write there "
             "the directory or hub name of the model that it was trained on."
         )
-    return str(base)
+    return base
 
 
 def pretrained_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
@@ -68,7 +83,8 @@ def pretrained_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         return pretrained_tokenizer(base)
     place, options = pretrained_name(name)
     try:
-        return AutoTokenizer.from_pretrained(place, **options)
+        loaded: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, place, **options)
+        return loaded
     except Exception as error:
         # A broken GGUF file may raise anything. For other names only these errors mean that there is no tokenizer.
         if not (options or isinstance(error, OSError | ValueError | ImportError)):
@@ -182,9 +198,7 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message])
         )
     begun = messages[-1]["role"] == "assistant"
     try:
-        written: Any = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=not begun, continue_final_message=begun, tokenize=False
-        )
+        [written] = apply_chat_template(tokenizer, [messages], not begun, begun)
     except Exception as error:  # a template is a program and may raise what it likes
         raise ValueError(f"The chat template of {tokenizer.name_or_path!r} refuses {messages!r}: {error}") from error
     seen = []

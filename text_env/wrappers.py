@@ -24,6 +24,7 @@ from text_env import vector_env
 from text_env.action_spaces import EmbeddingPoints
 from text_env.env import TextEnv
 from text_env.episodes import NO_ACTION, EpisodesFace, Observation
+from text_env.pretrained_files import load_pretrained
 from text_env.tokenization import load_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ def _input_embeddings(model: str | Path, tokenizer: Any) -> NDArray[Any]:
 
     name = str(LANGUAGE_MODEL if model == "builtin" else model)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(name, dtype="float32")
+        loaded = load_pretrained(AutoModelForCausalLM, name, dtype="float32")
     except (OSError, ValueError) as error:
         raise ValueError(
             f"Expected embeddings to be 'builtin', a directory or a hub name of a language model, or an array [V, H]; "

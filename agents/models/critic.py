@@ -17,6 +17,7 @@ from agents.models.pretrained import check_positions, check_tokenizers, resolve_
 from agents.objectives.losses import value_loss
 from agents.objectives.value_targets import cross_entropy, hl_gauss, two_hot
 from text_env.builtin import REWARD_MODEL
+from text_env.pretrained_files import load_pretrained
 from text_env.rewards import reward_normalization
 
 
@@ -186,7 +187,7 @@ def make_critic(
     name = str(REWARD_MODEL) if separate == "builtin" else str(separate)
     check_tokenizers(tokenizer, tokenizer_beside(name), separate)
     try:
-        classifier = AutoModelForSequenceClassification.from_pretrained(name, dtype=resolve_dtype(dtype)).eval()
+        classifier = load_pretrained(AutoModelForSequenceClassification, name, dtype=resolve_dtype(dtype)).eval()
     except OSError as error:
         raise ValueError(
             "Expected separate_critic to be False, True (a copy of the model), 'builtin', or a directory or hub name "

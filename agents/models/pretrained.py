@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from agents.models.adapter import ADAPTER, check_adapter, quiet_peft
 from text_env.ends_of_text import as_ids
+from text_env.pretrained_files import check_adapter_files, load_pretrained
 from text_env.tokenization import base_of_adapter, pretrained_name, pretrained_tokenizer
 
 
@@ -55,7 +56,7 @@ def load_causal_lm(
         return model
     resolved = resolve_dtype(dtype)
     if isinstance(model, PretrainedConfig):
-        random_model = AutoModelForCausalLM.from_config(model)
+        random_model = AutoModelForCausalLM.from_config(model, trust_remote_code=False)
         return random_model if resolved == "auto" else random_model.to(resolved)
     if (base := base_of_adapter(model)) is not None:
         return _load_adapter(str(model), base, dtype)
@@ -63,7 +64,7 @@ def load_causal_lm(
     if options:
         options |= _unpacked(options["gguf_file"])
     try:
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=resolved, **options)
+        loaded: PreTrainedModel = load_pretrained(AutoModelForCausalLM, name, dtype=resolved, **options)
     except Exception as error:
         # A GGUF reader may raise anything for a type that it doesn't know. Otherwise only an OSError says that there is
         # no such model.
@@ -123,6 +124,7 @@ def _load_adapter(directory: str, base: str, dtype: str | torch.dtype) -> PeftMo
     if not isinstance(model, PreTrainedModel):
         raise mismatch("that is an adapter itself: merge it into its base first.")
     try:
+        check_adapter_files(directory)
         with quiet_peft():
             warnings.filterwarnings("error", message="Found missing adapter keys")
             adapted = PeftModel.from_pretrained(model, directory, adapter_name=ADAPTER, is_trainable=True)

@@ -43,8 +43,10 @@ from agents.reward_models.report import describe_margins, plot_calibration, plot
 from agents.rollouts.sampling import sample_texts
 from agents.state.devices import check_device
 from text_env.builtin import LANGUAGE_MODEL
+from text_env.chat_templates import apply_chat_template
 from text_env.classifier_reward import SequenceClassifierReward, pool_by_attention_mask
 from text_env.preferences import Preference, Preferences, load_preferences
+from text_env.pretrained_files import load_pretrained
 from text_env.prompts import Prompts, load_prompts
 from text_env.tokenization import Message, base_of_adapter, load_tokenizer, pretrained_name
 from text_env.vector_env import TextVectorEnv
@@ -208,7 +210,7 @@ def _text(tokenizer: Any, prompt: RawPrompt, completion: str) -> str:
         return prompt + completion
     try:
         messages = [*prompt, {"role": "assistant", "content": completion}]
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        return apply_chat_template(tokenizer, [messages])[0]
     except Exception as error:  # a template is a program and may raise anything
         raise ValueError(f"The chat template of the base refuses {messages!r}: {error}") from error
 
@@ -252,9 +254,13 @@ def load_base(base: str, dtype: str, conversational: bool) -> tuple[PreTrainedMo
         )
     try:
         with _quiet():  # transformers reports a language model's head as unexpected and the new one as missing
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
-                name, num_labels=1, dtype=resolve_dtype(dtype), ignore_mismatched_sizes=True
+            tokenizer = load_pretrained(AutoTokenizer, name)
+            model: PreTrainedModel = load_pretrained(
+                AutoModelForSequenceClassification,
+                name,
+                num_labels=1,
+                dtype=resolve_dtype(dtype),
+                ignore_mismatched_sizes=True,
             )
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -401,7 +407,7 @@ def sample_policy_texts(config: RewardModelConfig, pairs: Preferences) -> tuple[
     name = config.policy
     if name is None:
         base = str(LANGUAGE_MODEL) if config.base == "builtin" else config.base
-        architecture = (AutoConfig.from_pretrained(base).architectures or [None])[0]
+        architecture = (load_pretrained(AutoConfig, base).architectures or [None])[0]
         if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
             raise ValueError(
                 f"Expected policy to name the language model whose texts normalise the score, since the base "
@@ -417,7 +423,7 @@ def sample_policy_texts(config: RewardModelConfig, pairs: Preferences) -> tuple[
             raise ValueError(f"Expected prompts to be texts, as those of the pairs; {config.prompts!r} has messages.")
     tokenizer = load_tokenizer(name)
     place, options = pretrained_name(base_of_adapter(name) or name)
-    longest = _positions(AutoConfig.from_pretrained(place, **options)) - config.max_new_tokens
+    longest = _positions(load_pretrained(AutoConfig, place, **options)) - config.max_new_tokens
     rows = [{"prompt": prompt} for prompt in given if prompt]
     if not rows:
         raise ValueError(f"Expected prompts to sample from, since the pairs have none: name some with prompts, {hint}.")

@@ -25,6 +25,9 @@ class ResumeConfig:
     """The directory of the run."""
     total_timesteps: int | None = None
     """The number of tokens to generate in all, if the run is to become longer."""
+    trust: bool = False
+    """Import what the run's config.yaml names as 'module:object', which runs code. Without it this is refused, since a
+    run may come from somebody else."""
 
     def check(self) -> None:
         """
@@ -72,6 +75,9 @@ class EvaluateConfig:
     """A file to which the results are written as JSON."""
     seed: int = 0
     """The seed of the prompts, the texts and the intervals."""
+    trust: bool = False
+    """Import what the run's config.yaml names as 'module:object', which runs code. Without it this is refused, since a
+    run may come from somebody else. What is named on the command line is always imported."""
     device: str = "auto"
     """'auto', 'cpu', 'cuda', …"""
     dtype: str = "float32"
@@ -117,6 +123,9 @@ class CriticConfig:
     """A file to which the results are written as JSON."""
     seed: int = 0
     """The seed of the prompts, the texts and the intervals."""
+    trust: bool = False
+    """Import what the run's config.yaml names as 'module:object', which runs code. Without it this is refused, since a
+    run may come from somebody else. What is named on the command line is always imported."""
     device: str = "auto"
     """'auto', 'cpu', 'cuda', …"""
     dtype: str = "float32"
@@ -164,6 +173,8 @@ class SampleConfig:
     """One or more prompts."""
     n: int = 1
     """The number of texts for each prompt."""
+    reward: str | None = None
+    """The reward that scores the texts; by default that of the policy's run."""
     task: str | None = None
     """The task that the prompts are problems of; by default that of the policy's run. It says how long a text may be.
     Texts are not judged, since the right answers of these prompts are unknown."""
@@ -177,6 +188,9 @@ class SampleConfig:
     """The response budget, in tokens; by default that of the policy's run."""
     seed: int = 0
     """The seed of the texts."""
+    trust: bool = False
+    """Import what the run's config.yaml names as 'module:object', which runs code. Without it this is refused, since a
+    run may come from somebody else. What is named on the command line is always imported."""
     device: str = "auto"
     """'auto', 'cpu', 'cuda', …"""
     dtype: str = "float32"
@@ -270,7 +284,7 @@ COMMANDS = {
             "Who is compared": ("policy", "reference", "against"),
             "On what": (
                 *("prompts", "task", "task_kwargs", "episodes", "samples_per_prompt", "pass_at_k"),
-                *("reward", "gold", "max_new_tokens", "temperature", "seed"),
+                *("reward", "gold", "max_new_tokens", "temperature", "seed", "trust"),
             ),
             "What comes out": ("texts", "json"),
             "The model": ("device", "dtype"),
@@ -285,7 +299,7 @@ COMMANDS = {
     "critic": Command(
         CriticConfig,
         {
-            "What is examined": ("policy", "prompts", "texts", "positions", "branches", "seed"),
+            "What is examined": ("policy", "prompts", "texts", "positions", "branches", "seed", "trust"),
             "What comes out": ("plot", "json"),
             "The model": ("device", "dtype"),
         },
@@ -294,7 +308,7 @@ COMMANDS = {
     "sample": Command(
         SampleConfig,
         {
-            "What is written": ("policy", "prompt", "n", "task", "task_kwargs", "max_new_tokens"),
+            "What is written": ("policy", "prompt", "n", "reward", "task", "task_kwargs", "max_new_tokens", "trust"),
             "How": ("greedy", "temperature", "seed", "device", "dtype"),
         },
         (

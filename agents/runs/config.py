@@ -17,6 +17,7 @@ import yaml
 from agents.runs.yaml_values import hints_of, mapping, read_mapping, typed
 from agents.state.arguments import check_number
 from agents.state.schedules import LearningRate
+from text_env.imports import names_from
 from text_env.settings import EpisodeSettings, check_integer
 from text_env.shaping import PotentialShaping
 from text_env.task_names import make_task, model_of_task, said_by_name
@@ -138,6 +139,7 @@ class EnvConfig(EpisodeSettings):
         :raises ValueError: if an option is out of range, or if ``env`` names an environment with wrappers, which the
             algorithms would ignore.
         """
+        said_by_name(self.env)  # which refuses to import the module in front of an untrusted name
         options = {option.name: getattr(self, option.name) for option in dataclasses.fields(EpisodeSettings)}
         no_gold = not self.gold or (self.has_task and self.gold == EnvConfig.gold)
         gold = {} if no_gold else {"gold_score": self.gold}
@@ -175,9 +177,12 @@ class EnvConfig(EpisodeSettings):
 class TrainConfig:
     """Train a language model by reinforcement learning.
 
-    ``--config FILE.yaml`` sets the defaults of all other options, which override it. ``--resume RUN_DIR``, with
-    nothing else, goes on with a run that was stopped, exactly as if it had not been; ``--total-timesteps`` beside it
-    makes the run longer.
+    ``--config FILE.yaml`` sets the defaults of all other options, which override it. What the file names as
+    'module:object' is imported, so read a file that comes from somebody else before you train with it.
+
+    ``--resume RUN_DIR``, in place of all other options, goes on with a run that was stopped, exactly as if it had not
+    been. ``--total-timesteps`` beside it makes the run longer; ``--trust`` imports what its config.yaml names as
+    'module:object', which runs code.
     """
 
     algo: str = "ppo"
@@ -338,6 +343,19 @@ def load_config(path: Path) -> TrainConfig:
     env = mapping(f"{path}: env", values.pop("env", None))
     own = _typed_fields(path, values, TrainConfig)
     return TrainConfig(env=EnvConfig(**_typed_fields(path, env, EnvConfig)), **own)
+
+
+def names_from_run(path: Path, run: TrainConfig, options: Any) -> contextlib.AbstractContextManager[None]:
+    """While this lasts, objects that only the configuration of a run names are imported only with ``--trust``.
+
+    :param path: the ``config.yaml`` of the run.
+    :param run: what :func:`load_config` read there.
+    :param options: the options of a command. Those that are fields of a run too override them; ``trust`` is one more.
+    :return: see :func:`text_env.imports.names_from`.
+    """
+    fields = {**vars(run), **vars(run.env)}
+    given = {name: value for name, value in vars(options).items() if name in fields}
+    return names_from(path, fields, given, options.trust)
 
 
 def _typed_fields(path: Path, values: dict[str, Any], cls: type[Any]) -> dict[str, Any]:

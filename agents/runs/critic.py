@@ -13,7 +13,7 @@ from agents.models.reference import Reference
 from agents.policies.causal_lm_policy import VALUE_HEAD_FILE, load_policy
 from agents.runs.algorithms import discount
 from agents.runs.commands import CriticConfig
-from agents.runs.config import TrainConfig, load_config
+from agents.runs.config import TrainConfig, load_config, names_from_run
 from agents.state.devices import check_device
 
 
@@ -25,11 +25,18 @@ def examine_run(config: CriticConfig) -> dict[str, Any]:
         returns pay.
     :raises FileNotFoundError: if the directory belongs to no run, which says what the critic was trained to predict,
         or if there is no critic.
+    :raises UntrustedNameError: if the run names code, and ``config.trust`` is False.
     :raises ValueError: if the critic is untrained.
     """
     check_device(config.device)
     run_dir, directory = _directories(config.policy)
-    run = load_config(run_dir / "config.yaml")
+    path = run_dir / "config.yaml"
+    run = load_config(path)
+    with names_from_run(path, run, config):
+        return _examined(config, run, run_dir, directory)
+
+
+def _examined(config: CriticConfig, run: TrainConfig, run_dir: Path, directory: Path) -> dict[str, Any]:
     gamma, model = discount(run), run.model or run.env.model()
     env_config = run.env.for_evaluation(config.prompts)
     n_rows = min(64, config.texts * config.branches)

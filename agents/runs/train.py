@@ -21,7 +21,8 @@ from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.models.pretrained import resolve_dtype
 from agents.runs.algorithms import OWN_OPTIONS, algorithm_named, discount, resolved
 from agents.runs.checkpoints import Checkpoints
-from agents.runs.config import TrainConfig, dump_config, load_config, lora_kwargs, parsed
+from agents.runs.commands import ResumeConfig
+from agents.runs.config import TrainConfig, dump_config, load_config, lora_kwargs, names_from_run, parsed
 from agents.runs.logs import ProgressTable, keep_lines, replace_text, run_logger
 from agents.runs.recording import (
     CHECKPOINTS,
@@ -70,42 +71,45 @@ def train(config: TrainConfig) -> OnPolicyAlgorithm:
             directory.rmdir()
 
 
-def resume(directory: Path, total_timesteps: int | None = None) -> OnPolicyAlgorithm:
+def resume(options: ResumeConfig) -> OnPolicyAlgorithm:
     """Go on with a run from its newest checkpoint that is intact, and with what it has logged until then. The run ends
     as it would have if it had not been stopped, with the same weights, bit for bit on the CPU.
 
-    A run that was stopped before its first checkpoint begins anew.
+    A run that was stopped before its first checkpoint begins anew. In a run that is made longer, a learning rate that
+    falls to 0 at the end jumps to where it would be in the longer run.
 
-    :param directory: the directory of the run.
-    :param total_timesteps: the number of tokens of the whole run, if it is to be longer than configured. A learning
-        rate that falls to 0 at the end of the run jumps to where it would be then.
+    :param options: the directory of the run, and its new length.
     :return: the trained algorithm.
     :raises FileNotFoundError: if there is no run.
+    :raises UntrustedNameError: if its ``config.yaml`` names code, and ``options.trust`` is False.
     :raises ValueError: if the run would be shorter, if it has no checkpoints by its own choice, or if all of them are
         damaged.
     :raises Stopped: after SIGINT or SIGTERM.
     """
-    if not (directory / "config.yaml").exists():
+    directory, path = options.resume, options.resume / "config.yaml"
+    if not path.exists():
         raise FileNotFoundError(f"Expected the directory of a run, which has a config.yaml; found none in {directory}.")
-    config = dataclasses.replace(resolved(load_config(directory / "config.yaml")), run_dir=directory)
-    if total_timesteps is not None and total_timesteps < config.total_timesteps:
+    config = dataclasses.replace(load_config(path), run_dir=directory)
+    total = options.total_timesteps or config.total_timesteps
+    if total < config.total_timesteps:
         raise ValueError(
-            f"Expected total_timesteps to be at least the run's own {config.total_timesteps}, got {total_timesteps}."
+            f"Expected total_timesteps to be at least the run's own {config.total_timesteps}, got {total}."
         )
     if config.checkpoint_every == 0:
         raise ValueError(
             f"Expected a run with checkpoints; {directory} was trained with --checkpoint-every 0. Start it again, or "
             f"go on from its weights in a new run: textrlhf train --model {directory / 'policy'}."
         )
-    with locked(directory):
+    with locked(directory), names_from_run(path, config, options):
+        config = resolved(config)
         history = CheckpointHistory(directory / CHECKPOINTS, config.keep)
         state = history.newest()[1] if history.timesteps() else None
         for _, reason in history.damaged:
             warnings.warn(f"{reason} The checkpoint before it is taken.", stacklevel=2)
         model = new_algorithm(config)
-        if total_timesteps is not None:
-            config = dataclasses.replace(config, total_timesteps=total_timesteps)
-            replace_text(directory / "config.yaml", dump_config(config))
+        if total > config.total_timesteps:
+            config = dataclasses.replace(config, total_timesteps=total)
+            replace_text(path, dump_config(config))
         return _learn(config, directory, model, resumed=True, state=state)
 
 

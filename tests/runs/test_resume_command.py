@@ -69,7 +69,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def resume(directory: Path, *more: str) -> int:
-    return main(["train", "--resume", str(directory), *more])
+    """The reward is code, which has to be trusted."""
+    return main(["train", "--resume", str(directory), "--trust", *more])
 
 
 def weights(directory: Path) -> dict[str, bytes]:
@@ -284,6 +285,10 @@ def test_what_cannot_be_resumed_is_refused(runs: Runs, tmp_path: Path, capsys: p
     assert "was trained with --checkpoint-every 0" in said(capsys)
     with pytest.raises(SystemExit):
         resume(tmp_path / "run", "--seed", "1")
+    before = (runs.whole / "progress.csv").read_bytes()
+    assert main(["train", "--resume", str(runs.whole)]) == 1
+    assert "would import the module 'test_resume_command'" in said(capsys)
+    assert (runs.whole / "progress.csv").read_bytes() == before
 
 
 def test_two_trainings_do_not_share_a_directory(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
