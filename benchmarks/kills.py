@@ -1,6 +1,6 @@
 """What becomes of a run that is killed: does it end as if it had not been?
 
-    python -m benchmarks.kills --kills 50 --json benchmarks/results/kills.json
+    python -m benchmarks.kills --kills 50 --json kills.json
 
 A small model is trained through the command line alone, once without interruption and then again and again with SIGKILL
 at random moments of the training, every other one in the middle of the writing of a checkpoint, each followed by

@@ -19,6 +19,7 @@ from agents.algorithms.ppo import PPO
 from agents.cli import main, run_of
 from agents.policies.causal_lm_policy import load_policy
 from agents.runs.algorithms import algorithm_named
+from agents.runs.commands import SampleConfig
 from agents.runs.config import EnvConfig, TrainConfig, dump_config, load_config
 from agents.state.history import CheckpointHistory
 from agents.state.schedules import LearningRate

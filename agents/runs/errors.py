@@ -28,10 +28,10 @@ def described(error: BaseException) -> tuple[str, str]:
     # PyTorch's errors are not imported for this: it would take seconds before a typing error is answered.
     if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in message:
         hint = "Use smaller micro-batches (--algo-kwargs micro_batch_tokens 2048), a smaller --n-episodes, or --lora-r."
-        return "Out of memory", f"{message or 'there is none left'}. {hint}{notes}"
+        return "Out of memory", f"{message.rstrip('.') or 'there is none left'}. {hint}{notes}"
     if getattr(error, "errno", None) == errno.ENOSPC or "StorageFull" in message:
         hint = "Free some space. What was saved before is still there."
-        return "Disk full", f"{message}. {hint}{notes}"
+        return "Disk full", f"{message.rstrip('.')}. {hint}{notes}"
     if not isinstance(error, EXPECTED):
         notes += " (With --debug, the command says where this happened.)"
     return name, (message or "no message") + notes
