@@ -21,15 +21,16 @@ class CheckpointError(ValueError):
     """A checkpoint is damaged, or not in the format of this version."""
 
 
-def seal(directory: Path, notes: Mapping[str, Any]) -> None:
+def seal(directory: Path, notes: Mapping[str, Any], format_number: int = FORMAT) -> None:
     """Write the manifest of a directory whose other files are complete.
 
     :param directory: the directory.
     :param notes: JSON values that :func:`notes_of` returns without reading the other files.
+    :param format_number: the number of the files' format.
     :raises OSError: if a file can't be read or written.
     """
     files = {path.name: _facts(path) for path in sorted(directory.iterdir())}
-    content = {"format": FORMAT, "files": files, "notes": dict(notes)}
+    content = {"format": format_number, "files": files, "notes": dict(notes)}
     (directory / MANIFEST).write_text(json.dumps({**content, "sha256": _digest(content)}, indent=1))
 
 

@@ -70,14 +70,15 @@ def remove(directory: Path) -> None:
         if path.exists():
             shutil.rmtree(partial, ignore_errors=True)
             os.replace(path, partial)
-            shutil.rmtree(partial)
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def remove_leftovers(parent: Path) -> None:
     """
     :param parent: a directory in which processes may have died in the middle of writing. What they left is removed.
     """
-    for path in parent.glob(f"*{PARTIAL}"):
+    moved_aside = [path for path in parent.glob(f"*{PREVIOUS}") if path.with_suffix("").exists()]
+    for path in (*parent.glob(f"*{PARTIAL}"), *moved_aside):
         shutil.rmtree(path, ignore_errors=True)
 
 
