@@ -124,6 +124,7 @@ def main(config: Config) -> int:
     seconds = train_anew(settings)
     question = EvaluateConfig(
         policy=str(config.run_dir / "policy"),
+        trust=True,  # the run above
         episodes=config.episodes,
         texts=config.episodes,
         seed=config.seed,

@@ -79,6 +79,7 @@ def main(config: Config) -> int:
     seconds = train_anew(settings)
     question = EvaluateConfig(
         policy=str(config.run_dir / "policy"),
+        trust=True,  # the run above
         prompts="examples.film_reviews:held_out_prompts",
         episodes=config.episodes,
         texts=6,

@@ -44,7 +44,8 @@ class Run:
         return main(["train", *names, *TINY, "--total-timesteps", "100", "--run-dir", str(directory), *more])
 
     def evaluate(self, policy: Path | str, *more: str) -> int:
-        return main(["evaluate", "--policy", str(policy), "--prompts", self.prompts, "--device", "cpu", *more])
+        names = ["--policy", str(policy), "--prompts", self.prompts, "--device", "cpu", "--trust"]
+        return main(["evaluate", *names, *more])
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +296,7 @@ def test_evaluate_uses_held_out_prompts_by_default(tmp_path: Path) -> None:
 
 # ---- critic --------------------------------------------------------------------------------------------------------
 
-SMALL = ["--texts", "6", "--positions", "2", "--branches", "3", "--device", "cpu"]
+SMALL = ["--texts", "6", "--positions", "2", "--branches", "3", "--device", "cpu", "--trust"]
 
 
 def test_critic_examines_a_run_by_what_it_paid_and_draws_a_picture(
@@ -345,7 +346,7 @@ def test_critic_refuses_what_has_none(run: Run, tmp_path: Path, capsys: pytest.C
 
 def test_sample_prints_texts_that_begin_with_the_prompt(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     policy = str(run.directory / "policy")
-    options = ["--prompt", "The movie", "I loved", "--n", "2", "--max-new-tokens", "5", "--device", "cpu"]
+    options = ["--prompt", "The movie", "I loved", "--n", "2", "--max-new-tokens", "5", "--device", "cpu", "--trust"]
     assert main(["sample", "--policy", policy, *options]) == 0
     shown = capsys.readouterr().out
     assert shown.count("The movie") >= 2
@@ -357,7 +358,7 @@ def test_sample_prints_texts_that_begin_with_the_prompt(run: Run, capsys: pytest
 
 def test_greedy_samples_are_the_models_most_probable_text(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     policy = run.directory / "policy"
-    options = ["--prompt", "a", "--greedy", "--max-new-tokens", "5", "--device", "cpu"]
+    options = ["--prompt", "a", "--greedy", "--max-new-tokens", "5", "--device", "cpu", "--trust"]
     assert main(["sample", "--policy", str(policy), *options]) == 0
     env = make_env(1, max_new_tokens=5)
     loaded = load_policy(policy, env, device="cpu")
@@ -371,7 +372,7 @@ def test_greedy_samples_are_the_models_most_probable_text(run: Run, capsys: pyte
 
 def test_text_in_square_brackets_is_printed_as_it_is(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """rich would take it for markup."""
-    options = ["--prompt", "[red] [/nothing] x", "--max-new-tokens", "1", "--greedy", "--device", "cpu"]
+    options = ["--prompt", "[red] [/nothing] x", "--max-new-tokens", "1", "--greedy", "--device", "cpu", "--trust"]
     assert main(["sample", "--policy", str(run.directory / "policy"), *options]) == 0
     assert "[red] [/nothing] x" in capsys.readouterr().out
 
@@ -616,7 +617,7 @@ def test_of_a_task_texts_are_sampled_after_prompts_without_a_right_answer(
 ) -> None:
     assert run.train(tmp_path / "run", "--task", "test_cli:judged_twice", "--prompts", "builtin") == 0
     capsys.readouterr()
-    options = ["--policy", str(tmp_path / "run" / "policy"), "--prompt", "The movie", "--device", "cpu"]
+    options = ["--policy", str(tmp_path / "run" / "policy"), "--prompt", "The movie", "--device", "cpu", "--trust"]
     assert main(["sample", *options]) == 0, capsys.readouterr().out
     assert "The movie" in capsys.readouterr().out
 
@@ -648,5 +649,5 @@ def test_prompts_with_columns_that_the_reward_needs_are_trained_on_and_evaluated
     assert run.train(tmp_path / "run", *options) == 0
     longer = tmp_path / "longer.jsonl"  # than any that was trained on
     longer.write_text(json.dumps({"prompt": " ".join(PROMPTS[0].split() * 20), "answer": "1"}) + "\n")
-    question = ["--policy", str(tmp_path / "run" / "policy"), "--prompts", str(longer), "--episodes", "2"]
+    question = ["--policy", str(tmp_path / "run" / "policy"), "--prompts", str(longer), "--episodes", "2", "--trust"]
     assert main(["evaluate", *question, "--max-new-tokens", "4", "--gold", "learners:even_tokens"]) == 0

@@ -177,9 +177,12 @@ def lora_arguments(lora: dict[str, Any] | LoraConfig) -> dict[str, Any]:
     """
     :param lora: arguments of ``peft.LoraConfig``, or one that is made already.
     :return: the arguments that differ from PEFT's defaults, with lists in place of sets, so that JSON can hold them.
-    :raises ValueError: for anything else, such as the config of another kind of adapter.
+    :raises ValueError: for anything else, such as the config of another kind of adapter, and for a ``megatron_config``,
+        for which PEFT would import a module by name.
     """
     if isinstance(lora, dict):
+        if lora.get("megatron_config"):
+            raise ValueError("Expected lora without megatron_config, for which PEFT would import a module by name.")
         return lora
     if type(lora) is not LoraConfig:
         raise ValueError(

@@ -10,6 +10,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import yaml
 
+MOST_VALUES = 100_000
+"""The number of values that a file may stand for. A few lines can stand for billions, which nobody could print."""
+
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """
@@ -19,9 +22,25 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        size = _size(values, {})
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: a value is nested too deeply, or inside itself.") from error
+    if size > MOST_VALUES:
+        raise ValueError(
+            f"{path} stands for {size:.3g} values, by repeating what it names with & and *; at most "
+            f"{MOST_VALUES:,} are read."
+        )
     return mapping(str(path), values)
+
+
+def _size(value: Any, known: dict[int, int]) -> int:
+    """The number of values in a value. A list that is referred to many times counts as often, and is counted once."""
+    parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    if parts and id(value) not in known:
+        known[id(value)] = sum(_size(part, known) for part in parts)
+    return 1 + known.get(id(value), 0)
 
 
 def mapping(name: str, value: Any) -> dict[str, Any]:

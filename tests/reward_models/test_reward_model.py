@@ -296,9 +296,10 @@ def test_a_tokenizer_that_adds_special_tokens_adds_them_to_plain_texts_only() ->
         def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, list[list[int]]]:
             return {"input_ids": [[99] * add_special_tokens + [len(text)] for text in texts]}
 
-        def apply_chat_template(self, messages: list[dict[str, str]], tokenize: bool) -> str:
-            assert not tokenize
-            return "".join(message["content"] for message in messages)
+        name_or_path, special_tokens_map = "with-start", dict[str, str]()
+
+        def get_chat_template(self) -> str:
+            return "{% for message in messages %}{{ message.content }}{% endfor %}"
 
     assert pair_tokens(WithStart(), [Preference("a", "b", "cc")]) == {
         "chosen_ids": [[99, 2]],
