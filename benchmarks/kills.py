@@ -1,6 +1,4 @@
-"""What becomes of a run that is killed: does it end as if it had not been?
-
-    python -m benchmarks.kills --kills 50 --json kills.json
+"""Runs that are killed, and go on: do they end as if they had not been?
 
 A small model is trained through the command line alone, once without interruption and then again and again with SIGKILL
 at random moments of the training, every other one in the middle of the writing of a checkpoint, each followed by
@@ -10,24 +8,18 @@ at random moments of the training, every other one in the middle of the writing 
 
 from __future__ import annotations
 
-import argparse
 import csv
-import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from agents.state.history import CheckpointHistory
-from benchmarks.timing import machine, today, versions
 
 CLOCKS = ("time/fps", "time/time_elapsed", "time/tokens_per_second", "time/update_tokens_per_second")
 # About twenty iterations, with a checkpoint after each, so that there is something to kill.
@@ -37,9 +29,12 @@ SMALL_RUN = (
 )
 
 
-def measure(kills: int, kills_per_run: int = 1, options: Sequence[str] = SMALL_RUN, seed: int = 0) -> dict[str, Any]:
+def kill_runs(
+    root: Path, kills: int, kills_per_run: int = 1, options: Sequence[str] = SMALL_RUN, seed: int = 0
+) -> dict[str, Any]:
     """Kill runs, resume them, and compare their ends with that of a run that was left alone.
 
+    :param root: an empty directory.
     :param kills: the number of SIGKILLs.
     :param kills_per_run: how often a run is killed before it may end.
     :param options: of ``textrlhf train``, except for the directory.
@@ -48,33 +43,31 @@ def measure(kills: int, kills_per_run: int = 1, options: Sequence[str] = SMALL_R
         ended as the one that was left alone, with what differed in the others.
     """
     moments = random.Random(seed)
-    with tempfile.TemporaryDirectory() as name:
-        root = Path(name)
-        process = _start(root / "whole", options)
-        _wait_for_start(process, root / "whole", 0)
-        start = time.perf_counter()
-        _wait_for_end(process, root / "whole")
-        seconds = time.perf_counter() - start
-        killed = in_writing = runs = 0
-        differing: dict[str, list[str]] = {}
-        while killed < kills:
-            directory = root / f"run {runs}"
-            todo = min(kills_per_run, kills - killed)
-            while todo:
-                process = _start(directory, options)
-                _wait_for_start(process, directory, _starts(directory))
-                time.sleep(moments.uniform(0, seconds))
-                writing = killed % 2 == 1 and _wait_for_writing(process, directory)
-                if process.poll() is not None:  # over before the moment had come
-                    break
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                killed, in_writing, todo = killed + 1, in_writing + writing, todo - 1
-            _wait_for_end(_start(directory, options), directory)
-            if different := differences(directory, root / "whole"):
-                differing[directory.name] = different
-            runs += 1
-            print(f"{killed} kills, {runs} runs, {len(differing)} of them differ", flush=True)
+    process = _start(root / "whole", options)
+    _wait_for_start(process, root / "whole", 0)
+    start = time.perf_counter()
+    _wait_for_end(process, root / "whole")
+    seconds = time.perf_counter() - start
+    killed = in_writing = runs = 0
+    differing: dict[str, list[str]] = {}
+    while killed < kills:
+        directory = root / f"run {runs}"
+        todo = min(kills_per_run, kills - killed)
+        while todo:
+            process = _start(directory, options)
+            _wait_for_start(process, directory, _starts(directory))
+            time.sleep(moments.uniform(0, seconds))
+            writing = killed % 2 == 1 and _wait_for_writing(process, directory)
+            if process.poll() is not None:  # over before the moment had come
+                break
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            killed, in_writing, todo = killed + 1, in_writing + writing, todo - 1
+        _wait_for_end(_start(directory, options), directory)
+        if different := differences(directory, root / "whole"):
+            differing[directory.name] = different
+        runs += 1
+        print(f"{killed} kills, {runs} runs, {len(differing)} of them differ", flush=True)
     return {
         "kills": killed,
         "kills_while_a_checkpoint_was_written": in_writing,
@@ -149,31 +142,3 @@ def _wait_for_end(process: subprocess.Popen[bytes], directory: Path) -> None:
 def _rows(directory: Path) -> list[dict[str, str]]:
     with (directory / "progress.csv").open(newline="") as file:
         return [{name: x for name, x in row.items() if name not in CLOCKS} for row in csv.DictReader(file)]
-
-
-def main(args: Sequence[str] | None = None) -> int:
-    """
-    :param args: the arguments; None: those of the process.
-    :return: the exit status: 0 if every run ended as if it had not been killed, else 1.
-    """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--kills-per-run", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args(args)
-    figures = measure(options.kills, options.kills_per_run, seed=options.seed)
-    print(json.dumps(figures, indent=2))
-    if options.json is not None:
-        about = {
-            "command": f"python -m benchmarks.kills {' '.join(args if args is not None else sys.argv[1:])}",
-            "date": today(),
-            "machine": machine(torch.device("cpu")),
-            "versions": versions(),
-        }
-        options.json.write_text(json.dumps({**about, "figures": figures}, indent=2) + "\n")
-    return 0 if figures["identical"] == figures["runs"] else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from learners import PROMPTS, save_model
 
-from benchmarks.kills import differences, measure
+from benchmarks.kills import differences, kill_runs
 
 
 def test_a_run_that_is_killed_twice_ends_as_the_run_that_was_left_alone(tmp_path: Path) -> None:
@@ -16,7 +16,8 @@ def test_a_run_that_is_killed_twice_ends_as_the_run_that_was_left_alone(tmp_path
     options = ["--model", save_model(tmp_path / "model"), "--prompts", str(tmp_path / "prompts.txt")]
     options += ["--reward", "length(budget=3)", "--gold", "None", "--max-new-tokens", "6", "--n-episodes", "8"]
     options += ["--total-timesteps", "800", "--checkpoint-every", "1", "--n-samples", "2", "--device", "cpu"]
-    figures = measure(2, kills_per_run=2, options=[*options, "--no-progress"], seed=1)
+    (tmp_path / "runs").mkdir()
+    figures = kill_runs(tmp_path / "runs", 2, kills_per_run=2, options=[*options, "--no-progress"], seed=1)
     assert figures["differing"] == {}
     assert (figures["kills"], figures["identical"]) == (2, figures["runs"])
 
