@@ -80,6 +80,7 @@ class Checkpoints(BaseCallback):
             return
         start = time.monotonic()
         value = self._table.latest.get(self._best) if self._best is not None else None
+        self._table.sync()
         self._history.save(state, timesteps, None if value is None else float(value))
         self.timesteps = timesteps
         self._since = time.monotonic()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat, filter_excluded_keys
 from torch.utils.tensorboard import SummaryWriter
+
+from agents.state.replacing import sync
 
 TIMESTEPS = "time/total_timesteps"
 
@@ -69,6 +70,10 @@ class ProgressTable(KVWriter):
         else:
             self._write_all()
 
+    def sync(self) -> None:
+        """Wait until all rows have reached the disk, as a checkpoint that knows of them will."""
+        sync(self._path)
+
     def close(self) -> None:
         """Nothing is left to do: each row is in the file."""
 
@@ -110,8 +115,7 @@ def replace_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", newline="") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    sync(partial)
     partial.replace(path)
 
 

@@ -15,6 +15,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.rollouts.sampling import sample_texts
 from agents.runs.config import TrainConfig
+from agents.state.replacing import sync
 
 CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
 
@@ -98,6 +99,7 @@ class SampleTexts(BaseCallback):
                 if prompt.columns:  # such as the right answer; `answer` in the row itself is what the text answers
                     row["columns"] = dict(prompt.columns)
                 file.write(json.dumps(row, ensure_ascii=False, default=_as_json) + "\n")
+        sync(self._path)  # as a checkpoint that knows of them will be
 
 
 def _as_json(value: Any) -> Any:

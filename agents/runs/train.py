@@ -64,7 +64,6 @@ def train(config: TrainConfig) -> OnPolicyAlgorithm:
     try:
         with locked(directory):
             check_directory(directory)  # while the model was being made, another training may have begun here
-            replace_text(directory / "config.yaml", dump_config(config))
             return _learn(config, directory, model)
     finally:
         with contextlib.suppress(OSError):  # only a start that failed leaves nothing in it
@@ -106,11 +105,8 @@ def resume(options: ResumeConfig) -> OnPolicyAlgorithm:
         state = history.newest()[1] if history.timesteps() else None
         for _, reason in history.damaged:
             warnings.warn(f"{reason} The checkpoint before it is taken.", stacklevel=2)
-        model = new_algorithm(config)
-        if total > config.total_timesteps:
-            config = dataclasses.replace(config, total_timesteps=total)
-            replace_text(path, dump_config(config))
-        return _learn(config, directory, model, resumed=True, state=state)
+        config = dataclasses.replace(config, total_timesteps=total)
+        return _learn(config, directory, new_algorithm(config), resumed=True, state=state)
 
 
 def new_algorithm(config: TrainConfig) -> OnPolicyAlgorithm:
@@ -179,7 +175,7 @@ def _learn(
     """Train to the end of the run, or until something ends it, and write down what there is then.
 
     :param config: the configuration.
-    :param directory: the directory of the run, which holds its ``config.yaml``.
+    :param directory: the directory of the run.
     :param model: the algorithm, before any training.
     :param resumed: whether there may be files of an earlier process.
     :param state: the state that the algorithm goes on from; None: it begins.
@@ -190,6 +186,7 @@ def _learn(
             raise ValueError(f"Expected {directory / 'config.yaml'} to name the run's algorithm {saved}, got {ours}.")
         model.load_state(state)  # now, since making whatever was made before may have drawn random numbers
     done = model.num_timesteps
+    replace_text(directory / "config.yaml", dump_config(config))  # from here on there is a run that can be resumed
     model.set_logger(run_logger(directory, done if resumed else None))
     # The texts at a checkpoint are written after it, and so once more.
     keep_lines(directory / "samples.jsonl", lambda row: row["timesteps"] < done)
@@ -204,15 +201,14 @@ def _learn(
         callbacks = [checkpoints, *callbacks]
 
     def write_down(cause: BaseException | None = None) -> None:
-        finish: list[Callable[[], object]] = []
+        steps: list[Callable[[], object]] = [model.logger.close]
         if cause is None or model._n_updates or len(table):
-            finish.append(lambda: save_policy(model, directory / "policy"))
-            if cause is not None and checkpoints is not None:
-                finish.insert(0, checkpoints.save)
-            finish += [model.logger.close, lambda: plot_learning_curve(directory)]
-        else:
-            finish += [model.logger.close, *([] if resumed else [lambda: remove_start(directory)])]
-        take_every(finish, cause)
+            saved = [] if checkpoints is None else [checkpoints.save]
+            policy, picture = lambda: save_policy(model, directory / "policy"), lambda: plot_learning_curve(directory)
+            steps = [*saved, policy, *steps, picture]
+        elif not resumed:
+            steps.append(lambda: remove_start(directory))
+        take_every(steps, cause)
         if cause is not None and checkpoints is not None and (checkpoints.timesteps is not None or resumed):
             cause.add_note(f"`{resume_command(directory)}` goes on from {checkpoints.timesteps or 0} tokens.")
 
