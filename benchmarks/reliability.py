@@ -157,7 +157,6 @@ def main(args: Sequence[str] | None = None) -> int:
     options = parser.parse_args(args)
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"Expected parts among {', '.join(PARTS)}, got {', '.join(sorted(unknown))}.")
-    torch.set_num_threads(1)  # processes are forked
     with tempfile.TemporaryDirectory() as work:
         figures = measure(options.parts or PARTS, Path(work), options.flips, options.step, options.kills)
     if options.json is not None:
@@ -174,4 +173,5 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # processes are forked
     sys.exit(main())

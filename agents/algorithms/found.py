@@ -8,6 +8,8 @@ from typing import Any
 
 from stable_baselines3.common import save_util
 
+from agents.state.history import CheckpointHistory
+
 
 def check_found(path: str | Path, algorithm: str) -> None:
     """
@@ -32,11 +34,13 @@ def check_found(path: str | Path, algorithm: str) -> None:
             f"{str(directory)!r}, env) for a policy that writes, or policy_kwargs={{'model': {str(directory)!r}}} to "
             "train on from it."
         )
-    if (directory / "checkpoint" / "state.json").exists():
-        raise ValueError(
-            f"Expected a checkpoint directory, as agents.{algorithm}.save writes it, got {directory}, a run's "
-            f"directory: use agents.{algorithm}.load({str(directory / 'checkpoint')!r}, env=...)."
-        )
+    for history in (CheckpointHistory(directory), CheckpointHistory(directory / "checkpoints")):
+        if timesteps := history.timesteps():
+            raise ValueError(
+                f"Expected a checkpoint directory, as agents.{algorithm}.save writes it, got {directory}, in which "
+                f"there are several: use agents.{algorithm}.load({str(history.path(timesteps[-1]))!r}, env=...) for "
+                "the newest, or textrlhf train --resume to go on with the run."
+            )
 
 
 def _directory(path: Path) -> Path:

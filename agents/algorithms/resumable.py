@@ -59,7 +59,7 @@ class Resumable(BaseAlgorithm):
         :raises FloatingPointError: if a weight, or another number of the state, is NaN or infinite.
         :raises OSError: if the files can't be written; the checkpoint that was there is as it was.
         """
-        checkpoint.save(path, self.state())
+        checkpoint.save(path, self.state(), finite=True)
 
     @classmethod
     def load(  # type: ignore[override]

@@ -30,7 +30,9 @@ Tree = dict[str, Any]
 STATE = "state.json"
 
 
-def save(path: str | Path, tree: Mapping[str, Any], notes: Mapping[str, Any] | None = None) -> None:
+def save(
+    path: str | Path, tree: Mapping[str, Any], notes: Mapping[str, Any] | None = None, finite: bool = False
+) -> None:
     """Write a tree to a directory.
 
     :param path: the directory; an ending ``.zip``, which SB3's callbacks add, is dropped. It is replaced as a whole, so
@@ -38,13 +40,16 @@ def save(path: str | Path, tree: Mapping[str, Any], notes: Mapping[str, Any] | N
         returns, the new one is on the disk.
     :param tree: the tree. A tensor that has several names within a top-level entry (tied weights) is written once.
     :param notes: JSON values for :func:`agents.state.manifest.notes_of`.
+    :param finite: refuse NaN and infinite numbers, so that the state of a training never replaces a better one.
     :raises TypeError: for a key that is no string, or a value that is no tree, no tensor and no JSON value.
     :raises ValueError: for a top-level key that can't be the name of a file.
-    :raises FloatingPointError: if a tensor holds NaN or an infinite number; it names the tensor.
+    :raises FloatingPointError: if ``finite``, and a tensor holds NaN or an infinite number; it names the tensor.
     :raises OSError: if the files can't be written (a full disk). The old checkpoint is as it was.
     """
     files: dict[str, _Tensors] = defaultdict(_Tensors)
     values, names = _taken_apart(tree, (), files)
+    if finite:
+        _check_finite(files)
     with replacing(_directory(path)) as partial:
         for entry, tensors in files.items():
             _write(tensors.by_name, partial / f"{entry}.safetensors")
@@ -154,7 +159,6 @@ def _taken_apart(tree: Mapping[str, Any], path: tuple[str, ...], files: Mapping[
         if not path and not key.isidentifier():
             raise ValueError(f"Expected the entries of a checkpoint to be identifiers (they name files), got {key!r}.")
         if isinstance(value, torch.Tensor):
-            _check_finite(value, here)
             names[key] = files[here[0]].add(value, ".".join(here[1:]) or key)
         elif isinstance(value, Mapping):
             values[key], below = _taken_apart(value, here, files)
@@ -181,9 +185,12 @@ def _directory(path: str | Path) -> Path:
     return path.with_suffix("") if path.suffix == ".zip" else path
 
 
-def _check_finite(tensor: torch.Tensor, path: tuple[str, ...]) -> None:
-    if not bool(torch.isfinite(tensor.detach()).all()):
-        raise FloatingPointError(
-            f"Expected finite numbers in a checkpoint, got NaN or an infinite one in {'/'.join(path)}: nothing was "
-            "written, so the checkpoint before it is still there. Go on from that, at a lower learning rate, say."
-        )
+def _check_finite(files: Mapping[str, _Tensors]) -> None:
+    for entry, tensors in files.items():
+        for name, tensor in tensors.by_name.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise FloatingPointError(
+                    f"Expected finite numbers in a checkpoint, got NaN or an infinite one in {entry}/{name}: nothing "
+                    "was written, so the checkpoint before it is still there. Go on from that, at a lower learning "
+                    "rate, say."
+                )

@@ -68,12 +68,14 @@ class CheckpointHistory:
         :param value: how good this state is. The checkpoint of the highest value so far is kept under :attr:`best`
             besides, as long as it may be. None or NaN: it is not considered.
         :return: the directory of the checkpoint.
+        :raises FloatingPointError: if a tensor holds NaN or an infinite number.
         :raises OSError: if it can't be written; all earlier checkpoints are as they were.
         """
         remove_leftovers(self.directory)
         path = self.path(timesteps)
         considered = value is not None and not math.isnan(value)
-        checkpoint.save(path, tree, notes={"timesteps": timesteps, **({"value": value} if considered else {})})
+        notes = {"timesteps": timesteps, **({"value": value} if considered else {})}
+        checkpoint.save(path, tree, notes, finite=True)
         self._keep_best()
         present = self.timesteps()
         kept = [steps for steps in present if steps <= timesteps][-self.keep :]

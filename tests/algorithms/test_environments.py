@@ -17,6 +17,8 @@ import text_env  # noqa: F401  registers TextRLHF-v0
 from agents.algorithms.ppo import PPO
 from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.sb3_vec_env import TextVecEnv
+from agents.state import checkpoint
+from agents.state.history import CheckpointHistory
 from text_env.constraints import ForbiddenTokens
 
 
@@ -154,9 +156,13 @@ def test_a_saved_policy_says_which_function_loads_it(saved: Path, tmp_path: Path
         PPO.load(tmp_path / "policy", env=make_env())
 
 
-def test_a_runs_directory_says_where_its_checkpoint_is(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"a run's directory: use agents\.PPO\.load\('.*checkpoint', env="):
-        PPO.load(tmp_path)
+def test_the_directory_of_several_checkpoints_says_which_is_the_newest(saved: Path, tmp_path: Path) -> None:
+    history = CheckpointHistory(tmp_path / "run" / "checkpoints")
+    for timesteps in (32, 64):
+        history.save(checkpoint.load(saved), timesteps)
+    for path in (history.directory, tmp_path / "run"):
+        with pytest.raises(ValueError, match=r"there are several: use agents\.PPO\.load\('.*/000000000064', env="):
+            PPO.load(path)
 
 
 @pytest.mark.parametrize("name", ["stock.zip", "stock"])

@@ -118,6 +118,15 @@ def test_a_directory_that_something_else_has_sealed_says_so(tmp_path: Path) -> N
         checkpoint.load(tmp_path / "tree")
 
 
+def test_numbers_that_are_not_finite_are_refused_only_where_they_are_asked_for(tmp_path: Path) -> None:
+    tree = {"policy": {"good": torch.zeros(2), "bad": torch.tensor([1.0, float("nan")])}}
+    checkpoint.save(tmp_path / "tree", tree)
+    assert torch.isnan(checkpoint.load(tmp_path / "tree")["policy"]["bad"][1])
+    with pytest.raises(FloatingPointError, match=r"got NaN or an infinite one in policy/bad: nothing was written"):
+        checkpoint.save(tmp_path / "tree", tree, finite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["tree"]
+
+
 # ---- random generators ---------------------------------------------------------------------------------------------
 
 
