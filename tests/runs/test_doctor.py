@@ -8,9 +8,16 @@ from typing import Any
 
 import pytest
 from learners import PROMPTS, constant, even_tokens, make_model
-from tiny import tiny_model, tiny_tokenizer
+from tiny import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    MambaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from agents.cli import main
 from agents.models.pretrained import load_causal_lm
@@ -112,7 +119,7 @@ def test_several_ends_of_text_are_named(tmp_path: Path) -> None:
         (CHATML, {}),
         (FORGETS_THOUGHTS, {"chat template": "warning"}),
         (CHATML.replace("<eos>", "<|end|>"), {"end of text": "problem"}),
-        ("{{ raise_exception('no') }}", {"prompts": "problem"}),
+        ("{{ raise_exception('no') }}", {"prompts": "problem", "chat template": "problem"}),
     ],
     ids=["well", "forgets", "no end", "refuses"],
 )
@@ -190,11 +197,29 @@ def test_too_few_positions_are_found(tmp_path: Path) -> None:
     assert "at least 36 positions" in findings["context length"].found
 
 
-def test_a_model_without_memo_is_told_why(tmp_path: Path) -> None:
-    model = tiny_model("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=0)
-    findings = examined(tmp_path, model=model)
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (MambaConfig(vocab_size=300, hidden_size=16, state_size=4, num_hidden_layers=2), "takes no past_key_values"),
+        (
+            MistralConfig(
+                vocab_size=300,
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                sliding_window=8,
+            ),
+            "not all of its layers are full attention",
+        ),
+    ],
+    ids=["state space", "sliding window"],
+)
+def test_a_model_without_memo_is_told_why(config: PretrainedConfig, why: str, tmp_path: Path) -> None:
+    findings = examined(tmp_path, model=AutoModelForCausalLM.from_config(config).eval())
     assert verdicts(findings) == {"memo": "warning"}
-    assert "not all of its layers are full attention" in findings["memo"].found
+    assert why in findings["memo"].found
 
 
 def test_the_layers_of_an_adapter_are_named_and_missing_ones_found(tmp_path: Path) -> None:
@@ -212,11 +237,11 @@ def test_the_layers_of_an_adapter_are_named_and_missing_ones_found(tmp_path: Pat
 
 
 def test_a_first_ratio_that_rounding_moves_is_found(tmp_path: Path) -> None:
-    """The logits of this model are so large that the eight bits of bfloat16 are worth whole nats."""
-    findings = examined(tmp_path, model=make_model("llama", sharp=1.0), dtype="bfloat16")
-    assert findings["first ratio"].verdict in ("warning", "problem")
-    assert "in bfloat16" in findings["first ratio"].found
-    assert verdicts(examined(tmp_path, model=make_model("llama", sharp=1.0))) == {}
+    """So low a temperature multiplies the logits by twenty, and with them what bfloat16 has rounded off."""
+    for dtype, found in (("float32", {}), ("bfloat16", {"decoding": "warning", "first ratio": "warning"})):
+        findings = examined(tmp_path, model=make_model("llama"), dtype=dtype, temperature=0.05)
+        assert verdicts(findings) == found
+        assert f"in {dtype}, the ratios of" in findings["first ratio"].found
 
 
 def test_more_memory_than_there_is_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,8 @@ from agents.runs.config import lora_kwargs
 from agents.runs.doctor_checks.patient import Finding, Patient
 
 EXACT, ROUNDED, BROKEN = 1e-3, 0.1, 0.5
-"""How far apart two ways to the same number may be: of what float32 rounds, nothing comes near the first; below float32
-the second is half of the usual clip range, and beyond the third it is no rounding any more."""
+"""How far apart two ways to the same probability or ratio may be. The rounding of float32 stays far below the first.
+Below float32, the second is half of the usual clip range of PPO, and beyond the third training follows the errors."""
 
 
 def judged(patient: Patient, distance: float, found: str, cause: str) -> Finding:
@@ -34,7 +34,7 @@ def judged(patient: Patient, distance: float, found: str, cause: str) -> Finding
         return Finding("ok", found)
     if patient.low_precision and distance <= BROKEN:
         return Finding("warning", f"{found} So much is lost in rounding.", "Use --dtype float32 if memory allows.")
-    return Finding("problem", found, cause)
+    return Finding("problem", found, f"Try --dtype float32. {cause}" if patient.low_precision else cause)
 
 
 def loaded_model(patient: Patient) -> Finding:

@@ -69,7 +69,7 @@ def decoding(patient: Patient) -> Finding:
         patient,
         moved,
         f"Token by token and in whole texts, probabilities differ by at most {moved:.1e}.",
-        "The policy that is trained is not the one that writes: try --dtype float32, and report the architecture.",
+        "The policy that is trained is not the one that writes: report the architecture.",
     )
 
 
