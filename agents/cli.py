@@ -11,24 +11,33 @@ import dataclasses
 import difflib
 import json
 import shutil
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import gymnasium as gym
 import tyro
 from rich.console import Console
 from rich.markup import escape
 
 from agents.evaluation.report import answers_table, evaluation_table, texts_table
 from agents.reward_models.config import RewardModelConfig
-from agents.runs.commands import COMMANDS, CriticConfig, DemoConfig, DoctorConfig, EvaluateConfig, SampleConfig
+from agents.runs.commands import (
+    COMMANDS,
+    CriticConfig,
+    DemoConfig,
+    DoctorConfig,
+    EvaluateConfig,
+    ResumeConfig,
+    SampleConfig,
+)
 from agents.runs.config import EnvConfig, TrainConfig, load_config, names_from_run
+from agents.runs.errors import described
 from agents.runs.usage import usage
-from text_env.rewards import RewardError
 
 if TYPE_CHECKING:
     from agents.policies.causal_lm_policy import CausalLMPolicy
@@ -146,11 +155,28 @@ def run_train(config: TrainConfig) -> int:
 
     config = resolved(config)
     train(config)
-    console.print(
-        f"Wrote {config.run_dir}/: policy/, learning_curve.png, progress.csv, samples.jsonl, config.yaml",
-        soft_wrap=True,
-    )
+    _print_written(config.run_dir)
     return 0
+
+
+def run_resume(config: ResumeConfig) -> int:
+    """Run ``textrlhf train --resume``.
+
+    :param config: the options.
+    :return: the exit status.
+    """
+    config.check()
+    from agents.runs.train import resume
+
+    resume(config)
+    _print_written(config.resume)
+    return 0
+
+
+def _print_written(directory: Path | None) -> None:
+    console.print(
+        f"Wrote {directory}/: policy/, learning_curve.png, progress.csv, samples.jsonl, config.yaml", soft_wrap=True
+    )
 
 
 def run_doctor(config: DoctorConfig) -> int:
@@ -322,15 +348,16 @@ FUNCTIONS: dict[str, Callable[[Any], int]] = {
 }
 
 
-def _split_config(option: str) -> list[str]:
-    """``--config=FILE`` as two arguments. Any other argument is returned as it is."""
-    return option.split("=", 1) if option.startswith("--config=") else [option]
+def _split_option(option: str) -> list[str]:
+    """``--config=FILE`` and ``--resume=RUN`` as two arguments. Any other argument is returned as it is."""
+    return option.split("=", 1) if option.startswith(("--config=", "--resume=")) else [option]
 
 
 def _overview() -> None:
     """Print the commands, a line each."""
     lines = [f"  textrlhf {name:12} {(c.options.__doc__ or '').splitlines()[0]}" for name, c in COMMANDS.items()]
     lines.append("`textrlhf COMMAND --help` explains its options; `textrlhf --version` says which release this is.")
+    lines.append("With --debug, every command shows where an error happened.")
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
@@ -358,7 +385,8 @@ def main(args: Sequence[str] | None = None) -> int:
     """The entry point of the command ``textrlhf``.
 
     :param args: the arguments; None: those of the process.
-    :return: the exit status: 0, 1 for an error, 2 for a command line that can't be read, 130 after Ctrl-C.
+    :return: the exit status: 0, 1 for an error, 2 for a command line that can't be read, 130 after Ctrl-C and 143 after
+        SIGTERM.
     """
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] not in COMMANDS:
@@ -368,11 +396,15 @@ def main(args: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(rest):
         console.print(usage(command, options, groups, examples), markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(0)  # as tyro ends where it can't read an option, so that nothing after `main` runs
+    debug = "--debug" in rest
+    rest = [option for option in rest if option != "--debug"]
     try:
-        default = None
+        default, function = None, FUNCTIONS[command]
         if command == "train":
-            rest = [part for option in rest for part in _split_config(option)]
-            if "--config" in rest:
+            rest = [part for option in rest for part in _split_option(option)]
+            if "--resume" in rest:
+                options, function = ResumeConfig, run_resume
+            elif "--config" in rest:
                 at = rest.index("--config")
                 if at + 1 == len(rest):
                     raise ValueError("--config needs a YAML file after it.")
@@ -380,13 +412,17 @@ def main(args: Sequence[str] | None = None) -> int:
                 rest = rest[:at] + rest[at + 2 :]
         config = tyro.cli(options, args=rest, default=default, prog=f"textrlhf {command}")
         _quiet_transformers()
-        return FUNCTIONS[command](config)
-    except (ValueError, TypeError, OSError, ImportError, RewardError, FloatingPointError, gym.error.Error) as error:
-        console.print(f"[red]{type(error).__name__}[/red]: {escape(str(error))}", highlight=False, soft_wrap=True)
+        return function(config)
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exc()
+        if isinstance(error, KeyboardInterrupt):
+            message = " ".join([str(error) or "Interrupted.", *getattr(error, "__notes__", ())])
+            console.print(escape(message), highlight=False, soft_wrap=True)
+            return 128 + getattr(error, "number", signal.SIGINT)  # as shells count
+        kind, message = described(error)
+        console.print(f"[red]{kind}[/red]: {escape(message)}", highlight=False, soft_wrap=True)
         return 1
-    except KeyboardInterrupt:
-        console.print("Interrupted.")
-        return 130  # 128 + SIGINT, as shells count
 
 
 def _quiet_transformers() -> None:

@@ -21,6 +21,7 @@ from agents.policies.causal_lm_policy import load_policy
 from agents.runs.algorithms import algorithm_named
 from agents.runs.commands import SampleConfig
 from agents.runs.config import EnvConfig, TrainConfig, dump_config, load_config
+from agents.state.history import CheckpointHistory
 from agents.state.schedules import LearningRate
 from text_env.builtin import prompts
 from text_env.tasks import Task
@@ -450,7 +451,8 @@ def test_a_directory_that_holds_a_run_is_not_overwritten(run: Run, capsys: pytes
     before = (run.directory / "progress.csv").read_bytes()
     message = failed(capsys, run.train(run.directory))
     assert "FileExistsError" in message
-    assert "holds a run already; choose another --run-dir, or remove it" in message
+    assert "holds a run already: `textrlhf train --resume" in message
+    assert "choose another --run-dir for a new one" in message
     assert (run.directory / "progress.csv").read_bytes() == before
 
 
@@ -589,7 +591,8 @@ def test_a_training_that_fails_keeps_its_last_checkpoint_which_goes_on(
     assert run.train(tmp_path / "run", *options, "--learning-rate", "3e-3", "--lr-warmup", "0.1") == 1
     assert "the judge has left" in capsys.readouterr().out
     env = EnvConfig(prompts=run.prompts, reward="learners:even_tokens", max_new_tokens=6).make(8, run.model)
-    model = PPO.load(tmp_path / "run" / "checkpoint", env=env)
+    history = CheckpointHistory(tmp_path / "run" / "checkpoints")
+    model = PPO.load(history.path(history.timesteps()[-1]), env=env)
     assert model.learning_rate == LearningRate(3e-3, "linear", warmup=0.1)
     tokens = model.num_timesteps
     rows = list(csv.DictReader((tmp_path / "run" / "progress.csv").read_text().splitlines()))

@@ -18,7 +18,7 @@ from test_cli import Run, failed
 
 import agents
 from agents.cli import FUNCTIONS, main
-from agents.runs.commands import COMMANDS
+from agents.runs.commands import COMMANDS, ResumeConfig
 from agents.runs.config import EnvConfig, TrainConfig, dump_config, load_config
 from agents.runs.usage import fields_of, flag, usage
 
@@ -83,7 +83,8 @@ def test_the_examples_of_the_help_can_be_typed(example: str) -> None:
     assert name == "textrlhf"
     if "--config" in rest:
         rest = rest[2:]
-    assert isinstance(tyro.cli(COMMANDS[command].options, args=rest), COMMANDS[command].options)
+    options = ResumeConfig if "--resume" in rest else COMMANDS[command].options
+    assert isinstance(tyro.cli(options, args=rest), options)
 
 
 def test_the_help_keeps_to_the_width_of_the_page() -> None:
@@ -151,6 +152,7 @@ NOTHING = ["--model", "/nosuch/model"]  # which would be the error, if it were l
         ("--sample-every 0", "Expected sample_every to be an integer of at least 1, got 0."),
         ("--n-samples 0", "Expected n_samples to be an integer of at least 1, got 0."),
         ("--checkpoint-every -1", "Expected checkpoint_every to be an integer of at least 0, got -1."),
+        ("--keep 0", "Expected keep to be an integer of at least 1, got 0."),
         ("--group-size 0", "Expected group_size to be an integer of at least 1, got 0."),
         ("--shaping-every 0", "Expected shaping_every to be an integer of at least 1, got 0."),
         ("--max-new-tokens 0", "Expected max_new_tokens to be an integer of at least 1, got 0."),

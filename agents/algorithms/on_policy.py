@@ -200,6 +200,7 @@ class OnPolicyAlgorithm(Resumable):
         self.reference = reference
         self.reference_was_given = reference is not None
         self.step_factor = 1.0  # what multiplies the actor's learning rate, as a trust region does
+        self._iterations = 0  # finished ones, those before a resumption included
         self._advantage_unit = 1.0  # what advantages were divided by
         self._warned_of_first_ratio = False
         self._first_ratio: float | None = (
@@ -371,6 +372,8 @@ class OnPolicyAlgorithm(Resumable):
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__
         )
+        if reset_num_timesteps:
+            self._iterations = 0
         callback.on_training_start(locals(), globals())
         try:
             self._iterate(total_timesteps, callback, log_interval)
@@ -380,18 +383,17 @@ class OnPolicyAlgorithm(Resumable):
         return self
 
     def _iterate(self, total_timesteps: int, callback: BaseCallback, log_interval: int) -> None:
-        iteration = 0
         while self.num_timesteps < total_timesteps:
             if not self.collect_rollouts(callback):
                 break
-            iteration += 1
+            self._iterations += 1
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
             # The last rollout exceeds the total, and schedules are not defined for negative progress.
             self._current_progress_remaining = max(0.0, self._current_progress_remaining)
             self.update()
             self.kl.update(self.engine.mean(self.buffer.episode_sums(self.buffer.log_ratio)))
-            if log_interval and iteration % log_interval == 0:
-                self._dump_logs(iteration)
+            if log_interval and self._iterations % log_interval == 0:
+                self._dump_logs(self._iterations)
 
     def collect_rollouts(self, callback: BaseCallback) -> bool:
         """Fill the buffer with whole episodes and estimate their advantages.

@@ -29,10 +29,11 @@ from agents.state.arguments import (
 from agents.state.generators import generator_states, set_generator_states
 from agents.state.schedules import LearningRate
 
-# The attributes of every algorithm that change while training: SB3's, and how many updates were undone.
+# The attributes of every algorithm that change while training: SB3's, the loop's own number of iterations,
+# and how many updates were undone.
 COUNTERS = (
     *("num_timesteps", "_total_timesteps", "_n_updates", "_current_progress_remaining"),
-    *("bad_updates", "bad_updates_in_a_row"),
+    *("_iterations", "bad_updates", "bad_updates_in_a_row"),
 )
 # Arguments that are no data, or that the state holds in another form.
 NOT_KEPT = frozenset({"policy", "env", "policy_kwargs", "device", "reference", "stats_window_size"})

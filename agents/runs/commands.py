@@ -20,6 +20,26 @@ from text_env.settings import check_integer
 
 
 @dataclass
+class ResumeConfig:
+    """Go on with a run that was stopped. Everything else is in its config.yaml."""
+
+    resume: Path
+    """The directory of the run."""
+    total_timesteps: int | None = None
+    """The number of tokens to generate in all, if the run is to become longer."""
+    trust: bool = False
+    """Import what the run's config.yaml names as 'module:object', which runs code. Without it this is refused, since a
+    run may come from somebody else."""
+
+    def check(self) -> None:
+        """
+        :raises ValueError: if a number is out of range.
+        """
+        if self.total_timesteps is not None:
+            check_integer("total_timesteps", self.total_timesteps, 1)
+
+
+@dataclass
 class EvaluateConfig:
     """Compare a policy with its reference, or with another policy, on held-out prompts."""
 
@@ -304,7 +324,7 @@ COMMANDS = {
                 *("temperature", "critic", "lora_r", "lora_alpha", "lora_target_modules"),
                 *("device", "dtype", "autocast", "compile_forward"),
             ),
-            "What is written down": ("sample_every", "n_samples", "checkpoint_every"),
+            "What is written down": ("sample_every", "n_samples", "checkpoint_every", "keep", "best"),
         },
         (
             "textrlhf train --total-timesteps 60000 --run-dir runs/mine",
@@ -312,6 +332,7 @@ COMMANDS = {
             "textrlhf train --algo grpo --model path/to/model --prompts prompts.jsonl --reward my_rewards:brevity",
             "textrlhf train --model path/to/model --lora-r 16 --dtype bfloat16 --kl-target 6",
             "textrlhf train --config runs/mine/config.yaml --run-dir runs/again --seed 1",
+            "textrlhf train --resume runs/mine",
         ),
     ),
     "evaluate": Command(

@@ -193,6 +193,10 @@ class TrainConfig:
 
     ``--config FILE.yaml`` sets the defaults of all other options, which override it. What the file names as
     'module:object' is imported, so read a file that comes from somebody else before you train with it.
+
+    ``--resume RUN_DIR``, in place of all other options, goes on with a run that was stopped, exactly as if it had not
+    been. ``--total-timesteps`` beside it makes the run longer; ``--trust`` imports what its config.yaml names as
+    'module:object', which runs code.
     """
 
     algo: str = "ppo"
@@ -254,9 +258,14 @@ class TrainConfig:
     """The floating-point type of matrix products, such as 'bfloat16'; by default that of the weights."""
     compile_forward: bool = False
     """Run whole sequences through torch.compile."""
-    checkpoint_every: int = 0
-    """The number of iterations between two checkpoints, or 0 for none. Each replaces the one before it.
-    `PPO.load("<run_dir>/checkpoint", env=...)` resumes the run exactly."""
+    checkpoint_every: int | None = None
+    """The number of iterations between two checkpoints; 0: there are none. By default the next one is written when
+    that costs less than 2 % of the time, and after half an hour at the latest. The end of a run always is one."""
+    keep: int = 2
+    """The number of checkpoints that are kept, the newest ones."""
+    best: str | None = None
+    """A metric of progress.csv, such as 'objective/scores'. Of all checkpoints that are written, the one after which
+    this metric was highest is kept besides."""
     sample_every: int = 5
     """The number of iterations between two entries of samples.jsonl."""
     n_samples: int = 6
@@ -269,8 +278,10 @@ class TrainConfig:
 
         :raises ValueError: if a number is out of range.
         """
-        for name, least in (("total_timesteps", 1), ("sample_every", 1), ("n_samples", 1), ("checkpoint_every", 0)):
+        for name, least in (("total_timesteps", 1), ("sample_every", 1), ("n_samples", 1), ("keep", 1)):
             check_integer(name, getattr(self, name), least)
+        if self.checkpoint_every is not None:
+            check_integer("checkpoint_every", self.checkpoint_every, 0)
         for name in ("n_episodes", "batch_size", "n_epochs", "lora_r"):  # None: the algorithm's number, or no adapter
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)

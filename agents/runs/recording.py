@@ -1,10 +1,10 @@
-"""What a training run writes while it is running: texts, checkpoints and, at its end, the learning curve."""
+"""What a training run writes besides its log: texts while it is running and, at its end, the learning curve."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +15,17 @@ from stable_baselines3.common.callbacks import BaseCallback
 from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.rollouts.sampling import sample_texts
 from agents.runs.config import TrainConfig
+from agents.state.replacing import sync
+
+CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
+
+
+def resume_command(directory: Path) -> str:
+    """
+    :param directory: of a run.
+    :return: the command that goes on with it.
+    """
+    return f"textrlhf train --resume {shlex.quote(str(directory))}"
 
 
 def check_directory(directory: Path) -> None:
@@ -24,7 +35,14 @@ def check_directory(directory: Path) -> None:
     :raises OSError: if no directory can be made there.
     """
     if (directory / "config.yaml").exists():
-        raise FileExistsError(f"{directory} holds a run already; choose another --run-dir, or remove it.")
+        raise FileExistsError(
+            f"{directory} holds a run already: `{resume_command(directory)}` goes on with it; choose another --run-dir "
+            "for a new one."
+        )
+    if (directory / CHECKPOINTS).exists():
+        raise FileExistsError(
+            f"{directory} holds checkpoints of a run without its config.yaml; choose another --run-dir, or remove them."
+        )
     nearest = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise NotADirectoryError(f"{nearest} is a file; choose another --run-dir than {directory}.")
@@ -33,15 +51,13 @@ def check_directory(directory: Path) -> None:
 
 
 def remove_start(directory: Path) -> None:
-    """Remove what a run wrote that learned nothing, and the directory itself if nothing else is in it.
+    """Remove what a run wrote that learned nothing.
 
     :param directory: of the run.
     """
     for pattern in ("config.yaml", "progress.csv", "samples.jsonl", "events.out.tfevents.*"):
         for path in directory.glob(pattern):
             path.unlink()
-    with contextlib.suppress(OSError):
-        directory.rmdir()
 
 
 class SampleTexts(BaseCallback):
@@ -56,7 +72,6 @@ class SampleTexts(BaseCallback):
         super().__init__()
         self._path = path
         self._every = config.sample_every
-        self._iteration = 0
         assert config.model is not None
         # Prompts without a held-out part are those of the training, so texts are written for the first of them.
         self._env = config.env.held_out().make(config.n_samples, config.model)
@@ -66,9 +81,8 @@ class SampleTexts(BaseCallback):
         return True
 
     def _on_rollout_start(self) -> None:
-        if self._iteration % self._every == 0:
+        if cast(OnPolicyAlgorithm, self.model)._iterations % self._every == 0:
             self._write()
-        self._iteration += 1
 
     def _on_training_end(self) -> None:
         self._write()
@@ -85,33 +99,12 @@ class SampleTexts(BaseCallback):
                 if prompt.columns:  # such as the right answer; `answer` in the row itself is what the text answers
                     row["columns"] = dict(prompt.columns)
                 file.write(json.dumps(row, ensure_ascii=False, default=_as_json) + "\n")
+        sync(self._path)  # as a checkpoint that knows of them will be
 
 
 def _as_json(value: Any) -> Any:
     """A value that is none of JSON's: a number of NumPy's, or what somebody's prompts have in a column."""
     return value.item() if isinstance(value, np.generic) else str(value)
-
-
-class Checkpoint(BaseCallback):
-    """Saves the state of a run every few iterations. Whenever the run is killed, a complete checkpoint is left.
-
-    :param path: the directory of the checkpoint.
-    :param every: the number of iterations between two checkpoints.
-    """
-
-    def __init__(self, path: Path, every: int) -> None:
-        super().__init__()
-        self._path = path
-        self._every = every
-        self._iterations = 0  # the number of finished iterations
-
-    def _on_step(self) -> bool:
-        return True
-
-    def _on_rollout_start(self) -> None:
-        if self._iterations and self._iterations % self._every == 0:
-            self.model.save(self._path)
-        self._iterations += 1
 
 
 def plot_learning_curve(directory: Path) -> None:
@@ -121,7 +114,7 @@ def plot_learning_curve(directory: Path) -> None:
     """
     import matplotlib.figure
 
-    if not (directory / "progress.csv").read_text():
+    if not (directory / "progress.csv").stat().st_size:
         return  # no iteration was finished
     table = np.genfromtxt(directory / "progress.csv", delimiter=",", names=True, deletechars="")
     table = np.atleast_1d(table)

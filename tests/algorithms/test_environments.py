@@ -83,7 +83,7 @@ def test_what_a_registered_name_says_itself_is_left_alone(model: str) -> None:
         ({"reward": constant}, "reward was 'even_tokens' and is 'constant'"),
         ({"group_size": 2}, "group_size was 1 and is 2"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
 def test_an_environment_of_other_settings_is_refused_by_field(saved: Path, setting: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=f"Expected the environment that the checkpoint was written in, .*{said}"):

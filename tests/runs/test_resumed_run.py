@@ -9,13 +9,14 @@ import pytest
 from learners import PROMPTS, largest_difference, save_model, weights_of
 
 from agents.algorithms.ppo import PPO
+from agents.runs.checkpoints import Checkpoints
 from agents.runs.config import EnvConfig, TrainConfig, load_config
-from agents.runs.recording import Checkpoint
 from agents.runs.train import train
+from agents.state.history import CheckpointHistory
 from agents.state.schedules import LearningRate
 
 
-class Stopped(Exception):
+class Killed(Exception):
     """Stands for a kill."""
 
 
@@ -37,18 +38,19 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     options: dict[str, Any] = {"lr_schedule": schedule, "lr_warmup": warmup, "checkpoint_every": 1}
     whole = train(configured(tmp_path, "whole", **options))
 
-    class CheckpointThenStop(Checkpoint):
+    class CheckpointThenStop(Checkpoints):
         def _on_rollout_start(self) -> None:
             super()._on_rollout_start()
-            if self._iterations == 3:  # two are over
-                raise Stopped
+            if len(self._table) == 2:
+                raise Killed
 
-    monkeypatch.setattr("agents.runs.train.Checkpoint", CheckpointThenStop)
+    monkeypatch.setattr("agents.runs.train.Checkpoints", CheckpointThenStop)
     config = configured(tmp_path, "stopped", **options)
-    with pytest.raises(Stopped):
+    with pytest.raises(Killed):
         train(config)
     env = config.env.make(8, config.model, gamma=1.0)
-    resumed = PPO.load(tmp_path / "stopped" / "checkpoint", env=env, device="cpu")
+    history = CheckpointHistory(tmp_path / "stopped" / "checkpoints")
+    resumed = PPO.load(history.path(history.timesteps()[-1]), env=env, device="cpu")
     assert 0 < resumed.num_timesteps < whole.num_timesteps
     assert resumed.learning_rate == LearningRate(3e-3, schedule, warmup)
     resumed.learn(config.total_timesteps - resumed.num_timesteps, reset_num_timesteps=False)
