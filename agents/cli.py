@@ -1,4 +1,4 @@
-"""The command line: ``textrlhf train | evaluate | critic | sample | reward-model | demo``.
+"""The command line: ``textrlhf train | evaluate | critic | sample | doctor | reward-model | demo``.
 
 This module only parses options and prints results. The work is done by ``agents.runs``, ``agents.evaluation`` and
 ``agents.reward_models``.
@@ -26,7 +26,15 @@ from rich.markup import escape
 
 from agents.evaluation.report import answers_table, evaluation_table, texts_table
 from agents.reward_models.config import RewardModelConfig
-from agents.runs.commands import COMMANDS, CriticConfig, DemoConfig, EvaluateConfig, ResumeConfig, SampleConfig
+from agents.runs.commands import (
+    COMMANDS,
+    CriticConfig,
+    DemoConfig,
+    DoctorConfig,
+    EvaluateConfig,
+    ResumeConfig,
+    SampleConfig,
+)
 from agents.runs.config import EnvConfig, TrainConfig, load_config, names_from_run
 from agents.runs.errors import described
 from agents.runs.usage import usage
@@ -117,11 +125,7 @@ def _sample(config: SampleConfig, env_config: EnvConfig) -> None:
     env_config = dataclasses.replace(env_config, max_prompt_tokens=None, gold=None, metrics=None)
     prompts = [prompt for prompt in config.prompt for _ in range(config.n)]
     # The right answers of these prompts are unknown, so that a task can't judge what is written.
-    if env_config.has_task:
-        task = dataclasses.replace(env_config.made_task(), metrics={})
-        judge: dict[str, Any] = {"reward": _unjudged, "task": task, "task_kwargs": None}
-    else:
-        judge = {}
+    judge = env_config.unjudged() if env_config.has_task else {}
     env = env_config.make(len(prompts), config.policy, prompts=prompts, **judge)
     set_random_seed(config.seed)
     policy = load_policy(config.policy, env, config.device, config.dtype, config.temperature)
@@ -137,10 +141,6 @@ def _changed(env_config: EnvConfig, config: EvaluateConfig | SampleConfig, *name
     """The environment, except for those of the options that are given."""
     given = {name: getattr(config, name) for name in names}
     return dataclasses.replace(env_config, **{name: value for name, value in given.items() if value})
-
-
-def _unjudged(completions: Sequence[Any], **_: Any) -> list[float]:
-    return [0.0] * len(completions)
 
 
 def run_train(config: TrainConfig) -> int:
@@ -177,6 +177,23 @@ def _print_written(directory: Path | None) -> None:
     console.print(
         f"Wrote {directory}/: policy/, learning_curve.png, progress.csv, samples.jsonl, config.yaml", soft_wrap=True
     )
+
+
+def run_doctor(config: DoctorConfig) -> int:
+    """Run ``textrlhf doctor``.
+
+    :param config: the options.
+    :return: the exit status: 1 if there is a problem, else 0.
+    """
+    config.check()
+    from agents.runs.doctor import as_data, examine, findings_table
+
+    findings = examine(config.run(), config.texts, config.tokens)
+    console.print(findings_table(findings))
+    result = as_data(findings)
+    if config.json is not None:
+        config.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 0 if result["healthy"] else 1
 
 
 def run_reward_model(config: RewardModelConfig) -> int:
@@ -325,6 +342,7 @@ FUNCTIONS: dict[str, Callable[[Any], int]] = {
     "evaluate": run_evaluate,
     "critic": run_critic,
     "sample": run_sample,
+    "doctor": run_doctor,
     "reward-model": run_reward_model,
     "demo": run_demo,
 }

@@ -101,10 +101,10 @@ def demo(out: Path, iterations: int, seed: int) -> None:
     (run / "policy" / "model.safetensors").rename(out / f"demo-{iterations}.safetensors")
 
 
-def worker(names: list[str], out: Path, iterations: int, seed: int) -> None:
+def worker(names: list[str], out: Path, iterations: int, seed: int, threads: int) -> None:
     import torch
 
-    torch.set_num_threads(1)  # with several the order of additions, and the last digits, would depend on the machine
+    torch.set_num_threads(threads)  # with several the order of additions, and the last digits, depend on the machine
     for name in names:
         if name == "demo":
             demo(out, iterations, seed)
@@ -150,29 +150,32 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--learners", nargs="+", default=["ppo", "a2c", "reinforce", "rloo", "grpo", "sb3-ppo", "demo"])
     parser.add_argument("--iterations", type=int, default=ITERATIONS)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, nargs=2, default=[1, 1], help="of the other commit, and of this tree")
     parser.add_argument("--json", type=Path, help="write the differences here")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(args)
     if options.worker is not None:
-        worker(options.learners, options.worker, options.iterations, options.seed)
+        worker(options.learners, options.worker, options.iterations, options.seed, options.threads[0])
         return 0
     from benchmarks.commits import ROOT, checked_out, commit_of, run_in  # which the other tree may not have
 
     commit = commit_of(options.base)
     with checked_out(commit) as other, tempfile.TemporaryDirectory() as scratch:
         directories = []
-        for tree in (other, ROOT):
+        for tree, threads in zip((other, ROOT), map(str, options.threads), strict=True):
             out = Path(scratch) / f"weights-{len(directories)}"
             out.mkdir()
             directories.append(out)
             # This file runs in both, but each on its own packages.
             command = [str(Path(__file__).resolve()), commit, "--worker", str(out), "--learners", *options.learners]
-            run_in(tree, [*command, "--iterations", str(options.iterations), "--seed", str(options.seed)])
+            command += ["--iterations", str(options.iterations), "--seed", str(options.seed)]
+            run_in(tree, [*command, "--threads", threads, threads])
         differences = compare(*directories)
     for name, values in differences.items():
         print(f"{name:10} {verdict(values):14} {', '.join(f'{i}: {x:.1e}' for i, x in sorted(values.items()))}")
     if options.json is not None:
-        result = {"base": commit, "iterations": options.iterations, "seed": options.seed, "differences": differences}
+        given = {name: getattr(options, name) for name in ("iterations", "seed", "threads")}
+        result = {"base": commit, **given, "differences": differences}
         options.json.write_text(json.dumps(result, indent=2) + "\n")
     return 1 if any(verdict(values) == "different" for values in differences.values()) else 0
 

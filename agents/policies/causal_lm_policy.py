@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from gymnasium import spaces
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
@@ -100,7 +100,7 @@ class CausalLMActorCritic(BasePolicy):
         observation_space: spaces.Space[Any],
         action_space: spaces.Space[Any],
         lr_schedule: Schedule,
-        model: str | Path | PretrainedConfig | PreTrainedModel = "builtin",
+        model: str | Path | PretrainedConfig | PreTrainedModel | PeftModel = "builtin",
         dtype: str | torch.dtype = "float32",
         temperature: float = 1.0,
         min_new_tokens: int = 0,
@@ -528,12 +528,13 @@ def is_actor(name: str, parameter: nn.Parameter) -> bool:
 
 
 def load_policy(
-    model: str | Path,
+    model: str | Path | PreTrainedModel | PeftModel,
     env: TextVectorEnv,
     device: str = "auto",
     dtype: str = "float32",
     temperature: float = 1.0,
     separate_critic: bool | str | Path = False,
+    autocast: str | None = None,
 ) -> CausalLMPolicy:
     """Load a policy for evaluation and sampling.
 
@@ -544,6 +545,7 @@ def load_policy(
     :param temperature: the temperature of the policy's distribution; 1 gives that of the model itself.
     :param separate_critic: what the critic was made of, as for ``CausalLMPolicy``. Its weights are another matter:
         :meth:`CausalLMActorCritic.load_value_head` loads them.
+    :param autocast: the floating-point type of matrix products, as for ``CausalLMPolicy``.
     :return: the policy.
     :raises ValueError: for the reasons of ``CausalLMPolicy``.
     """
@@ -558,6 +560,7 @@ def load_policy(
         constraint=env.constraint,
         eos_token_id=env.eos_token_ids,
         separate_critic=separate_critic,
+        autocast=autocast,
         tokenizer=env.tokenizer,
     )
     return policy.to(get_device(device))

@@ -6,13 +6,15 @@ The options of ``train`` are in ``config.py``, those of ``reward-model`` beside 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+import tyro
 
 from agents.evaluation.right_answers import check_samples
 from agents.reward_models.config import RewardModelConfig
-from agents.runs.config import TrainConfig
+from agents.runs.config import EnvConfig, TrainConfig
 from agents.state.arguments import check_number
 from text_env.settings import check_integer
 
@@ -207,6 +209,66 @@ class SampleConfig:
 
 
 @dataclass
+class DoctorConfig:
+    """Examine a model, with its prompts and its reward, before it is trained.
+
+    The options are those of ``train``, with the same meaning. The model writes a few texts, and in a minute or so each
+    check says what it found and what to do. The exit status is 1 if there is a problem. docs/reliability.md lists the
+    checks.
+    """
+
+    model: str | None = None
+    """'builtin', 'builtin:arithmetic', a directory, a hub name, a GGUF file, or the directory of a PEFT adapter. By
+    default it is the task's own model, or else 'builtin'."""
+    env: Annotated[EnvConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: EnvConfig(gold=None))
+    algo: str = "ppo"
+    """The algorithm that is to train the model, which says how much memory it takes."""
+    critic: str | None = None
+    """The critic of that training: 'head', 'copy' or a reward model; by default that of the algorithm."""
+    temperature: float = 1.0
+    """The temperature of the policy's distribution."""
+    lora_r: int | None = None
+    """The rank of a LoRA adapter; by default there is none."""
+    lora_alpha: int = 16
+    """The scale of the adapter, whose output is multiplied by lora_alpha / lora_r."""
+    lora_target_modules: str = "all-linear"
+    """The layers with an adapter: 'all-linear', or names separated by commas."""
+    texts: int = 16
+    """The number of texts that the model writes."""
+    tokens: int = 48
+    """The most tokens of such a text, if `--max-new-tokens` allows more."""
+    json: Path | None = None
+    """A file to which the findings are written as JSON."""
+    seed: int = 0
+    """The seed of the texts."""
+    device: str = "auto"
+    """'auto', 'cpu', 'cuda', …"""
+    dtype: str = "float32"
+    """The floating-point type of the weights."""
+    autocast: str | None = None
+    """The floating-point type of matrix products, such as 'bfloat16'; by default that of the weights."""
+
+    def check(self) -> None:
+        """Refuse what can't be examined or written; nothing is loaded for this.
+
+        :raises ValueError: if a number is out of range.
+        :raises OSError: if ``json`` can't be written.
+        """
+        check_integer("texts", self.texts, 2)
+        check_integer("tokens", self.tokens, 1)
+        self.run().check()
+        if self.json is not None:
+            _check_writable("--json", self.json)
+
+    def run(self) -> TrainConfig:
+        """
+        :return: the training that is meant.
+        """
+        names = {option.name for option in fields(TrainConfig)}
+        return TrainConfig(**{name: value for name, value in vars(self).items() if name in names})
+
+
+@dataclass
 class DemoConfig:
     """Train PPO on the built-in model, and show that it has learned."""
 
@@ -240,28 +302,20 @@ class Command(NamedTuple):
     examples: tuple[str, ...]
 
 
+# The options of the environment, which `train` and `doctor` share.
+PROMPTS_AND_TEXTS = (
+    *("task", "task_kwargs", "env", "prompts", "tokenizer", "chat_template", "max_prompt_tokens", "overlong_prompts"),
+    *("max_new_tokens", "min_new_tokens", "stop", "eos_token_ids", "constraint", "group_size"),
+)
+REWARDS = ("reward", "gold", "reward_kwargs", "reward_timeout", "reward_retries", "shaping", "shaping_every")
+
 COMMANDS = {
     "train": Command(
         TrainConfig,
         {
             "The run": ("algo", "model", "total_timesteps", "run_dir", "seed", "progress"),
-            "Prompts and texts": (
-                *(
-                    "task",
-                    "task_kwargs",
-                    "env",
-                    "prompts",
-                    "tokenizer",
-                    "chat_template",
-                    "max_prompt_tokens",
-                    "overlong_prompts",
-                ),
-                *("max_new_tokens", "min_new_tokens", "stop", "eos_token_ids", "constraint", "group_size"),
-            ),
-            "Rewards": (
-                *("reward", "gold", "reward_kwargs", "reward_timeout", "reward_retries"),
-                *("missing_eos_penalty", "shaping", "shaping_every"),
-            ),
+            "Prompts and texts": PROMPTS_AND_TEXTS,
+            "Rewards": (*REWARDS, "missing_eos_penalty"),
             "KL to the reference": ("kl_coef", "kl_target", "kl_estimator"),
             "Optimisation": (
                 *("learning_rate", "lr_schedule", "lr_warmup", "n_episodes", "batch_size", "n_epochs", "algo_kwargs"),
@@ -317,6 +371,21 @@ COMMANDS = {
         (
             'textrlhf sample --policy runs/mine/policy --prompt "The movie" "I loved" --n 3',
             'textrlhf sample --policy builtin:arithmetic --task arithmetic --prompt "(72+60+880+26)*7="',
+        ),
+    ),
+    "doctor": Command(
+        DoctorConfig,
+        {
+            "What is examined": ("model", "algo", "critic", "temperature", "seed"),
+            "Prompts and texts": PROMPTS_AND_TEXTS,
+            "Rewards": REWARDS,
+            "LoRA": ("lora_r", "lora_alpha", "lora_target_modules"),
+            "How": ("texts", "tokens", "device", "dtype", "autocast"),
+            "What comes out": ("json",),
+        },
+        (
+            "textrlhf doctor --model path/to/model --prompts prompts.jsonl --reward my_rewards:brevity",
+            "textrlhf doctor --model path/to/model --lora-r 16 --dtype bfloat16 --json findings.json",
         ),
     ),
     "reward-model": Command(

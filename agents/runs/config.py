@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -115,6 +115,15 @@ class EnvConfig(EpisodeSettings):
         task, kwargs = self._task()
         return make_task(task, **{name: value for name, value in kwargs.items() if name != "split"})
 
+    def unjudged(self) -> dict[str, Any]:
+        """
+        :return: arguments of :meth:`make` with which nothing judges the texts: all scores are 0, without metrics.
+        """
+        judge: dict[str, Any] = {"reward": _no_score, "metrics": None}
+        if self.has_task:
+            judge |= {"task": dataclasses.replace(self.made_task(), metrics={}), "task_kwargs": None}
+        return judge
+
     @property
     def has_task(self) -> bool:
         """Whether the environment poses a task, by ``task`` or by the registered name."""
@@ -172,6 +181,10 @@ class EnvConfig(EpisodeSettings):
             return plain(env)
         except ValueError as error:
             raise ValueError(f"env={self.env!r}: {error}") from error
+
+
+def _no_score(completions: Sequence[Any], **_: Any) -> list[float]:
+    return [0.0] * len(completions)
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""The checks of ``textrlhf doctor``, each a function from a patient to a finding."""
