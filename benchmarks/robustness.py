@@ -279,8 +279,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     :return: a line for each task, and one for each run that is lower than at its start.
     """
     printed = Table(title="PPO's score before and after, over the grid")
-    printed.add_column("task", no_wrap=True)  # a name that is cut short names nothing
-    for name in ("runs", "before", "gain", "lowest rollout", "KL (nats)", "lower", "below its start"):
+    for name in ("task", "runs", "before", "gain", "lowest rollout", "KL (nats)", "lower", "below its start"):
         printed.add_column(name)
     for task in dict.fromkeys(row["task"] for row in rows):
         runs = [row for row in rows if row["task"] == task]
@@ -389,7 +388,7 @@ def main(options: Options) -> int:
     }
     (options.out / "environment.json").write_text(json.dumps(environment_of_runs, indent=1) + "\n")
     plot(rows, options.out / "robustness.png")
-    Console().print(table(rows))
+    Console(width=140).print(table(rows))  # in fewer columns, names and figures are cut short
     return int(any(map(is_below, rows)))
 
 

@@ -102,8 +102,9 @@ def test_the_texts_that_it_learned_from_are_of_no_held_out_problem_and_as_sloppy
 def test_sb3s_callback_evaluates_on_held_out_problems_in_training() -> None:
     kwargs = {"task_kwargs": {"split": "eval"}}
     held_out = make_vec_env("TextArithmetic-v0", n_envs=8, env_kwargs=kwargs)
-    callback = EvalCallback(held_out, n_eval_episodes=8, eval_freq=1, deterministic=False, verbose=0)
+    callback = EvalCallback(held_out, n_eval_episodes=8, eval_freq=32, deterministic=False, verbose=0)
     model = PPO("CausalLMPolicy", "TextArithmetic-v0", n_episodes=4, batch_size=4, n_epochs=1, seed=0)
     assert model.policy_kwargs["model"] == MODEL
     model.learn(1, callback=callback)
+    assert callback.n_calls >= 2 * callback.eval_freq  # between the tokens of the first rollout
     assert 0 <= callback.last_mean_reward <= 1
