@@ -1,6 +1,6 @@
 """VAPO's ablation on responses of a hundred tokens: what is each part of PPO worth where answers are right or wrong?
 
-    python -m benchmarks.ablation --seeds 5 --workers 2 --out benchmarks/results/ablation
+    python -m benchmarks.ablation --seeds 5 --workers 2 --out runs/ablation
 
 VAPO (Yue et al. 2025, https://arxiv.org/abs/2504.05118) takes PPO from 5 to 60 on AIME 2024 with seven changes, and
 takes each of them away again, one at a time. The same is done here on ``TextArithmetic-v0``. Everything else is the

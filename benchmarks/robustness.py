@@ -1,6 +1,6 @@
 """Does PPO with its defaults ever end below its start? Learning rate, value head and KL penalty are varied to see.
 
-    python -m benchmarks.robustness --out benchmarks/results/robustness --workers 2      # goes on where it stopped
+    python -m benchmarks.robustness --out runs/robustness --workers 2      # goes on where it stopped
 
 The grid (:data:`FACTORS`), stated before any run:
 
@@ -279,7 +279,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
     :return: a line for each task, and one for each run that is lower than at its start.
     """
     printed = Table(title="PPO's score before and after, over the grid")
-    for name in ("task", "runs", "before", "gain", "lowest rollout", "KL (nats)", "lower", "below its start"):
+    printed.add_column("task", no_wrap=True)  # a name that is cut short names nothing
+    for name in ("runs", "before", "gain", "lowest rollout", "KL (nats)", "lower", "below its start"):
         printed.add_column(name)
     for task in dict.fromkeys(row["task"] for row in rows):
         runs = [row for row in rows if row["task"] == task]

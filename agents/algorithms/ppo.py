@@ -14,6 +14,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from agents.algorithms.actor_critic import ActorCritic
 from agents.algorithms.surrogate import Surrogate
 from agents.models.critic import critic_for
+from agents.models.pretrained import is_adapter
 from agents.rollouts.episode_buffer import EpisodeSamples
 from text_env.vector_env import TextVectorEnv
 
@@ -78,7 +79,7 @@ class PPO(Surrogate, ActorCritic):
         """A critic of its own, so that what it learns doesn't move the policy; not beside an adapter, which is chosen
         where memory is scarce.
         """
-        if policy_kwargs.get("lora") is not None:
+        if policy_kwargs.get("lora") is not None or is_adapter(policy_kwargs.get("model")):
             return {}
         copied = policy_kwargs.get("value_bins") is not None
         return {"separate_critic": copied or critic_for(env.episodes.reward, env.tokenizer)}

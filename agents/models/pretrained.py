@@ -194,6 +194,15 @@ def lora_arguments(lora: dict[str, Any] | LoraConfig) -> dict[str, Any]:
     return {name: sorted(value) if isinstance(value, set) else value for name, value in changed.items()}
 
 
+def is_adapter(model: Any) -> bool:
+    """
+    :param model: a model, as for :func:`load_causal_lm`.
+    :return: whether it is a PEFT adapter, live or in a directory. One on the hub is not looked up.
+    :raises ValueError: if an adapter does not name its base.
+    """
+    return isinstance(model, PeftModel) or (isinstance(model, str | Path) and base_of_adapter(model) is not None)
+
+
 def add_lora(model: PreTrainedModel | PeftModel, lora: dict[str, Any] | LoraConfig, name: Any = None) -> PeftModel:
     """Add a trainable low-rank adapter to a model, in place, and freeze all other weights.
 

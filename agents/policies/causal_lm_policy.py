@@ -216,9 +216,7 @@ class CausalLMActorCritic(BasePolicy):
         """
         contexts = contexts_of(obs)
         hidden = self._last_hidden(contexts)
-        probs = torch.softmax(self._logits(hidden, contexts, action_masks), dim=-1)
-        actions = probs.argmax(dim=-1) if deterministic else sample(probs)
-        log_prob = probs.gather(-1, actions[:, None]).squeeze(-1).log()
+        actions, log_prob = self._choose(hidden, contexts, deterministic, action_masks)
         values = self._last_values(contexts, hidden)
         if self.lm.device.type == "cpu":
             self.check_numbers(contexts, log_prob, values)
@@ -323,11 +321,25 @@ class CausalLMActorCritic(BasePolicy):
         deterministic: bool = False,
         action_masks: np.ndarray | torch.Tensor | None = None,
     ) -> torch.Tensor:
-        actions, values, log_prob = self.forward(observation, deterministic, action_masks)
+        # Nobody asks for the values of these contexts, for which a critic of its own would cost as much again.
+        contexts = contexts_of(observation)
+        actions, log_prob = self._choose(self._last_hidden(contexts), contexts, deterministic, action_masks)
         # SB3 copies the actions to the host next: a NaN comes with the same copy.
-        host = torch.stack([actions.double(), log_prob.double(), values.flatten().double()]).cpu()
-        self.check_numbers(contexts_of(observation), host[1], host[2])
+        host = torch.stack([actions.double(), log_prob.double()]).cpu()
+        self.check_numbers(contexts, host[1], None)
         return host[0].long()
+
+    def _choose(
+        self,
+        hidden: torch.Tensor,
+        contexts: Contexts,
+        deterministic: bool,
+        action_masks: np.ndarray | torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next token of each context, [B], and its log-probability, [B]."""
+        probs = torch.softmax(self._logits(hidden, contexts, action_masks), dim=-1)
+        actions = probs.argmax(dim=-1) if deterministic else sample(probs)
+        return actions, probs.gather(-1, actions[:, None]).squeeze(-1).log()
 
     def check_numbers(self, contexts: Contexts, log_prob: torch.Tensor | None, values: torch.Tensor | None) -> None:
         """

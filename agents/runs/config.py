@@ -330,7 +330,10 @@ def separate_critic(critic: str) -> bool | str:
 
 
 def critic_name(separate: bool | str | Path) -> str:
-    """The other way round."""
+    """
+    :param separate: the argument ``separate_critic`` of ``CausalLMPolicy``.
+    :return: the option ``critic`` that stands for it.
+    """
     return next((name for name, kind in CRITICS.items() if kind is separate), str(separate))
 
 

@@ -86,7 +86,8 @@ ESTIMATORS = (
         for name, algorithm, options in (
             ("reinforce-value", REINFORCE, {"baseline": "value"}),
             ("a2c", A2C, {}),
-            ("ppo", PPO, {"batch_size": None}),  # its first minibatch, as long as the ratio is 1
+            # Its first minibatch, as long as the ratio is 1.
+            ("ppo", PPO, {"batch_size": None, "gae_lambda": 0.95, "gae_lambda_value": None}),
         )
     ),
 )
@@ -166,7 +167,7 @@ def _algorithm(
         "CausalLMPolicy",
         env,
         n_episodes=episodes,
-        policy_kwargs={"model": lm},
+        policy_kwargs={"model": lm, "separate_critic": False},  # the critic that all of them can have
         seed=seed,
         device="cpu",
         **estimator.options,

@@ -42,7 +42,8 @@ def make(cls: type[OnPolicyAlgorithm], group_size: int = 2, reward: Any = even_t
     env = make_env(n=N_EPISODES, group_size=group_size, reward=reward)
     defaults = {"learning_rate": 1e-4, "n_episodes": N_EPISODES, "kl_coef": 0.1, "seed": 0, "device": "cpu"}
     options: dict[str, Any] = {**defaults, **kwargs}
-    model = cls("CausalLMPolicy", env, policy_kwargs={"model": make_model(ends=0.2)}, **options)
+    policy_kwargs = {"model": make_model(ends=0.2), **options.pop("policy_kwargs", {})}
+    model = cls("CausalLMPolicy", env, policy_kwargs=policy_kwargs, **options)
     randomize_value_head(model.policy)
     return model
 
@@ -168,8 +169,9 @@ def test_the_kl_penalty_is_in_the_reward_or_in_the_loss_but_not_in_both() -> Non
 
 
 def test_ppo_with_one_epoch_and_one_minibatch_has_the_gradient_of_a2c() -> None:
-    same = {"gae_lambda": 0.9, "vf_coef": 0.3, "ent_coef": 0.02}
-    ppo = rollout(make(PPO, batch_size=None, n_epochs=1, normalize_advantage=False, **same))
+    same = {"gae_lambda": 0.9, "gae_lambda_value": None, "vf_coef": 0.3, "ent_coef": 0.02}
+    head = {"separate_critic": False}  # as A2C's is
+    ppo = rollout(make(PPO, batch_size=None, n_epochs=1, normalize_advantage=False, policy_kwargs=head, **same))
     a2c = rollout(make(A2C, **same))
     assert norm(gradient(a2c)) > 1e-3
     assert largest_difference(gradient(ppo), gradient(a2c)) < 1e-6
@@ -178,8 +180,9 @@ def test_ppo_with_one_epoch_and_one_minibatch_has_the_gradient_of_a2c() -> None:
 
 
 def test_ppo_with_one_epoch_and_one_minibatch_takes_the_steps_of_a2c() -> None:
-    ppo = make(PPO, batch_size=None, n_epochs=1, normalize_advantage=False).learn(60)
-    a2c = make(A2C).learn(60)
+    same = {"gae_lambda": 0.95, "gae_lambda_value": 1.0, "policy_kwargs": {"separate_critic": True}}
+    ppo = make(PPO, batch_size=None, n_epochs=1, normalize_advantage=False, **same).learn(60)
+    a2c = make(A2C, **same).learn(60)
     assert a2c._n_updates == ppo._n_updates >= 2
     assert largest_difference(weights_of(ppo.policy), weights_of(a2c.policy)) < 1e-5
 

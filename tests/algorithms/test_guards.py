@@ -154,6 +154,7 @@ def test_after_so_many_bad_updates_in_a_row_the_run_stops_and_its_rollout_is_sav
         warnings.simplefilter("always")
         with pytest.raises(FloatingPointError, match=r"The loss is nan.* training stops.*The rollout is in") as error:
             model.learn(10_000)
+    model.logger.close()
     assert len(caught) == max(0, max_bad_updates - 1)
     assert model.bad_updates == max(1, max_bad_updates)
     assert same(before, everything(model))

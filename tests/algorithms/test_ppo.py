@@ -135,9 +135,8 @@ def test_the_whole_update_is_the_one_written_out_from_the_equations() -> None:
     scores = np.zeros(buffer.n_tokens)
     scores[buffer.starts[1:] - 1] = [episode["r"] for episode in model.ep_info_buffer or []]
     rewards = scores - 0.3 * (samples.old_log_prob.numpy() - ref_log_prob)
-    advantages, returns = gae(
-        buffer.padded(rewards), buffer.padded(samples.old_values.numpy()), np.zeros(8), buffer.mask, 1.0, 0.95
-    )
+    padded = buffer.padded(rewards), buffer.padded(samples.old_values.numpy()), np.zeros(8), buffer.mask, 1.0
+    advantages, returns = gae(*padded, 0.98)[0], gae(*padded, 1.0)[1]
     advantages, returns = advantages[buffer.mask], torch.tensor(returns[buffer.mask]).float()
     advantages = torch.tensor((advantages - advantages.mean()) / advantages.std()).float()
     values, log_prob, entropy = twin.evaluate_actions(samples.observations, samples.actions)
@@ -160,7 +159,7 @@ def test_advantages_are_whitened_over_the_whole_rollout_and_only_when_asked() ->
     model = make_ppo(normalize_advantage=True).learn(1)
     assert model.buffer.advantages.mean() == pytest.approx(0, abs=1e-5)
     assert model.buffer.advantages.std() == pytest.approx(1, abs=1e-3)
-    plain = make_ppo(normalize_advantage=False).learn(1)
+    plain = make_ppo(normalize_advantage=False, gae_lambda=1.0).learn(1)
     np.testing.assert_allclose(plain.buffer.advantages, plain.buffer.returns - plain.buffer.values, atol=1e-5)
     assert abs(plain.buffer.advantages.std() - 1) > 0.05
 

@@ -86,7 +86,9 @@ def test_where_all_texts_have_one_token_gspo_takes_the_steps_of_ppo() -> None:
 @pytest.mark.parametrize("surrogate", ["clip", "gspo", "cispo"])
 def test_before_the_first_step_every_surrogate_has_the_gradient_of_a2c(surrogate: Any) -> None:
     gradients = []
-    for model in (collected(A2C), collected(PPO, surrogate=surrogate, normalize_advantage=False, clip_range_vf=None)):
+    same = {"gae_lambda": 0.95, "gae_lambda_value": 1.0, "policy_kwargs": {"separate_critic": False}}
+    off = {"normalize_advantage": False, "clip_range_vf": None}
+    for model in (collected(A2C, **same), collected(PPO, surrogate=surrogate, **off, **same)):
         assert model._backward(np.arange(8))
         gradients.append({name: p.grad.clone() for name, p in model.policy.named_parameters() if p.grad is not None})
     assert max(float(g.abs().max()) for g in gradients[0].values()) > 1e-3

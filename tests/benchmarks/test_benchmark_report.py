@@ -301,7 +301,7 @@ def test_the_goals_are_met_or_not_by_the_numbers() -> None:
     assert (missed.count("**not met**"), missed.count("below the interval")) == (3, 2)
     assert goals(ours=1.0, seconds=201.0).count("in the interval") == 2
     both = goals(ours=0.8, seconds=199.0, critic=1.5, ratio=0.45)
-    assert (both.count("**not met**"), both.count("above the interval")) == (3, 2)
+    assert (both.count("**not met**"), both.count("above the interval")) == (4, 2)  # neither is fast enough
     assert "in turns: ratio 0.45 (quartiles 0.45 to 0.45) | 450.00 s per 1,000 tokens | 1000.00 s" in both
     assert goals(ours=0.8, seconds=199.0, ratio=0.55).count("**not met**") == 4
     assert goals(ours=0.8, seconds=201.0, seeds=1).count("undecided (no interval from one seed)") == 2

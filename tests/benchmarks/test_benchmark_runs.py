@@ -21,7 +21,7 @@ from agents.rollouts.sb3_vec_env import make_vec_env
 from benchmarks.algorithms import __main__ as benchmark
 from benchmarks.algorithms import runs
 from benchmarks.algorithms.gradient_noise import ESTIMATORS, measure
-from benchmarks.algorithms.learners import BATCH_EPISODES, ENV_KWARGS, LEARNERS, MAIN, PPO_EPISODES
+from benchmarks.algorithms.learners import BATCH_EPISODES, ENV_KWARGS, LEARNERS, MAIN, PEERS, PPO_EPISODES
 
 
 @pytest.mark.parametrize("name", ["reinforce", "sb3-a2c"])
@@ -202,5 +202,8 @@ def test_the_duration_counts_what_was_before_an_interruption(tmp_path: Path) -> 
 
 
 def test_the_main_algorithms_are_the_ones_that_the_question_names() -> None:
-    assert MAIN == ("ppo", "a2c", "reinforce")
-    assert set(MAIN) <= set(LEARNERS)
+    assert {"ppo", "a2c", "reinforce"} <= set(MAIN) <= {*LEARNERS, *PEERS}
+
+
+def test_ppo_with_two_thirds_of_the_tokens_gets_just_these_in_tuning_and_in_the_runs() -> None:
+    assert [benchmark.budget(name, 30_000) for name in ("ppo", "ppo-two-thirds", "trl-ppo")] == [30_000, 20_000, 30_000]

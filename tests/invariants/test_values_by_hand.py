@@ -43,7 +43,13 @@ class FlatReference:
 def estimate(gae_lambda: float, gamma: float = 1.0, kl_coef: Any = 0.2) -> EpisodeBuffer:
     env = make_env(1, reward=length_of)
     model = PPO(
-        "CausalLMPolicy", env, gamma=gamma, gae_lambda=gae_lambda, policy_kwargs={"model": make_model()}, device="cpu"
+        "CausalLMPolicy",
+        env,
+        gamma=gamma,
+        gae_lambda=gae_lambda,
+        gae_lambda_value=None,
+        policy_kwargs={"model": make_model()},
+        device="cpu",
     )
     spaces = env.single_observation_space, env.single_action_space
     buffer = EpisodeBuffer(0, *spaces, "cpu", reference=FlatReference(), kl_coef=kl_coef)  # type: ignore[arg-type]

@@ -302,7 +302,7 @@ def test_what_else_concerns_the_divergence_can_be_set_between_rollouts() -> None
 
 @pytest.mark.parametrize(("kl_target", "coef"), [(None, -0.1), (None, float("nan")), (0.5, 0.0), (0.5, -1.0)])
 def test_a_coefficient_that_can_only_hurt_is_refused_whenever_it_is_set(kl_target: float | None, coef: float) -> None:
-    with pytest.raises(ValueError, match="Expected a kl_coef"):
+    with pytest.raises(ValueError, match=r"Expected (a )?kl_coef"):
         make_ppo(kl_coef=coef, kl_target=kl_target)
     model = make_ppo(kl_target=kl_target)
     with pytest.raises(ValueError, match="Expected a kl_coef"):

@@ -27,6 +27,7 @@ from agents.models.adapter import quiet_peft
 from agents.models.pretrained import load_causal_lm
 from agents.policies.causal_lm_policy import load_policy
 from agents.runs.config import load_config
+from agents.state.manifest import MANIFEST, seal
 from text_env import chat_templates
 from text_env.chat_templates import apply_chat_template
 from text_env.rewards import make_reward
@@ -201,6 +202,8 @@ def edited_state(place: Place, edit: Callable[[dict[str, Any]], Any]) -> Path:
     state = json.loads(path.read_text())
     edit(state["values"])
     path.write_text(json.dumps(state))
+    (path.parent / MANIFEST).unlink()
+    seal(path.parent, {})  # it is no signature: whoever edits a checkpoint can seal it anew
     return path.parent
 
 

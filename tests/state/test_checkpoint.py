@@ -340,7 +340,7 @@ def test_the_running_mean_of_reinforce_comes_back(tmp_path: Path) -> None:
 
 
 def test_tied_weights_are_written_once_and_stay_tied(run: PPO, tmp_path: Path) -> None:
-    names = [name for name in run.policy.state_dict() if name.endswith(("wte.weight", "lm_head.weight"))]
+    names = [name for name in run.policy.lm.state_dict(prefix="lm.") if name.endswith(("wte.weight", "lm_head.weight"))]
     assert len(names) > 1
     run.save(tmp_path / "checkpoint")
     with safe_open(tmp_path / "checkpoint" / "policy.safetensors", "pt") as file:

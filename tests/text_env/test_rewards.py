@@ -782,7 +782,7 @@ def test_each_of_several_weighted_rewards_is_logged_and_evaluated_by_its_name(tm
     parts = {name: logged[f"objective/reward/{name}"] for name in ("sentiment", "even_tokens")}
     assert logged["objective/scores"] == pytest.approx(0.5 * parts["sentiment"] + 2 * parts["even_tokens"], abs=1e-4)
 
-    evaluation = ["evaluate", "--policy", str(run / "policy"), "--prompts", str(tmp_path / "prompts.txt")]
+    evaluation = ["evaluate", "--policy", str(run / "policy"), "--prompts", str(tmp_path / "prompts.txt"), "--trust"]
     assert main([*evaluation, "--episodes", "8", "--device", "cpu", "--json", str(tmp_path / "out.json")]) == 0
     result = json.loads((tmp_path / "out.json").read_text())
     for writer in ("policy", "reference"):
