@@ -6,6 +6,7 @@ import csv
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def resume(directory: Path, *more: str) -> int:
-    """The reward is code, which has to be trusted."""
+    """The reward is code, which has to be trusted. TensorBoard reads event files in the order of their names, which
+    have the second in which they were begun: another process would need longer than that to start.
+    """
+    time.sleep(1 - time.time() % 1)
     return main(["train", "--resume", str(directory), "--trust", *more])
 
 
