@@ -1,6 +1,6 @@
 """The trials from which PPO's defaults were chosen: what each setting reaches, in tokens and in processor time.
 
-    python -m benchmarks.trials --workers 2 --out benchmarks/results/trials      # an hour on two cores
+    python -m benchmarks.trials --workers 2 --out benchmarks/results/trials      # 41 minutes of processor time
 
 Two tasks, :data:`TASKS`: short texts with a score from a reward model, where less tokens than PPO's benchmark has are
 given, and longer ones that are right or wrong. Two seeds at most: a trial's objective is known to about 0.04, so only
