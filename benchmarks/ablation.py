@@ -10,11 +10,8 @@ default of ``agents.PPO``. A run that is finished is not run again: take up wher
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,9 +28,8 @@ from agents.algorithms.ppo import PPO
 from agents.state.arguments import argument_defaults
 from agents.state.schedules import LearningRate
 from benchmarks.arithmetic import Curve, mean_and_interval, measure
-from benchmarks.commits import commit_of
+from benchmarks.many_runs import all_runs, write_results
 from benchmarks.plot_style import STYLE
-from benchmarks.timing import machine, today, versions
 from text_env.arithmetic import MODEL
 
 GROUP_SIZE = 4
@@ -210,18 +206,8 @@ def report(rows: list[dict[str, Any]], options: Options) -> None:
     Console().print(f"Held-out arithmetic, {options.total_timesteps:,} tokens, {options.seeds} seeds", printed)
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *body)]
     (options.out / "table.md").write_text("\n".join(lines) + "\n")
-    (options.out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
-    environment = {
-        "date": today(),
-        "commit": commit_of("HEAD"),
-        "machine": machine(torch.device("cpu")),
-        "versions": versions(),
-        "vapo": VAPO,
-        "group_size": GROUP_SIZE,
-        "learning_rate": PPO_RATE,
-        "workers": options.workers,
-    }
-    (options.out / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
+    settings = {"vapo": VAPO, "group_size": GROUP_SIZE, "learning_rate": PPO_RATE, "workers": options.workers}
+    write_results(options.out, rows, **settings)
     plot(rows, options.out / "learning_curves.png")
 
 
@@ -231,13 +217,8 @@ def main(options: Options) -> int:
     :param options: the settings.
     :return: the exit status, 0.
     """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     todo = [(name, seed, options) for seed in range(options.seeds) for name in VARIANTS]
-    if options.workers == 1:
-        rows = [run(*arguments) for arguments in todo]
-    else:
-        with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
-            rows = list(pool.map(run, *zip(*todo, strict=True)))
+    rows = all_runs(run, todo, options.workers)
     report(rows, options)
     return 0
 

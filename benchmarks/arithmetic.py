@@ -13,12 +13,9 @@ Notation: R runs of one algorithm, one a seed.
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,9 +35,8 @@ from agents.evaluation.intervals import student_t
 from agents.policies.causal_lm_policy import load_policy
 from agents.runs.algorithms import ALGORITHMS
 from agents.state.schedules import LearningRate
-from benchmarks.commits import commit_of
+from benchmarks.many_runs import all_runs, write_results
 from benchmarks.plot_style import STYLE
-from benchmarks.timing import machine, today, versions
 from text_env.arithmetic import MODEL
 
 Name = Literal["ppo", "a2c", "reinforce", "rloo", "grpo", "control"]
@@ -257,17 +253,7 @@ def report(rows: list[dict[str, Any]], options: Options) -> None:
     Console().print(title, printed, sep="\n")
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *body)]
     (options.out / "table.md").write_text("\n".join(lines) + "\n")
-    (options.out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
-    environment = {
-        "date": today(),
-        "commit": commit_of("HEAD"),
-        "machine": machine(torch.device("cpu")),
-        "versions": versions(),
-        "settings": SETTINGS,
-        "threads": options.threads,
-        "workers": options.workers,
-    }
-    (options.out / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
+    write_results(options.out, rows, settings=SETTINGS, threads=options.threads, workers=options.workers)
     plot(rows, options.out / "learning_curves.png")
 
 
@@ -277,13 +263,8 @@ def main(options: Options) -> int:
     :param options: the settings.
     :return: the exit status: 0 if every run of PPO reached 0.9 greedily and 0.85 by sampling, else 1.
     """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     todo = [(name, seed, options) for seed in range(options.seeds) for name in options.algorithms]
-    if options.workers == 1:
-        rows = [run(*arguments) for arguments in todo]
-    else:
-        with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
-            rows = list(pool.map(run, *zip(*todo, strict=True)))
+    rows = all_runs(run, todo, options.workers)
     rows.sort(key=lambda row: (NAMES.index(row["algorithm"]), row["seed"]))
     report(rows, options)
     reached = [

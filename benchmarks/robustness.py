@@ -24,10 +24,8 @@ import inspect
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,10 +44,9 @@ from agents.algorithms.ppo import PPO
 from agents.evaluation.evaluate import measure_policy
 from agents.models.critic import ScaledHead
 from agents.models.reference import Reference
-from benchmarks.commits import commit_of
+from benchmarks.many_runs import all_runs, write_results
 from benchmarks.models import tiny_gpt2
 from benchmarks.plot_style import STYLE
-from benchmarks.timing import machine, today, versions
 from text_env.arithmetic import MODEL
 from text_env.probes import PROBES, VOCABULARY, make_probe
 
@@ -367,26 +364,10 @@ def main(options: Options) -> int:
     """
     if unknown := set(options.tasks) - set(TASKS):
         raise ValueError(f"Expected tasks to be some of {list(TASKS)}, got {sorted(unknown)}.")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     todo = [(setting, options) for task in options.tasks for setting in grid(task, options.seeds)]
-    if options.workers == 1:
-        rows = [run(*arguments) for arguments in todo]
-    else:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(options.workers, context, max_tasks_per_child=1) as pool:
-            rows = list(pool.map(run, *zip(*todo, strict=True)))
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
-    environment_of_runs = {
-        "date": today(),
-        "commit": commit_of("HEAD"),
-        "machine": machine(torch.device("cpu")),
-        "versions": versions(),
-        "factors": FACTORS,
-        "tasks": {name: TASKS[name]._asdict() for name in options.tasks},
-        "options": {**asdict(options), "out": str(options.out)},
-    }
-    (options.out / "environment.json").write_text(json.dumps(environment_of_runs, indent=1) + "\n")
+    rows = all_runs(run, todo, options.workers)
+    tasks = {name: TASKS[name]._asdict() for name in options.tasks}
+    write_results(options.out, rows, factors=FACTORS, tasks=tasks, options={**asdict(options), "out": str(options.out)})
     plot(rows, options.out / "robustness.png")
     Console(width=140).print(table(rows))  # in fewer columns, names and figures are cut short
     return int(any(map(is_below, rows)))

@@ -10,12 +10,9 @@ differences that come back in other rows count. A trial that is there is not run
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,8 +26,7 @@ from agents.algorithms.ppo import PPO
 from agents.evaluation.evaluate import evaluate
 from agents.policies.causal_lm_policy import load_policy
 from agents.state.schedules import LearningRate
-from benchmarks.commits import commit_of
-from benchmarks.timing import machine, today, versions
+from benchmarks.many_runs import all_runs, write_results
 from text_env.arithmetic import MODEL
 
 KL_COEF = 0.04
@@ -209,15 +205,7 @@ def report(rows: list[dict[str, Any]], options: Options) -> None:
     :param rows: the trials.
     :param options: the settings of the benchmark.
     """
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
-    facts = {
-        "date": today(),
-        "commit": commit_of("HEAD"),
-        "machine": machine(torch.device("cpu")),
-        "versions": versions(),
-    }
-    (options.out / "environment.json").write_text(json.dumps(facts, indent=1) + "\n")
+    write_results(options.out, rows)
     for name in dict.fromkeys(row["trial"] for row in rows):
         mine = [row for row in rows if row["trial"] == name]
         objectives = " ".join(f"{row['objective']:.3f}" for row in mine)
@@ -236,13 +224,8 @@ def main(options: Options) -> int:
     """
     if unknown := set(options.only) - set(TRIALS):
         raise ValueError(f"Expected names of trials, got {sorted(unknown)}; there are {list(TRIALS)}.")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     todo = [(name, seed, options) for name in options.only for seed in range(TRIALS[name].seeds)]
-    if options.workers == 1:
-        rows = [run(*arguments) for arguments in todo]
-    else:
-        with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
-            rows = list(pool.map(run, *zip(*todo, strict=True)))
+    rows = all_runs(run, todo, options.workers)
     report(rows, options)
     return 0
 

@@ -132,5 +132,5 @@ def plot_learning_curve(directory: Path) -> None:
     right = axes.twinx()
     lines += right.plot(tokens, table["objective/kl"], color="tab:gray", linestyle="--", label="KL to the reference")
     right.set_ylabel("KL (nats per episode)")
-    axes.legend(handles=lines, loc="upper left", framealpha=0.9)
+    figure.legend(handles=lines, loc="outside upper center", ncols=3, frameon=False)  # nothing is drawn there
     figure.savefig(directory / "learning_curve.png", dpi=120)

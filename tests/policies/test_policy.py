@@ -13,6 +13,7 @@ import torch
 from gymnasium import spaces
 from learners import (
     EOS,
+    counted_forwards,
     largest_difference,
     length_of,
     make_env,
@@ -270,6 +271,18 @@ def test_the_reference_of_a_lora_policy_is_its_base_without_a_second_copy() -> N
     )
     assert float((adapted - reference.log_probs(observation, actions)).abs().max()) > 1e-3
     assert policy.evaluate_actions(observation, actions)[1].detach().equal(adapted)
+
+
+def test_a_critic_of_its_own_is_not_asked_where_only_actions_are() -> None:
+    env = make_env(3)
+    policy = make_policy(env, separate_critic=True)
+    observation = env.reset(seed=0)[0]
+    assert policy.critic is not None
+    with counted_forwards(policy.critic) as shapes:
+        policy.predict(observation)
+        assert shapes == []
+        policy.forward(tensors_of(observation))
+        assert len(shapes) == 1
 
 
 def test_a_separate_critic_learns_without_moving_the_actor() -> None:

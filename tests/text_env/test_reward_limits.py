@@ -38,7 +38,6 @@ def hangs_while_it_is_read(**_: Any) -> Iterator[float]:
 
 @pytest.fixture
 def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("tenacity")
     monkeypatch.setattr(reward_limits, "FIRST_WAIT", 0.05)
 
 
@@ -124,7 +123,6 @@ class Server:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    pytest.importorskip("tenacity")
     server = Server()
     yield server
     server.die()
