@@ -128,8 +128,8 @@ def generate(
     """Hugging Face's ``generate``, sampling from the whole distribution.
 
     :param ends: EOS ends a text. Otherwise ``generate`` isn't even told of EOS: the least work for it.
-    :param cache_implementation: its kind of cache, such as ``"static"``, with which it compiles the model on CUDA; None:
-        its default.
+    :param cache_implementation: its kind of cache, such as ``"static"``, with which it compiles the model on CUDA;
+        None: its default.
     :return: a run that says how many real tokens it wrote (EOS included, padding not).
     """
     eos = list(env.eos_token_ids)

@@ -18,8 +18,8 @@ V, WIDTH = 300, 24
 def bound(policy: CausalLMPolicy, input_ids: torch.Tensor) -> float:
     """How far two roundings of the same log-probability may lie apart.
 
-    In float32 1e-4, ten times what a CPU needs, since a GPU adds in an order of its own. In bfloat16 0.04 of the largest
-    logit, as ``tests/invariants/test_ratio_is_one.py`` derives.
+    In float32 1e-4, ten times what a CPU needs, since a GPU adds in an order of its own. In bfloat16 0.04 of the
+    largest logit, as ``tests/invariants/test_ratio_is_one.py`` derives.
     """
     if policy.lm.model.dtype == torch.float32:
         return 1e-4
