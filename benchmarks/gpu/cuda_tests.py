@@ -25,7 +25,7 @@ def measure(options: Options, record: Record) -> None:
         return
     cuda = torch.device(options.device or "cpu").type == "cuda"
     which = ["-m", "cuda" if cuda else "not cuda", *(["-k", "checkpoint"] if options.quick else [])]
-    command = [sys.executable, "-m", "pytest", "tests/gpu", *which, "-q", "-rfE", "--durations=5", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", "tests/gpu", *which, "-rfE", "--durations=5", "--tb=short"]
     seconds = max(record.seconds_left - 5, 1)
     try:
         done = subprocess.run(

@@ -9,14 +9,15 @@ from typing import Literal
 
 import torch
 
-Part = Literal["tests", "precision", "throughput", "profile", "ppo", "demo"]
+Part = Literal["tests", "precision", "determinism", "throughput", "profile", "ppo", "demo"]
 Shape = Literal["135m", "0.5b", "2m", "tiny"]
 
 SHARES: dict[Part, float] = {
     "tests": 0.15,
-    "precision": 0.1,
+    "precision": 0.08,
+    "determinism": 0.08,
     "throughput": 0.4,
-    "profile": 0.1,
+    "profile": 0.12,
     "ppo": 0.15,
     "demo": 0.25,
 }

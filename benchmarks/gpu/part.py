@@ -1,4 +1,4 @@
-"""One part, in a process of its own: ``python -m benchmarks.gpu.part PART FILE SECONDS``, the options on its input."""
+"""One part, in a process of its own: ``python -m benchmarks.gpu.part PART FILE END``, the options on its input."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.gpu import cuda_tests, demo, numbers, ppo, profiles, throughput
+from benchmarks.gpu import cuda_tests, demo, determinism, numbers, ppo, profiles, throughput
 from benchmarks.gpu.options import Options, Part
 from benchmarks.gpu.record import Record
 
 MEASURES: dict[Part, Callable[[Options, Record], None]] = {
     "tests": cuda_tests.measure,
     "precision": numbers.measure,
+    "determinism": determinism.measure,
     "throughput": throughput.measure,
     "profile": profiles.measure,
     "ppo": ppo.measure,
@@ -24,17 +25,17 @@ MEASURES: dict[Part, Callable[[Options, Record], None]] = {
 }
 
 
-def main(part: Part, path: Path, seconds: float, options: Options) -> None:
+def main(part: Part, path: Path, end: float, options: Options) -> None:
     """
     :param part: which one.
     :param path: where its figures go.
-    :param seconds: how much time it has.
+    :param end: the time at which it must end, in seconds since the epoch.
     :param options: resolved.
     """
     torch.manual_seed(0)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    MEASURES[part](options, Record(path, seconds))
+    MEASURES[part](options, Record(path, end))
 
 
 if __name__ == "__main__":

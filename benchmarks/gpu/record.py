@@ -18,18 +18,18 @@ class Record:
     """The figures of a part, by name. Each may also be ``{"error": …}`` or ``{"skipped": …}``.
 
     :param path: the JSON file that is written after each figure.
-    :param seconds: how much time the part has.
+    :param end: the time at which the part must end, in seconds since the epoch: imports have taken some of it already.
     """
 
-    def __init__(self, path: Path, seconds: float) -> None:
+    def __init__(self, path: Path, end: float) -> None:
         self.figures: dict[str, dict[str, Any]] = {}
         self._path = path
-        self._end = time.monotonic() + seconds
+        self._end = end
 
     @property
     def seconds_left(self) -> float:
         """Seconds until the part must end."""
-        return self._end - time.monotonic()
+        return self._end - time.time()
 
     def add(self, name: str, figure: dict[str, Any]) -> None:
         """

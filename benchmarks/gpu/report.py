@@ -95,6 +95,15 @@ def _precision(figures: Figures) -> Rows:
     return _rows(title, ("", "mean |Δ log π|", "99 %", "largest", "first ratios", "% outside 1 ± 0.2"), figures, cells)
 
 
+def _determinism(figures: Figures) -> Rows:
+    def cells(figure: dict[str, Any]) -> tuple[str, ...]:
+        same = (("yes" if figure[name] else "no") for name in ("same_weights", "same_texts"))
+        return *same, number(figure["largest_difference"])
+
+    title = "The same seed twice, three iterations of PPO"
+    return _rows(title, ("", "same weights", "same texts", "largest difference of a weight"), figures, cells)
+
+
 def _throughput(figures: Figures) -> Rows:
     def cells(figure: dict[str, Any]) -> tuple[str, ...]:
         ratios = figure.get("ratios", {})
@@ -114,13 +123,15 @@ def _profile(figures: Figures) -> Rows:
     def cells(figure: dict[str, Any]) -> tuple[str, ...]:
         share = figure["device_busy_share"]
         return (
-            number(figure["seconds"]),
+            number(1000 * figure["seconds"] / figure["steps"]),
             number(share),
-            *(number(figure[f"{what}_per_step"], 4) for what in ("operators", "launches", "copies", "waits")),
+            *(number(figure[f"{what}_per_step"], 4) for what in ("operators", *counted)),
         )
 
-    columns = ("", "seconds", "device busy", "operators", "launches", "copies", "waits")
-    return _rows("One step of a rollout (a token of every row), counted by the profiler", columns, figures, cells)
+    counted = ("launches", "graphs", "copies", "waits", "cudnn_attention")
+    columns = ("", "ms", "device busy", "operators", "launches", "graphs", "copies", "waits", "cuDNN attention")
+    title = "One step, counted by the profiler: a token of every row, or a step of the optimiser"
+    return _rows(title, columns, figures, cells)
 
 
 def _ppo(figures: Figures) -> Rows:
@@ -157,6 +168,7 @@ def _demo(figures: Figures) -> Rows:
 TABLES: dict[str, Callable[[Figures], Rows]] = {
     "tests": _tests,
     "precision": _precision,
+    "determinism": _determinism,
     "throughput": _throughput,
     "profile": _profile,
     "ppo": _ppo,
