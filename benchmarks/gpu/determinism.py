@@ -61,10 +61,11 @@ def twice(device: torch.device, dtype: str) -> dict[str, Any]:
     }
 
 
-def measure(options: Options, record: Record) -> None:
+def measure(options: Options, record: Record, which: int = 0) -> None:
     """
     :param options: resolved.
     :param record: where the figures go.
+    :param which: there is but one stage.
     """
     # cuBLAS reads this when it is first used; without it, it is not deterministic and PyTorch refuses to call it so.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -74,15 +74,18 @@ def profiled(run: Callable[[], Any], device: torch.device, steps: int) -> dict[s
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as found:
         seconds_of(run)
     events = found.key_averages()
-    # Of events on the device alone: those on the processor repeat what they have launched.
-    busy = sum(float(event.self_device_time_total) for event in events if event.device_type != DeviceType.CPU) / 1e6
+    on_processor = [event for event in events if event.device_type == DeviceType.CPU]
+    on_device = [event for event in events if event.device_type != DeviceType.CPU]
+    # Operators repeat the time of the kernels that they have launched.
+    busy = sum(float(event.self_device_time_total) for event in on_device) / 1e6
     return {
         "seconds": plain,  # without the profiler
         "steps": steps,
         "device_busy_share": busy / plain if cuda else None,
         **counts(events, steps),
-        "by_device_time": table(events, "self_device_time_total") if cuda else [],
-        "by_processor_time": table(events, "self_cpu_time_total"),
+        "kernels": table(on_device, "self_device_time_total"),
+        "by_device_time": table(on_processor, "self_device_time_total") if cuda else [],
+        "by_processor_time": table(on_processor, "self_cpu_time_total"),
     }
 
 
@@ -97,10 +100,11 @@ def without_cudnn_attention() -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
-def measure(options: Options, record: Record) -> None:
+def measure(options: Options, record: Record, which: int = 0) -> None:
     """
     :param options: resolved; the first model and number of rows are profiled.
     :param record: where the figures go.
+    :param which: there is but one stage.
     """
     assert options.models is not None
     assert options.rows is not None

@@ -57,7 +57,7 @@ def gibibytes(value: float | None) -> str:
 def trouble(figure: dict[str, Any]) -> str | None:
     """What went wrong with a figure, in one line; None if nothing did."""
     said = figure.get("error") or figure.get("skipped")
-    return None if said is None else str(said).strip().splitlines()[-1][:110]
+    return str(said).strip().splitlines()[-1][:110] if said else None
 
 
 def _rows(
@@ -108,7 +108,7 @@ def _throughput(figures: Figures) -> Rows:
     def cells(figure: dict[str, Any]) -> tuple[str, ...]:
         ratios = figure.get("ratios", {})
         return (
-            median(figure["tokens_per_second"]),
+            median(figure["tokens_per_second"]) if figure["rounds"] else "–",
             "; ".join(f"{name} {median(of)}" for name, of in ratios.items() if "generate" in name),
             number(figure["first_seconds"]),
             gibibytes(figure["peak_bytes"]),
@@ -184,9 +184,11 @@ def tables(report: dict[str, Any]) -> Iterator[Rows]:
     for part, found in report["parts"].items():
         if found.get("figures"):
             yield TABLES[part](found["figures"])
-    rows = [
-        (part, number(found.get("seconds")), trouble(found) or "to its end") for part, found in report["parts"].items()
-    ]
+    rows = []
+    for part, found in report["parts"].items():
+        left_out = f"no time for {len(found['skipped'])} of its stages" if "skipped" in found else None
+        said = "; ".join(filter(None, (found.get("error"), left_out))) or "to its end"
+        rows.append((part, number(found["seconds"]), said[:110]))
     yield Rows("Parts", ("", "seconds", "ran"), rows)
 
 
