@@ -4,13 +4,14 @@
     GPU_PYTHON=python3 make gpu         # where PyTorch with CUDA is installed already
     python -m benchmarks.gpu --parts throughput --models 135m --rows 64
 
-Each part runs in a process of its own that is ended when its time is over, and the report is written after each: what
-fails or takes too long costs nothing but itself.
+Everything is measured in one process, which is ended when something takes too long or has died, upon which another goes
+on with the rest. The report is written after every figure: what fails or takes too long costs nothing but itself.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +31,15 @@ import torch
 import tyro
 from rich.console import Console
 
-from benchmarks.gpu.options import SHARES, Options, Part
+from benchmarks.gpu.options import Options, Stage
 from benchmarks.gpu.report import as_markdown, tables
 from benchmarks.timing import machine, today, versions
 
 ROOT = Path(__file__).parents[2]
-LEAST = 15.0
-"""Seconds that a part needs to begin with: its imports alone take that long on a slow disk."""
+GRACE = 5.0
+"""Seconds after which a stage that should have ended is ended."""
+LEAST_OF_ALL = 20.0
+"""Seconds with which no process is started: its imports alone take that long on a slow disk."""
 
 
 def commit() -> str | None:
@@ -81,69 +85,114 @@ def provenance(options: Options) -> dict[str, Any]:
     }
 
 
-def run_part(part: Part, seconds: float, options: Options) -> dict[str, Any]:
-    """Run one part.
+def merge(parts: dict[str, Any], found: dict[str, Any]) -> None:
+    """
+    :param parts: of the report, to which is added
+    :param found: what a worker has found.
+    """
+    for part, new in found.items():
+        old = parts.setdefault(part, {"figures": {}, "seconds": 0.0})
+        old["figures"] |= new["figures"]
+        old["seconds"] += new["seconds"]
+        old |= {name: value for name, value in new.items() if name not in ("figures", "seconds")}
 
-    :param part: which one.
-    :param seconds: after which it is ended, with whatever it has started.
+
+def read(path: Path) -> dict[str, Any]:
+    """
+    :param path: a worker's file.
+    :return: what it says, also before there is one.
+    """
+    state: dict[str, Any] = {"began": 0.0, "end": 0.0, "finished": 0, "parts": {}}
+    return json.loads(path.read_text()) if path.exists() else state
+
+
+def work(stages: list[Stage], end: float, options: Options, look: Callable[[dict[str, Any]], None]) -> int:
+    """Let a process measure stage after stage, until it has finished, a stage takes too long, or it dies.
+
+    :param stages: what is to be measured.
+    :param end: the time at which everything must end, in seconds since the epoch.
     :param options: resolved.
-    :return: ``figures``; ``seconds``; and what went wrong, if anything did.
+    :param look: is given what was found, whenever there is something new.
+    :return: how many stages are done with, the one included that was ended or of which the process has died.
     """
     with tempfile.TemporaryDirectory() as scratch:
         path, log = Path(scratch) / "figures.json", Path(scratch) / "log"
-        command = [sys.executable, "-m", "benchmarks.gpu.part", part, str(path), str(seconds - 5)]
-        start = time.monotonic()
-        trouble = None
+        command = [sys.executable, "-m", "benchmarks.gpu.worker", str(path), str(end - GRACE)]
+        question = {"options": dataclasses.asdict(options), "stages": stages}
         with log.open("w") as said:
             child = subprocess.Popen(
                 command, cwd=ROOT, stdin=subprocess.PIPE, stdout=said, stderr=said, text=True, start_new_session=True
             )
-            try:
-                child.communicate(json.dumps(dataclasses.asdict(options), default=str), timeout=seconds)
-            except subprocess.TimeoutExpired:
-                trouble = f"ended after {seconds:.0f} s"
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)  # a session of its own: with all that it has started
-                child.wait()
-        words = log.read_text(errors="replace")
-        if trouble is None and child.returncode:
-            trouble = f"failed with exit status {child.returncode}"
-        figures = json.loads(path.read_text()) if path.exists() else {}
-        result = {"seconds": time.monotonic() - start, "figures": figures}
-        return result if trouble is None else {**result, "error": trouble, "log": words[-4000:].splitlines()}
+            assert child.stdin is not None
+            with contextlib.suppress(BrokenPipeError), child.stdin:
+                child.stdin.write(json.dumps(question, default=str))
+            trouble, state = None, read(path)
+            while child.poll() is None and trouble is None:
+                time.sleep(0.2)
+                new = read(path)
+                if new != state:
+                    state = new
+                    look(state["parts"])
+                now = time.time()
+                if state["began"] and now > state["end"] + GRACE:
+                    trouble = f"ended after {now - state['began']:.0f} s"
+                elif now > end:
+                    trouble = "ended when time was over"
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)  # a session of its own: with all that it has started
+            status = child.wait()
+        state = read(path)
+        done: int = state["finished"]
+        if trouble is None and status:
+            trouble = f"failed with exit status {status}"
+        if trouble is not None and done < len(stages):
+            part = state["parts"].setdefault(stages[done].part, {"figures": {}, "seconds": 0.0})
+            part |= {"error": trouble, "log": log.read_text(errors="replace")[-4000:].splitlines()}
+            if state["began"]:
+                part["seconds"] += time.time() - state["began"]
+            done += 1
+        look(state["parts"])
+        return done
 
 
 def main(options: Options) -> int:
     """
     :param options: of the command line.
-    :return: the exit status: 0 if every part ran to its end.
+    :return: the exit status: 0 if everything ran to its end.
     """
     options = options.resolved()
     console = Console(width=150)
+    start = time.time()
+    end = start + 60 * options.minutes
     report: dict[str, Any] = {**provenance(options), "parts": {}}
     cores = f"{os.cpu_count()}cores" if torch.device(options.device or "cpu").type == "cpu" else ""
     name = re.sub(r"[^A-Za-z0-9]+", "-", f"{report['device']} {cores}").strip("-").lower()
     options.out.mkdir(parents=True, exist_ok=True)
-    start = time.monotonic()
-    todo = list(options.parts)
-    while todo:
-        part = todo.pop(0)
-        left = 60 * options.minutes - (time.monotonic() - start)
-        seconds = left * SHARES[part] / (SHARES[part] + sum(SHARES[other] for other in todo))
-        if seconds < LEAST:
-            report["parts"][part] = {"skipped": f"{seconds:.0f} s were left for it"}
-        else:
-            console.print(f"{part}: at most {seconds:.0f} s …")
-            report["parts"][part] = run_part(part, seconds, options)
-        report["minutes"] = (time.monotonic() - start) / 60
-        # After each part: an interrupted run is not lost.
-        (options.out / f"{name}.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-        (options.out / f"{name}.md").write_text(as_markdown(report))
+    stages, before = options.stages(), report["parts"]
+
+    def write(found: dict[str, Any]) -> None:
+        # After every figure: an interrupted run is not lost.
+        report["parts"] = copy.deepcopy(before)
+        merge(report["parts"], found)
+        report["minutes"] = (time.time() - start) / 60
+        text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+        for suffix, of in ((".json", text), (".md", as_markdown(report))):
+            (options.out / f"{name}{suffix}").write_text(of)
+
+    while stages and end - time.time() > LEAST_OF_ALL:
+        console.print(f"{end - time.time():.0f} s left for {len(stages)} stages, the next is {stages[0].part} …")
+        done = work(stages, end, options, write)
+        stages, before = stages[done:], report["parts"]
+        if not done:  # the worker found that there is no time left
+            break
+    for stage in stages:
+        part = before.setdefault(stage.part, {"figures": {}, "seconds": 0.0})
+        part.setdefault("skipped", []).append(stage.which)
+    write({})
     for table in tables(report):
         console.print(table.rich())
     console.print(f"Wrote {options.out / name}.json and .md")
-    return 0 if all("error" not in found and "skipped" not in found for found in report["parts"].values()) else 1
+    return 0 if not any({"error", "skipped"} & set(found) for found in report["parts"].values()) else 1
 
 
 if __name__ == "__main__":

@@ -88,7 +88,19 @@ def classifier(
 def _drawn(kind: type[PreTrainedModel], of: LlamaConfig, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
     torch.manual_seed(seed)
     with torch.device(device):
-        return kind(of).to(dtype).eval()
+        return in_type(kind(of).eval(), dtype)
+
+
+def in_type(model: Any, dtype: torch.dtype) -> Any:
+    """Change the type of a model's weights, as loading it in that type does: not of the frequencies of its positions.
+
+    :param model: is changed.
+    :param dtype: of its weights.
+    :return: the model.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def subject(

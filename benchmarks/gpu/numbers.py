@@ -10,7 +10,7 @@ import torch
 from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.sampling import collect_texts
 from benchmarks import models, rollout
-from benchmarks.gpu.models import subject
+from benchmarks.gpu.models import in_type, subject
 from benchmarks.gpu.options import Options
 from benchmarks.gpu.record import Record
 from benchmarks.models import Subject
@@ -31,7 +31,7 @@ def policies(what: Subject, env: TextVectorEnv, device: torch.device) -> dict[st
     kinds = [(CPU, torch.float32), (device, torch.float32), (device, torch.bfloat16)]
     made = {}
     for where, dtype in dict.fromkeys(kinds):
-        model = copy.deepcopy(what.model).to(where, dtype)
+        model = in_type(copy.deepcopy(what.model).to(where), dtype)
         name = f"{where.type} {str(dtype).removeprefix('torch.')}"
         made[name] = rollout.make_policy(what._replace(model=model), env).to(where)
     return made
@@ -78,10 +78,11 @@ def compare(name: str, what: Subject, device: torch.device, record: Record) -> N
                 record.add(f"{name}: {label}", figure)
 
 
-def measure(options: Options, record: Record) -> None:
+def measure(options: Options, record: Record, which: int = 0) -> None:
     """
     :param options: resolved; the first model's shape is compared, and the built-in model, which has learned something.
     :param record: where the figures go.
+    :param which: there is but one stage.
     """
     assert options.models is not None
     assert options.prompt is not None

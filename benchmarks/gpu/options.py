@@ -5,22 +5,44 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
-Part = Literal["tests", "precision", "throughput", "profile", "ppo", "demo"]
+Part = Literal["tests", "precision", "determinism", "throughput", "profile", "ppo", "demo"]
 Shape = Literal["135m", "0.5b", "2m", "tiny"]
 
-SHARES: dict[Part, float] = {
-    "tests": 0.15,
-    "precision": 0.1,
-    "throughput": 0.4,
-    "profile": 0.1,
-    "ppo": 0.15,
-    "demo": 0.25,
-}
-"""The parts in their order, and how much of the time each may take; what one leaves over belongs to the others."""
+
+class Stage(NamedTuple):
+    """Something that is measured in one go.
+
+    :param part: what it belongs to.
+    :param which: its number within that part.
+    :param seconds: how long it may take of ``FULL_MINUTES``.
+    """
+
+    part: Part
+    which: int
+    seconds: float
+
+
+FULL_MINUTES = 9.5
+ORDER = (
+    Stage("precision", 0, 45),
+    Stage("throughput", 0, 190),
+    Stage("ppo", 0, 110),
+    Stage("throughput", 1, 45),
+    Stage("tests", 0, 90),
+    Stage("throughput", 2, 130),
+    Stage("demo", 0, 100),
+    Stage("profile", 0, 70),
+    Stage("determinism", 0, 40),
+    Stage("throughput", 3, 130),
+    Stage("throughput", 4, 130),
+    Stage("demo", 1, 120),
+)
+"""What matters most comes first: the limits add up to more than there is, and what is last is left out first."""
+PARTS: tuple[Part, ...] = tuple(dict.fromkeys(stage.part for stage in ORDER))
 
 
 @dataclass
@@ -31,9 +53,9 @@ class Options:
 
     out: Path = Path("benchmarks/results/gpu")
     """The directory of the report, whose files are named after the device."""
-    parts: tuple[Part, ...] = tuple(SHARES)
-    """What is measured, in this order. Each part has a process of its own and a share of the time."""
-    minutes: float = 9.5
+    parts: tuple[Part, ...] = PARTS
+    """What is measured; in which order, and how long each may take, is fixed."""
+    minutes: float = FULL_MINUTES
     """The time for everything. What doesn't fit is left out, and the report says so."""
     device: str | None = None
     """'cuda', 'cpu', …; by default CUDA if there is any."""
@@ -70,3 +92,14 @@ class Options:
             changes |= {"repeats": 1, "demo_tokens": min(self.demo_tokens, 4_000)}
         changes |= {name: value for name, value in defaults.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+    def stages(self) -> list[Stage]:
+        """
+        :return: what is to be measured, in its order, each with the seconds that it may take.
+        """
+        models, rows = self.models or (), self.rows or ()
+        numbers = {"throughput": len(models) * len(rows) + 1, "demo": 2 if self.device and "cuda" in self.device else 1}
+        known = [stage for stage in ORDER if stage.which < numbers.get(stage.part, 1)]
+        more = [Stage("throughput", which, 130) for which in range(5, numbers["throughput"])]
+        factor = self.minutes / FULL_MINUTES
+        return [stage._replace(seconds=factor * stage.seconds) for stage in [*known, *more] if stage.part in self.parts]

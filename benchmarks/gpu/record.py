@@ -13,23 +13,64 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.options import Stage
+
+LEAST = 8.0
+"""Seconds with which no stage is begun."""
+
 
 class Record:
-    """The figures of a part, by name. Each may also be ``{"error": …}`` or ``{"skipped": …}``.
+    """The figures of all parts, by name. Each may also be ``{"error": …}`` or ``{"skipped": …}``.
 
     :param path: the JSON file that is written after each figure.
-    :param seconds: how much time the part has.
+    :param end: the time at which everything must end, in seconds since the epoch.
     """
 
-    def __init__(self, path: Path, seconds: float) -> None:
-        self.figures: dict[str, dict[str, Any]] = {}
+    def __init__(self, path: Path, end: float) -> None:
+        self.parts: dict[str, dict[str, Any]] = {}
         self._path = path
-        self._end = time.monotonic() + seconds
+        self._end = self._stage_end = end
+        self._finished = 0
+        self._began = 0.0
+        self._part = ""
 
     @property
     def seconds_left(self) -> float:
-        """Seconds until the part must end."""
-        return self._end - time.monotonic()
+        """Seconds until the stage must end."""
+        return self._stage_end - time.time()
+
+    def begin(self, stage: Stage) -> bool:
+        """
+        :param stage: what is begun.
+        :return: whether there is time for it.
+        """
+        self._began = time.time()
+        if self._end - self._began < LEAST:
+            return False
+        self._stage_end = min(self._end, self._began + stage.seconds)
+        self._part = stage.part
+        self.parts.setdefault(stage.part, {"figures": {}, "seconds": 0.0})
+        self._write()
+        return True
+
+    def finish(self) -> None:
+        """The stage has come to its end."""
+        self.parts[self._part]["seconds"] += time.time() - self._began
+        self._finished += 1
+        self._began = 0.0
+        self._write()
+
+    def fail(self, what: str) -> None:
+        """
+        :param what: why the stage can't go on.
+        """
+        self.parts[self._part] |= {"error": what.strip().splitlines()[-1], "log": what.splitlines()[-30:]}
+
+    @property
+    def figures(self) -> dict[str, dict[str, Any]]:
+        """Those of the part that is measured now."""
+        found: dict[str, dict[str, Any]] = self.parts[self._part]["figures"]
+        return found
 
     def add(self, name: str, figure: dict[str, Any]) -> None:
         """
@@ -37,9 +78,13 @@ class Record:
         :param figure: what was found, as JSON values.
         """
         self.figures[name] = figure
+        self._write()
+
+    def _write(self) -> None:
         # As a whole: whoever ends this process in the middle of it would otherwise spoil all that came before.
         beside = self._path.with_suffix(".new")
-        beside.write_text(json.dumps(self.figures))
+        state = {"began": self._began, "end": self._stage_end, "finished": self._finished, "parts": self.parts}
+        beside.write_text(json.dumps(state))
         beside.replace(self._path)
 
     @contextlib.contextmanager

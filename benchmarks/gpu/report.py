@@ -57,7 +57,7 @@ def gibibytes(value: float | None) -> str:
 def trouble(figure: dict[str, Any]) -> str | None:
     """What went wrong with a figure, in one line; None if nothing did."""
     said = figure.get("error") or figure.get("skipped")
-    return None if said is None else str(said).strip().splitlines()[-1][:110]
+    return str(said).strip().splitlines()[-1][:110] if said else None
 
 
 def _rows(
@@ -95,11 +95,20 @@ def _precision(figures: Figures) -> Rows:
     return _rows(title, ("", "mean |Δ log π|", "99 %", "largest", "first ratios", "% outside 1 ± 0.2"), figures, cells)
 
 
+def _determinism(figures: Figures) -> Rows:
+    def cells(figure: dict[str, Any]) -> tuple[str, ...]:
+        same = (("yes" if figure[name] else "no") for name in ("same_weights", "same_texts"))
+        return *same, number(figure["largest_difference"])
+
+    title = "The same seed twice, three iterations of PPO"
+    return _rows(title, ("", "same weights", "same texts", "largest difference of a weight"), figures, cells)
+
+
 def _throughput(figures: Figures) -> Rows:
     def cells(figure: dict[str, Any]) -> tuple[str, ...]:
         ratios = figure.get("ratios", {})
         return (
-            median(figure["tokens_per_second"]),
+            median(figure["tokens_per_second"]) if figure["rounds"] else "–",
             "; ".join(f"{name} {median(of)}" for name, of in ratios.items() if "generate" in name),
             number(figure["first_seconds"]),
             gibibytes(figure["peak_bytes"]),
@@ -114,13 +123,15 @@ def _profile(figures: Figures) -> Rows:
     def cells(figure: dict[str, Any]) -> tuple[str, ...]:
         share = figure["device_busy_share"]
         return (
-            number(figure["seconds"]),
+            number(1000 * figure["seconds"] / figure["steps"]),
             number(share),
-            *(number(figure[f"{what}_per_step"], 4) for what in ("operators", "launches", "copies", "waits")),
+            *(number(figure[f"{what}_per_step"], 4) for what in ("operators", *counted)),
         )
 
-    columns = ("", "seconds", "device busy", "operators", "launches", "copies", "waits")
-    return _rows("One step of a rollout (a token of every row), counted by the profiler", columns, figures, cells)
+    counted = ("launches", "graphs", "copies", "waits", "cudnn_attention")
+    columns = ("", "ms", "device busy", "operators", "launches", "graphs", "copies", "waits", "cuDNN attention")
+    title = "One step, counted by the profiler: a token of every row, or a step of the optimiser"
+    return _rows(title, columns, figures, cells)
 
 
 def _ppo(figures: Figures) -> Rows:
@@ -157,6 +168,7 @@ def _demo(figures: Figures) -> Rows:
 TABLES: dict[str, Callable[[Figures], Rows]] = {
     "tests": _tests,
     "precision": _precision,
+    "determinism": _determinism,
     "throughput": _throughput,
     "profile": _profile,
     "ppo": _ppo,
@@ -172,9 +184,11 @@ def tables(report: dict[str, Any]) -> Iterator[Rows]:
     for part, found in report["parts"].items():
         if found.get("figures"):
             yield TABLES[part](found["figures"])
-    rows = [
-        (part, number(found.get("seconds")), trouble(found) or "to its end") for part, found in report["parts"].items()
-    ]
+    rows = []
+    for part, found in report["parts"].items():
+        left_out = f"no time for {len(found['skipped'])} of its stages" if "skipped" in found else None
+        said = "; ".join(filter(None, (found.get("error"), left_out))) or "to its end"
+        rows.append((part, number(found["seconds"]), said[:110]))
     yield Rows("Parts", ("", "seconds", "ran"), rows)
 
 

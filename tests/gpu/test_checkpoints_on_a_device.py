@@ -46,9 +46,10 @@ def test_a_resumed_run_goes_on_as_the_run_that_was_never_stopped(
     assert resumed.num_timesteps == whole.num_timesteps
     np.testing.assert_array_equal(resumed.buffer.actions, whole.buffer.actions)
     np.testing.assert_array_equal(resumed.buffer.log_probs, whole.buffer.log_probs)
-    # A GPU adds up gradients in any order; of this learning rate's steps little may come of it.
+    # A GPU adds up gradients in any order; of this learning rate's steps little may come of it. In bfloat16 the
+    # rounding of a weight near 1 may fall on either side, by 2⁻⁸, at each of four steps.
     distance = largest_difference(weights_of(whole.policy), weights_of(resumed.policy))
-    assert distance == 0.0 if device == "cpu" else distance < 1e-3
+    assert distance <= (0.0 if device == "cpu" else 1e-3 if dtype == torch.float32 else 2**-6)
 
 
 @KINDS

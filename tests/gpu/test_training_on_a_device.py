@@ -75,7 +75,7 @@ def test_a_reward_model_on_the_device_scores_as_on_the_cpu(device: str, dtype: t
     assert here.model.dtype == dtype
     expected = score(on_cpu, TEXTS)
     assert np.std(expected) > 0.1
-    assert score(here, TEXTS) == pytest.approx(expected, abs=1e-3 if dtype == torch.float32 else 0.1)
+    assert score(here, TEXTS) == pytest.approx(expected, abs=1e-3 if dtype == torch.float32 else 0.2)
 
 
 def test_a_rollout_pays_what_a_reward_model_on_the_device_says(device: str) -> None:
