@@ -93,7 +93,7 @@ def _place() -> str:
     innermost = ""
     while frame.f_back is not None:
         path = frame.f_code.co_filename
-        if path != __file__ and "/torch/" not in path:
+        if path != __file__ and "/torch/" not in path and not path.endswith("transfers.py"):
             innermost = innermost or f"{Path(path).name}:{frame.f_lineno} {frame.f_code.co_name}"
             if path.startswith(root) and "site-packages" not in path:
                 return f"{Path(path).name}:{frame.f_lineno} {frame.f_code.co_name} < {innermost}"
