@@ -87,7 +87,17 @@ def cuda_graph(step: Step) -> Step:
 
 @functools.cache
 def _memory_pool() -> Any:
-    return torch.cuda.graph_pool_handle()
+    """A pool of memory for all graphs. PyTorch gives a pool up with the last graph in it, so one is kept that is never
+    replayed.
+    """
+    keeper = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(keeper):
+        torch.zeros(1, device="cuda")
+    _keepers.append(keeper)
+    return keeper.pool()
+
+
+_keepers: list[Any] = []
 
 
 CAPTURES: dict[str, Callable[[Step], Step]] = {"cuda": cuda_graph}
