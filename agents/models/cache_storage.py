@@ -12,6 +12,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from agents.models.context_matching import KnownContexts
+from agents.models.transfers import to_device
 from text_env.constraints import Contexts
 
 SPARE_COLUMNS = 64
@@ -116,27 +117,85 @@ class Reading(NamedTuple):
     hidden: torch.Tensor
 
 
+class Graphs:
+    """Graphs of the device that read and write one block's storage. A copy of them is empty, since they would write to
+    the original's.
+    """
+
+    def __init__(self) -> None:
+        self._bound_to: Any = None
+        self._graphs: dict[Any, Any] = {}
+
+    def of(self, bound_to: Any) -> dict[Any, Any]:
+        """
+        :param bound_to: what the graphs depend on besides the storage.
+        :return: the graphs that were captured under the same. All others are dropped.
+        """
+        if self._bound_to != bound_to:
+            self._bound_to, self._graphs = bound_to, {}
+        return self._graphs
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
+        return Graphs()
+
+
 class Block:
     """The stored contexts of one stream of calls, such as a rollout: one row, also called a slot, per context.
+
+    A token takes 2 × layers × heads of keys and values × head_dim numbers. There are columns for the longest context
+    that is stored and for at least ``SPARE_COLUMNS`` more, or a quarter more. When they are used up, the live rows are
+    laid out anew without gaps, which takes no new storage as long as they fit.
 
     :param n_rows: the number of rows.
     :param width: the number L of columns of an observation, which is the length of the longest context.
     :param like: a reading, from which shapes, dtype and device are taken.
+    :param columns: the number of columns that there are at least. If it is larger than L by ``SPARE_COLUMNS`` or more,
+        the storage stays where it is.
     """
 
-    def __init__(self, n_rows: int, width: int, like: Reading) -> None:
+    def __init__(self, n_rows: int, width: int, like: Reading, columns: int = 0) -> None:
+        self._least = max(columns, SPARE_COLUMNS)
         self.known = KnownContexts(n_rows, width)
         self.layers = [
-            CacheLayer(*(x.new_zeros(n_rows, x.shape[1], SPARE_COLUMNS, x.shape[3]) for x in pair))
+            CacheLayer(*(x.new_zeros(n_rows, x.shape[1], self._least, x.shape[3]) for x in pair))
             for pair in like.layers
         ]
         self.hidden = like.hidden.new_zeros(n_rows, like.hidden.shape[-1])  # the states at each row's last token
-        self.visible = torch.zeros(n_rows, SPARE_COLUMNS, dtype=torch.bool, device=self.hidden.device)
+        self.visible = torch.zeros(n_rows, self._least, dtype=torch.bool, device=self.hidden.device)
+        self.graphs = Graphs()
+        self._indexed: tuple[np.ndarray, torch.Tensor] = (np.zeros(0, dtype=np.int64), torch.zeros(0))
 
     @property
     def columns(self) -> int:
         """The number of columns in use."""
         return self.layers[0].columns
+
+    @property
+    def capacity(self) -> int:
+        """The number of columns that there are."""
+        return self.visible.shape[1]
+
+    def suits(self, n_rows: int, width: int, like: Reading, columns: int) -> bool:
+        """
+        :param n_rows: as for the constructor.
+        :param width: as for the constructor.
+        :param like: as for the constructor.
+        :param columns: as for the constructor.
+        :return: whether this block's storage can serve as that of a new block of these arguments.
+        """
+        alike = len(self.layers) == len(like.layers) and all(
+            x.shape[1::2] == y.shape[1::2] and x.dtype == y.dtype and x.device == y.device
+            for layer, pair in zip(self.layers, like.layers, strict=True)
+            for x, y in zip((layer.keys, layer.values), pair, strict=True)
+        )
+        same_rows = (self.known.n_slots, self.known.width) == (n_rows, width)
+        return alike and same_rows and self.capacity >= columns and self.hidden.dtype == like.hidden.dtype
+
+    def forget(self) -> None:
+        """Forget all contexts, and keep the storage, as if the block were new."""
+        self.known = KnownContexts(self.known.n_slots, self.known.width)
+        for layer in self.layers:
+            layer.columns = 0
 
     def beginning(self, slot: int, length: int) -> Beginning:
         """
@@ -155,7 +214,7 @@ class Block:
         """
         sources, targets, moved = self.known.keep(slots)
         if len(sources):
-            source, target = self.to_torch(sources), self.to_torch(targets)
+            source, target = self.to_torch(sources, targets)
             for layer in self.layers:
                 layer.keys[target, :, : layer.columns] = layer.keys[source, :, : layer.columns]
                 layer.values[target, :, : layer.columns] = layer.values[source, :, : layer.columns]
@@ -168,7 +227,7 @@ class Block:
 
         :param more: the number of columns that are needed beyond those in use.
         """
-        if self.columns + more > self.visible.shape[1]:
+        if self.columns + more > self.capacity:
             self._lay_out(int(self.known.length[: self.known.live].max(initial=0)), more)
 
     def extend_to(self, columns: int) -> None:
@@ -176,14 +235,14 @@ class Block:
 
         :param columns: the number of columns.
         """
-        if (self.known.live and self.columns < columns) or columns > self.visible.shape[1]:
+        if (self.known.live and self.columns < columns) or columns > self.capacity:
             self._lay_out(columns, 0)
         for layer in self.layers:
             layer.columns = max(layer.columns, columns)
 
     def _lay_out(self, end: int, more: int) -> None:
-        """Copy the live rows into new storage, without gaps, so that each ends in the same column. However long a row
-        has waited, the storage is then as large as the longest context asks for, and no larger.
+        """Move the live rows together, without gaps, so that each ends in the same column. However long a row has
+        waited, the storage is then as large as the longest context asks for, and no larger.
 
         :param end: the number of columns in use afterwards.
         :param more: the number of columns that are needed beyond those.
@@ -191,19 +250,33 @@ class Block:
         known = self.known
         owner, position = _tokens_of(known.length[: known.live])
         to = end - known.length[owner] + position
-        row, from_column, to_column = (self.to_torch(x) for x in (owner, known.columns[owner, position], to))
-        # With at least as many spare columns as used ones, copying costs O(1) columns per call on average.
-        capacity = end + more + max(SPARE_COLUMNS, end + more)
+        row, from_column, to_column = self.to_torch(owner, known.columns[owner, position], to)
+        capacity = self._capacity_for(end + more)
         for layer in self.layers:
             for name in ("keys", "values"):
                 old: torch.Tensor = getattr(layer, name)
-                new = old.new_zeros(old.shape[0], old.shape[1], capacity, old.shape[3])
-                new.transpose(1, 2)[row, to_column] = old.transpose(1, 2)[row, from_column]
-                setattr(layer, name, new)
+                live = old.transpose(1, 2)[row, from_column]  # a copy, so it may be written over its origin
+                if capacity != self.capacity:
+                    old = old.new_zeros(old.shape[0], old.shape[1], capacity, old.shape[3])
+                    setattr(layer, name, old)
+                old.transpose(1, 2)[row, to_column] = live
             layer.columns = end
-        self.visible = self.visible.new_zeros(len(self.visible), capacity)
+        if capacity == self.capacity:
+            self.visible.zero_()
+        else:
+            self.graphs = Graphs()
+            self.visible = self.visible.new_zeros(len(self.visible), capacity)
         self.visible[row, to_column] = True
         known.columns[owner, position] = to
+
+    def _capacity_for(self, columns: int) -> int:
+        """Columns in use, and spare ones: the more, the less often rows are copied. A row is read once a call, so
+        copying it every 64 calls costs little beside. Rows that don't restart never need more columns than the longest
+        context has.
+        """
+        spare = max(SPARE_COLUMNS, columns // 4)
+        wanted = min(columns + spare, max(self.known.width, columns + SPARE_COLUMNS))
+        return max(wanted, self._least)
 
     def put(self, slots: np.ndarray, contexts: Contexts, reading: Reading, rows: np.ndarray) -> None:
         """Copy contexts from a reading. At least as many columns must be in use as the longest of them has tokens.
@@ -216,22 +289,33 @@ class Block:
         length = contexts.length
         to_first = self.known.put(slots, contexts, self.columns)
         owner, position = _tokens_of(length)
-        from_row, from_column = self.to_torch(rows[owner]), self.to_torch(reading.first[rows][owner] + position)
-        to_row, to_column = self.to_torch(slots[owner]), self.to_torch(to_first[owner] + position)
+        origin = rows[owner], reading.first[rows][owner] + position
+        place = slots[owner], to_first[owner] + position
+        from_row, from_column, to_row, to_column, source, target = self.to_torch(*origin, *place, rows, slots)
         for layer, (keys, values) in zip(self.layers, reading.layers, strict=True):
             layer.keys.transpose(1, 2)[to_row, to_column] = keys.transpose(1, 2)[from_row, from_column]
             layer.values.transpose(1, 2)[to_row, to_column] = values.transpose(1, 2)[from_row, from_column]
-        target = self.to_torch(slots)
         self.visible[target] = False
         self.visible[to_row, to_column] = True
-        self.hidden[target] = reading.hidden[self.to_torch(rows)]
+        self.hidden[target] = reading.hidden[source]
 
-    def to_torch(self, array: np.ndarray) -> torch.Tensor:
+    def index(self, slots: np.ndarray) -> torch.Tensor:
         """
-        :param array: an array.
-        :return: a tensor of the same contents, on the device of the storage.
+        :param slots: int64, slots.
+        :return: the slots on the device of the storage. They are copied there only if they are others than in the
+            latest call, which they are when a row has ended or restarted.
         """
-        return torch.from_numpy(array).to(self.hidden.device)
+        if not np.array_equal(slots, self._indexed[0]):
+            [index] = self.to_torch(slots.copy())
+            self._indexed = slots.copy(), index
+        return self._indexed[1]
+
+    def to_torch(self, *arrays: np.ndarray) -> list[torch.Tensor]:
+        """
+        :param arrays: arrays.
+        :return: tensors of the same contents, on the device of the storage, copied there in one transfer.
+        """
+        return to_device(self.hidden.device, *arrays)
 
 
 def _tokens_of(length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,7 +29,9 @@ from transformers.cache_utils import DynamicLayer
 from agents.models.cache_storage import Beginning, Block, CacheLayer, Reading
 from agents.models.causal_lm import Positions
 from agents.models.context_matching import common_prefix, distinct
-from agents.models.contexts import Contexts, share_prefixes
+from agents.models.contexts import Contexts, maximal_sequences, share_prefixes
+from agents.models.decoding import DECODE_MODES, EAGER, Decoder, Launch, launches, sizes_told_apart
+from agents.models.transfers import to_device
 from agents.models.weights import WeightsWatch
 
 # Reading rows on top of their known beginnings takes a forward pass of its own, which is worth while if it saves this
@@ -46,19 +48,50 @@ class PrefixCache:
     :param backbone: a Hugging Face decoder without a head. Whenever its weights have changed, the cache is emptied.
     :param max_blocks: the number of alternating streams of calls that are cached. The least recently used one is
         dropped.
+    :param decode: how rows that have grown by one token are read, which is nearly all that a rollout does: "eager", or
+        "compiled" by ``torch.compile`` and, on CUDA, captured into graphs (see :mod:`agents.models.decoding`). Where
+        that isn't possible, or doesn't give the same results on a small example, a warning says why, and they are read
+        as with "eager".
+    :raises ValueError: if ``decode`` is none of these.
     """
 
-    def __init__(self, backbone: nn.Module, max_blocks: int = 3) -> None:
+    def __init__(self, backbone: nn.Module, max_blocks: int = 3, decode: str = "eager") -> None:
+        if decode not in DECODE_MODES:
+            raise ValueError(f"Expected decode to be one of {DECODE_MODES}, got {decode!r}.")
         self._backbone = backbone
         self._max_blocks = max_blocks
+        self._decode_mode = decode
         self._blocks: list[Block] = []  # most recently used first
+        self._unused: list[Block] = []  # whose storage is used again, since graphs of the device are bound to it
         self._weights = WeightsWatch(backbone)
+        self._decoder = Decoder(backbone, self._weights)
+        self._launches: dict[Any, Launch] = {}  # the one that was found to be right, by device and precision
         self.enabled = self._is_supported()
 
     def clear(self) -> None:
         """Empty the cache."""
+        self._drop(self._blocks)
         self._blocks = []
         self._weights.forget()
+
+    def release(self) -> None:
+        """Empty the cache, and free the storage that :meth:`clear` keeps for the next contexts."""
+        self.clear()
+        self._unused = []
+
+    def _drop(self, blocks: list[Block]) -> None:
+        """Let go of blocks, but not of storage that must stay where it is."""
+        if self._decoder.launch.captured:
+            self._unused = [*blocks, *self._unused][: self._max_blocks]
+
+    def _new_block(self, n_rows: int, width: int, like: Reading) -> Block:
+        columns = self._decoder.storage_columns(width)
+        for i, block in enumerate(self._unused):
+            if block.suits(n_rows, width, like, columns):
+                del self._unused[i]
+                block.forget()
+                return block
+        return Block(n_rows, width, like, columns)
 
     @torch.inference_mode(False)  # a later call outside inference mode may write to the cached tensors
     @torch.no_grad()
@@ -70,8 +103,11 @@ class PrefixCache:
         if not self.enabled:
             return self._plain(contexts)
         if self._weights.changed():
+            self._drop(self._blocks)
             self._blocks = []
         try:
+            if self._decode_mode == "compiled":
+                self._choose_launch()
             return self._memoised(contexts)
         except BaseException:  # an interrupted call may leave rows half-written
             self.clear()
@@ -82,12 +118,11 @@ class PrefixCache:
         if block is None:
             # Either the first step of a rollout, or a batch to learn from. Most contexts of the latter are beginnings
             # of a few texts, and no later call extends them, so they are read without being cached.
-            input_ids, at = share_prefixes(contexts, self._weights.device)
-            row = at.row.cpu().numpy()
-            longest = np.zeros(len(input_ids), dtype=np.int64)
+            sequences, row = maximal_sequences(contexts)
+            longest = np.zeros(len(sequences), dtype=np.int64)
             np.maximum.at(longest, row, contexts.length)
             if 2 * (contexts.length < longest[row]).sum() > len(row):
-                return self._read(input_ids, at)
+                return self._plain(contexts)
         held = np.zeros(len(slots), dtype=np.int64)
         in_place = np.zeros(len(slots), dtype=np.bool_)
         if block is not None:
@@ -101,7 +136,7 @@ class PrefixCache:
         if len(apart):  # before any row is moved or forgotten, since these contexts may share its beginning
             readings = self._read_apart(_chosen(contexts, apart), block, slots[apart])
         if block is None:
-            block = Block(len(slots), contexts.input_ids.shape[1], readings[0][1])
+            block = self._new_block(len(slots), contexts.input_ids.shape[1], readings[0][1])
         else:
             moved = block.keep(slots[slots >= 0])
             slots = np.where(slots >= 0, moved[slots], -1)
@@ -119,8 +154,10 @@ class PrefixCache:
                 chosen = apart[part]
                 block.put(slots[chosen], _chosen(contexts, chosen), reading, rows)
         block.known.latest = slots
-        self._blocks = [block, *(other for other in self._blocks if other is not block)][: self._max_blocks]
-        return block.hidden[block.to_torch(slots)]
+        blocks = [block, *(other for other in self._blocks if other is not block)]
+        self._blocks = blocks[: self._max_blocks]
+        self._drop(blocks[self._max_blocks :])
+        return block.hidden[block.index(slots)]
 
     def _find(self, contexts: Contexts) -> tuple[Block | None, np.ndarray]:
         """The block that holds most of these contexts, None if there is none; and the slot of each context in it, −1
@@ -150,20 +187,9 @@ class PrefixCache:
         positions = known.length[:n] - 1  # rows that don't grow keep their last one, which is sure to exist
         positions[growing] += 1
         known.append(growing, tokens[growing], column)
-        index = slice(0, n) if len(growing) == n else block.to_torch(growing)
+        index = slice(0, n) if len(growing) == n else block.index(growing)
         block.visible[index, column] = True
-        for layer in block.layers:
-            layer.rows = n
-        inputs = block.to_torch(np.stack([tokens, positions]))
-        # Attention is faster without a mask, which is not needed if every row sees every column.
-        all_visible = bool((known.length[:n] == column + 1).all())
-        hidden = self._backbone(
-            input_ids=inputs[0, :, None],
-            position_ids=inputs[1, :, None],
-            attention_mask=None if all_visible else block.visible[:n, : column + 1].long(),
-            past_key_values=Cache(layers=[*block.layers]),
-            use_cache=True,
-        ).last_hidden_state[:, 0]
+        hidden = self._decoder(block, tokens, positions)
         block.hidden[index] = hidden[index]
 
     def _read_apart(
@@ -225,12 +251,10 @@ class PrefixCache:
         # Padding repeats the first token, since some models search their inputs for the pad token, and warn.
         padded = np.where(columns < length[:, None], input_ids[:, columns], input_ids[:, :1])
         fresh = DynamicCache()
-        hidden = self._backbone(
-            input_ids=torch.from_numpy(padded).to(self._weights.device), past_key_values=fresh, use_cache=True
-        ).last_hidden_state
+        tokens, row, last = to_device(self._weights.device, padded, np.arange(len(length)), length - 1)
+        hidden = self._backbone(input_ids=tokens, past_key_values=fresh, use_cache=True).last_hidden_state
         layers = [(cast(CacheLayer, layer).keys, cast(CacheLayer, layer).values) for layer in fresh.layers]
-        last = torch.from_numpy(length - 1).to(hidden.device)
-        return Reading(layers, np.zeros_like(length), hidden[torch.arange(len(length), device=hidden.device), last])
+        return Reading(layers, np.zeros_like(length), hidden[row, last])
 
     def _read_rest(self, contexts: Contexts, beginnings: list[Beginning]) -> Reading:
         """One forward pass over what follows known beginnings, on top of a copy of their keys and values."""
@@ -250,7 +274,7 @@ class PrefixCache:
                 np.repeat(rows, held[rows]),
                 np.concatenate([np.arange(most - held[i], most) for i in rows]),
             )
-            from_row, from_column, to_row, to_column = (torch.from_numpy(x).to(device) for x in index)
+            from_row, from_column, to_row, to_column = to_device(device, *index)
             for layer, (keys, values) in zip(layers, storage, strict=True):
                 layer.keys.transpose(1, 2)[to_row, to_column] = keys.transpose(1, 2)[from_row, from_column]
                 layer.values.transpose(1, 2)[to_row, to_column] = values.transpose(1, 2)[from_row, from_column]
@@ -260,19 +284,17 @@ class PrefixCache:
         position = np.minimum(held[:, None] + np.arange(int(rest.max())), length[:, None] - 1)
         tokens = np.take_along_axis(contexts.input_ids, position, axis=1)
         mask = np.arange(most + int(rest.max())) >= (most - held)[:, None]
+        token, place, seen, row, last = to_device(
+            device, tokens, position, mask.astype(np.int64), np.arange(len(length)), rest - 1
+        )
         hidden = self._backbone(
-            input_ids=torch.from_numpy(tokens).to(device),
-            position_ids=torch.from_numpy(position).to(device),
-            attention_mask=torch.from_numpy(mask.astype(np.int64)).to(device),
+            input_ids=token,
+            position_ids=place,
+            attention_mask=seen,
             past_key_values=Cache(layers=[*layers]),
             use_cache=True,
         ).last_hidden_state
-        last = torch.from_numpy(rest - 1).to(device)
-        return Reading(
-            [(layer.keys, layer.values) for layer in layers],
-            most - held,
-            hidden[torch.arange(len(length), device=device), last],
-        )
+        return Reading([(layer.keys, layer.values) for layer in layers], most - held, hidden[row, last])
 
     def _plain(self, contexts: Contexts) -> torch.Tensor:
         return self._read(*share_prefixes(contexts, self._weights.device))
@@ -294,14 +316,7 @@ class PrefixCache:
         ):
             reason = "not all of its layers are full attention"
         else:
-            try:
-                error = self._probe()
-            except Exception as problem:  # whatever an unknown architecture raises, it can be run without the cache
-                reason = f"the memo's probe failed ({type(problem).__name__}: {problem})"
-            else:
-                tolerance = 1e-3 if self._weights.dtype in (torch.float32, torch.float64) else 0.1
-                if not error <= tolerance:
-                    reason = f"memoised and plain hidden states differ by {error:.1e}"
+            reason = self._fault()
         self.clear()
         if reason:
             warnings.warn(
@@ -311,12 +326,50 @@ class PrefixCache:
             )
         return not reason
 
+    def _choose_launch(self) -> None:
+        """Find the best way to launch decode steps that works with this device and precision, and is right."""
+        where = (self._weights.device, self._weights.dtype, self._weights.autocast)
+        if where not in self._launches:
+            blocks, self._blocks = self._blocks, []
+            reasons = []
+            for launch in launches(self._weights.device):
+                self._decoder.launch = launch
+                with sizes_told_apart():
+                    reason = self._fault()
+                self._blocks, self._unused = [], []
+                if not reason:
+                    self._launches[where] = launch
+                    break
+                reasons.append(f"{launch}: {reason}")
+            else:
+                self._launches[where] = EAGER
+            if reasons:
+                warnings.warn(
+                    f"{type(self._backbone).__name__} can't decode as decode='compiled' asks for, so it decodes by "
+                    f"{self._launches[where]}. {'; '.join(reasons)}. Results are the same, generation is slower.",
+                    stacklevel=6,
+                )
+            self._blocks = blocks
+        self._decoder.launch = self._launches[where]
+
+    def _fault(self) -> str:
+        """What is wrong with cached hidden states of a small example; nothing if they are the plain ones."""
+        try:
+            error = self._probe()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as problem:  # whatever an unknown architecture raises, it can be run without the cache
+            return f"the memo's probe failed ({type(problem).__name__}: {problem})"
+        rough = self._weights.dtype not in (torch.float32, torch.float64) or self._weights.autocast is not None
+        tolerance = 0.1 if rough else 1e-3
+        return "" if error <= tolerance else f"memoised and plain hidden states differ by {error:.1e}"
+
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _probe(self) -> float:
         """The largest relative difference between cached and plain hidden states over a few calls, among them a
         restart, a row that grows by several tokens, and rows that share the beginning of another one.
         """
-        self.enabled = True
         vocabulary: int = self._backbone.config.get_text_config().vocab_size  # type: ignore[operator,union-attr]
         tokens = (np.arange(3 * 8).reshape(3, 8) * 5 + 1) % min(11, vocabulary)
         branches = np.repeat(tokens[:1], 3, axis=0)
@@ -331,7 +384,7 @@ class PrefixCache:
             scale = expected.abs().max().clamp(min=1e-6)
             for lengths in calls:
                 length = np.array(lengths)
-                actual = self.last_hidden(Contexts(input_ids, length, length)).float()
+                actual = self._memoised(Contexts(input_ids, length, length)).float()
                 difference = actual - expected[torch.arange(3), torch.from_numpy(length - 1)]
                 worst = max(worst, float(difference.abs().max() / scale))
         return worst
