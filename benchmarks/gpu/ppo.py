@@ -26,13 +26,6 @@ from text_env.rewards import SequenceClassifierReward
 ROOT = Path(__file__).parents[2]
 
 
-def fastest() -> dict[str, str]:
-    """
-    :return: arguments of the policy: its fastest way of decoding.
-    """
-    return {"decode": decodings()[-1]} if len(decodings()) > 1 else {}
-
-
 class Clocks:
     """Seconds in functions, the device's work included."""
 
@@ -98,7 +91,7 @@ class Iteration:
             kl_coef=0.05,
             seed=0,
             device=model.device,
-            policy_kwargs={"model": model, "separate_critic": separate_critic, **fastest()},
+            policy_kwargs={"model": model, "separate_critic": separate_critic, "decode": decodings()[-1]},
         )
         algorithm: Any = self.algorithm
         algorithm.collect_rollouts = clocks.timed("collect", algorithm.collect_rollouts)
