@@ -55,7 +55,7 @@ def remove_start(directory: Path) -> None:
 
     :param directory: of the run.
     """
-    for pattern in ("config.yaml", "progress.csv", "samples.jsonl", "events.out.tfevents.*"):
+    for pattern in ("config.yaml", "progress.csv", "samples.jsonl", "episodes.jsonl", "events.out.tfevents.*"):
         for path in directory.glob(pattern):
             path.unlink()
 
