@@ -313,7 +313,7 @@ COMMANDS = {
             ),
             "The model": (
                 *("temperature", "critic", "lora_r", "lora_alpha", "lora_target_modules"),
-                *("device", "dtype", "autocast", "compile_forward"),
+                *("device", "dtype", "autocast", "decode", "compile_forward"),
             ),
             "What is written down": ("sample_every", "n_samples", "checkpoint_every", "keep", "best"),
         },

@@ -146,6 +146,7 @@ def new_algorithm(config: TrainConfig) -> OnPolicyAlgorithm:
         "model": config.model,
         "dtype": config.dtype,
         "autocast": config.autocast,
+        "decode": config.decode,
         "compile_forward": config.compile_forward,
         "temperature": config.temperature,
         "lora": lora_kwargs(config),
