@@ -254,7 +254,7 @@ def panel(name: str, x_label: str, y_label: str, width: float = 3.5, height: flo
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
         hints = {line.get_gid(): getattr(line, "hints", []) for line in made.axes.get_lines()}
-        made.svg = _embeddable(file.getvalue(), f"{y_label} over {x_label}", hints)
+        made.svg = _embeddable(file.getvalue(), f"{y_label} over {x_label}. {made.told}".strip(), hints)
 
 
 @dataclass
@@ -262,10 +262,12 @@ class Panel:
     """A panel that is being drawn.
 
     :param axes: where.
+    :param told: what it shows, for those who don't see it; for them it is named by its axes besides.
     :param svg: the finished picture, an element of HTML.
     """
 
     axes: Axes
+    told: str = ""
     svg: str = ""
 
 

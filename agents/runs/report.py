@@ -130,6 +130,7 @@ def curves(groups: dict[str, list[RunFiles]]) -> list[dict[str, Any]]:
     :return: a heading each, and the panels under it.
     """
     columns = {name: None for group in groups.values() for run in group for name in run.curves if name != TIMESTEPS}
+    longest = 1.02 * max(max(run.timesteps, 1) for group in groups.values() for run in group)  # the same for all panels
     found = []
     for heading, names in in_groups(list(columns)).items():
         panels = []
@@ -142,6 +143,10 @@ def curves(groups: dict[str, list[RunFiles]]) -> list[dict[str, Any]]:
             with panel(name, TOKENS, metric.unit) as drawn:
                 for line in filter(None, lines):
                     draw(drawn.axes, line, metric.unit)
+                drawn.axes.set_xlim(0, longest / 1000)
+                drawn.told = " ".join(
+                    f"{line.label}: from {line.y[0]:z.3g} to {line.y[-1]:z.3g}." for line in lines if line is not None
+                )
             panels.append({"title": metric.title, "column": name, "svg": drawn.svg})
         found.append({"heading": heading, "panels": panels})
     return found
@@ -150,8 +155,8 @@ def curves(groups: dict[str, list[RunFiles]]) -> list[dict[str, Any]]:
 def texts(runs: Sequence[RunFiles]) -> dict[str, Any]:
     """
     :param runs: in the order in which they were named.
-    :return: ``views``, the texts that a run wrote after so many tokens; and ``prompts``, for each prompt its text in
-        each of the views.
+    :return: ``views``, the texts that a run wrote after so many tokens, ``first`` and ``last``, the numbers of those
+        that are shown at the beginning; and ``prompts``, for each prompt its text in each of the views.
     """
     views: list[dict[str, Any]] = []
     prompts: dict[tuple[str, int], dict[str, Any]] = {}
@@ -175,7 +180,8 @@ def texts(runs: Sequence[RunFiles]) -> dict[str, Any]:
                         },
                     }
                 )
-    return {"views": views, "prompts": list(prompts.values())}
+    of_first = [number for number, view in enumerate(views) if view["run"] == views[0]["run"]]
+    return {"views": views, "first": 0, "last": max(of_first, default=0), "prompts": list(prompts.values())}
 
 
 def episodes(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
@@ -212,6 +218,7 @@ def _episode(number: int, run: RunFiles, row: dict[str, Any]) -> dict[str, Any]:
         for name, style in (("return", "--"), ("value", "-")):
             drawn.axes.plot(at, figures[name], style, color=COLOURS[0 if name == "value" else 1], linewidth=1.6)
         drawn.axes.axhline(0, color="#999999", linewidth=0.8)
+        drawn.told = "What the critic expected, and what it learns from."
     return {
         "run": run.name,
         "time": row["timesteps"],
@@ -238,7 +245,7 @@ def again(run: RunFiles) -> dict[str, Any]:
         "with another seed": f"textrlhf train --config {path}/config.yaml --run-dir {other} --seed 1",
         "go on with it": f"textrlhf train --resume {path}",
         "measure its policy on held-out prompts": f"textrlhf evaluate --policy {path}/policy",
-        "write with its policy": f"textrlhf play {path}/policy",
+        "write with its policy": f"textrlhf play {path}",
     }
     config = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
     return {"run": run.name, "status": run.status, "commands": commands, "config": config}

@@ -13,7 +13,6 @@ from stable_baselines3.common.callbacks import BaseCallback
 from transformers import PreTrainedTokenizerBase
 
 from agents.algorithms.on_policy import OnPolicyAlgorithm
-from agents.rollouts.episode_buffer import REFERENCE_TOKENS
 from agents.runs.config import TrainConfig
 from agents.state.replacing import sync
 from text_env.tokenization import decode
@@ -76,7 +75,7 @@ def records(model: OnPolicyAlgorithm, infos: Sequence[dict[str, Any]]) -> list[d
     tokenizer = model.vector_env.tokenizer
     log_prob, entropy = np.zeros((2, buffer.n_tokens), dtype=np.float32)
     policy.set_training_mode(False)
-    for batch in buffer.batches(np.arange(len(infos)), REFERENCE_TOKENS):
+    for batch in buffer.batches(np.arange(len(infos)), model.micro_batch_tokens):
         samples = buffer.pack(batch)
         _, now, spread = policy.evaluate_actions(samples.observations, samples.actions)
         assert spread is not None

@@ -9,13 +9,14 @@ for (const box of all("[data-line]"))
   });
 
 // Texts side by side
-const sides = all("[data-side]");
+const sides = all("select[data-side]");
 function showTexts() {
   for (const text of all("[data-view]")) {
     const side = sides.findIndex((select) => select.value === text.dataset.view);
     text.hidden = side < 0;
-    text.style.order = side;
+    text.dataset.side = side;
   }
+  for (const pair of all(".pair")) pair.hidden = all("[data-view]", pair).every((text) => text.hidden);
 }
 for (const select of sides) select.addEventListener("change", showTexts);
 
@@ -23,7 +24,7 @@ for (const select of sides) select.addEventListener("change", showTexts);
 const select = document.getElementById("episode");
 const figures = all("[name=figure]");
 const numbersOf = (token) => token.dataset.n.split(",").map((text) => (text === "" ? NaN : Number(text)));
-const shown = (x) => (Number.isNaN(x) ? "–" : String(x));
+const shown = (x) => (Number.isNaN(x) ? "–" : String(x).replace("-", "−"));
 
 // Two hues around a middle: below it orange, above it blue. The middle of a ratio is 1, that of a value the mean of the
 // text, and that of all else 0.
@@ -46,8 +47,8 @@ function paint() {
   tokens.forEach((token, i) => { token.style.background = tint(values[i], middle, reach); });
   const negative = values.some((x) => x < middle);
   const low = negative ? middle - reach : middle, high = middle + reach;
-  document.getElementById("low").textContent = String(Number(low.toPrecision(3)));
-  document.getElementById("high").textContent = String(Number(high.toPrecision(3)));
+  document.getElementById("low").textContent = shown(Number(low.toPrecision(3)));
+  document.getElementById("high").textContent = shown(Number(high.toPrecision(3)));
   document.getElementById("unit").textContent = `${radio.dataset.name} (${radio.dataset.unit})`;
   const stops = [0, 0.25, 0.5, 0.75, 1].map((at) => tint(low + at * (high - low), middle, reach || 1));
   document.getElementById("bar").style.background = `linear-gradient(to right, ${stops.join(", ")})`;
