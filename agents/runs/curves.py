@@ -93,10 +93,10 @@ def in_groups(columns: Sequence[str]) -> dict[str, list[str]]:
 def smoothed(values: np.ndarray) -> np.ndarray:
     """
     :param values: a number for each iteration, [I].
-    :return: the mean of each and its neighbours, a fifteenth of them all, [I]. At the ends there are fewer neighbours,
-        as many on either side.
+    :return: the mean of each and its neighbours, a fifteenth of them all, or three where that is less, [I]. At the ends
+        there are fewer neighbours, as many on either side. Fewer than a dozen numbers are left as they are.
     """
-    most = len(values) // 30  # neighbours on either side
+    most = max(len(values) // 30, int(len(values) >= 12))  # neighbours on either side
     sums = np.concatenate([[0.0], np.cumsum(values)])
     at = np.arange(len(values))
     reach = np.minimum(most, np.minimum(at, len(values) - 1 - at))
