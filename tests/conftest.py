@@ -17,15 +17,20 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
     from transformers import PreTrainedTokenizerFast
 
 
 def pytest_collectstart() -> None:
     """Comes before the first test is imported, and not in the process that only hands out tests to the workers."""
+    import accelerator
     import torch
 
     # With several threads the order of additions, and the last digits with it, would depend on the machine.
     torch.set_num_threads(1)
+    accelerator.announce()
 
 
 def pytest_collection_finish() -> None:
@@ -40,3 +45,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     from tiny import tiny_tokenizer
 
     return tiny_tokenizer()
+
+
+@pytest.fixture
+def accelerator() -> Iterator[torch.device]:
+    """A device that is none of the CPU's, although there is no GPU."""
+    from accelerator import simulated_accelerator
+
+    with simulated_accelerator() as device:
+        yield device

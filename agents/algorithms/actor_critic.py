@@ -132,7 +132,7 @@ class ActorCritic(OnPolicyAlgorithm):
         for minibatch in itertools.chain.from_iterable(self._epochs(n_epochs)):
             means = self.gradient(minibatch, self._critic_losses)
             if means:  # something in it has a weight
-                self.engine.clip(self.max_grad_norm)
+                self.engine.clip(self.max_grad_norm, means["grad_norm"])
                 self.engine.step()
                 losses.append(means["loss"])
         if losses:

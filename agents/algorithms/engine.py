@@ -21,8 +21,8 @@ from agents.policies.causal_lm_policy import CausalLMPolicy
 class Engine:
     """The engine of a single process. An engine of several processes overrides its methods as they are documented.
 
-    A step of the optimiser consists of ``zero_grad``, one ``backward`` per micro-batch, ``clip`` and ``step``, in this
-    order.
+    A step of the optimiser consists of ``zero_grad``, one ``backward`` per micro-batch, ``norm``, ``clip`` and
+    ``step``, in this order.
 
     :param policy: the policy that is trained, with its optimiser.
     """
@@ -30,6 +30,7 @@ class Engine:
     def __init__(self, policy: CausalLMPolicy) -> None:
         self._policy = policy
         self._norm = 0.0  # the norm of the gradient that `step` would apply
+        self._measured = torch.zeros(())  # the same on the gradient's device
 
     # ---- what all processes agree on ------------------------------------------------------------------------------
 
@@ -92,14 +93,23 @@ class Engine:
         The gradient will not be used. An engine whose ``backward`` waits for other processes must not let them wait.
         """
 
-    def clip(self, max_norm: float) -> float:
+    def norm(self) -> torch.Tensor:
+        """Measure the gradient, without waiting for the device.
+
+        :return: its norm, over all parameters and processes, a scalar on its device.
+        """
+        self._measured = torch.nn.utils.get_total_norm([p.grad for p in self._trained() if p.grad is not None])
+        return self._measured
+
+    def clip(self, max_norm: float, norm: float | None = None) -> float:
         """Scale the gradient down if it is too long.
 
         :param max_norm: the largest norm.
-        :return: the norm before clipping, over all parameters and processes.
+        :param norm: the number that :meth:`norm` has just returned, if somebody has read it; None: it is measured.
+        :return: the norm before clipping.
         """
-        trained = [p for group in self._policy.optimizer.param_groups for p in group["params"]]
-        self._norm = float(torch.nn.utils.clip_grad_norm_(trained, max_norm))
+        self._norm = float(self.norm()) if norm is None else norm
+        torch.nn.utils.clip_grads_with_norm_(self._trained(), max_norm, self._measured)
         return self._norm
 
     def step(self) -> None:
@@ -113,3 +123,6 @@ class Engine:
                 "a lower learning rate, or a dtype of higher precision."
             )
         self._policy.optimizer.step()
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [p for group in self._policy.optimizer.param_groups for p in group["params"]]

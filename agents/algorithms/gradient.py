@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -10,33 +9,34 @@ import torch
 
 from agents.algorithms.engine import Engine
 
+# What to log of a part, to be added up over parts and processes: scalars, which stay on the device until all are there.
+Sums = dict[str, torch.Tensor]
+
 # Computes the gradient of one part: the numbers of its episodes, a factor for its loss, and whether it is the last one.
-# It returns what to log, to be added up over parts and processes.
-AddPart = Callable[[np.ndarray, float, bool], dict[str, float]]
+AddPart = Callable[[np.ndarray, float, bool], Sums]
 
 # How far a process has come. The largest number of all processes decides what all of them do.
 DONE, NOT_FINITE, OUT_OF_MEMORY = 0, 1, 2
 
 
-def add_up(engine: Engine, parts: Sequence[np.ndarray], add: AddPart) -> dict[str, float] | None:
+def add_up(engine: Engine, parts: Sequence[np.ndarray], add: AddPart) -> list[Sums] | None:
     """Accumulate the gradient of a minibatch.
 
     :param engine: the engine.
     :param parts: this process's micro-batches of the minibatch, each the int [E] numbers of its episodes.
     :param add: computes the gradient of one of them.
-    :return: the sums of what ``add`` has returned; None if a process ran out of memory, in which case there is no
+    :return: what ``add`` has returned of each part; None if a process ran out of memory, in which case there is no
         gradient in any of them.
     :raises FloatingPointError: if ``add`` raised it, in this process or in another.
     :raises MemoryError: if a process ran out of memory with parts of single episodes.
     """
     engine.zero_grad()
-    sums: dict[str, float] = defaultdict(float)
+    done: list[Sums] = []
     outcome, said = DONE, "another process has met numbers that are not finite"
     shared = engine.micro_batches(parts)
     for number, (part, factor) in enumerate(shared, 1):
         try:
-            for name, value in add(part, factor, number == len(shared)).items():
-                sums[name] += value
+            done.append(add(part, factor, number == len(shared)))
         except (FloatingPointError, RuntimeError, MemoryError) as error:
             if not isinstance(error, FloatingPointError) and not is_out_of_memory(error):
                 raise
@@ -47,7 +47,7 @@ def add_up(engine: Engine, parts: Sequence[np.ndarray], add: AddPart) -> dict[st
             break
     outcome = int(engine.largest(outcome))
     if outcome == DONE:
-        return {name: engine.total(value) for name, value in sums.items()}
+        return done
     engine.zero_grad()
     if outcome == NOT_FINITE:
         raise FloatingPointError(said)
@@ -60,6 +60,15 @@ def add_up(engine: Engine, parts: Sequence[np.ndarray], add: AddPart) -> dict[st
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None
+
+
+def to_host(*scalars: Sums) -> list[dict[str, float]]:
+    """
+    :param scalars: scalars by name, on one device.
+    :return: the same as numbers, by one copy, for which the host waits.
+    """
+    numbers = iter(torch.stack([value for values in scalars for value in values.values()]).tolist())
+    return [{name: next(numbers) for name in values} for values in scalars]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

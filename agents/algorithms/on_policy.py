@@ -27,13 +27,14 @@ from stable_baselines3.common.vec_env import VecEnv
 from agents.algorithms.bad_updates import save_for_inspection
 from agents.algorithms.engine import Engine
 from agents.algorithms.environments import as_vec_env, check_groups
-from agents.algorithms.gradient import add_up
+from agents.algorithms.gradient import Sums, add_up, to_host
 from agents.algorithms.progress_bar import ProgressBar
 from agents.algorithms.ranges import RANGES, check_ranges
 from agents.algorithms.resumable import Resumable
 from agents.algorithms.snapshot import Snapshot, is_finite
 from agents.models.pretrained import check_tokenizers, lora_arguments
 from agents.models.reference import Reference
+from agents.models.transfers import to_device
 from agents.objectives.advantages import variance, whiten, whiten_groups
 from agents.objectives.kl import KLController, KLEstimator, kl_controller
 from agents.policies.causal_lm_policy import CausalLMPolicy
@@ -203,9 +204,8 @@ class OnPolicyAlgorithm(Resumable):
         self._iterations = 0  # finished ones, those before a resumption included
         self._advantage_unit = 1.0  # what advantages were divided by
         self._warned_of_first_ratio = False
-        self._first_ratio: float | None = (
-            None  # largest distance from 1 before the first step after a rollout; else None
-        )
+        # Before the first step after a rollout, of each micro-batch the largest distance of a ratio from 1; else None.
+        self._first_ratios: list[torch.Tensor] | None = None
         self._setup_model()
 
     def _setup_model(self) -> None:
@@ -431,7 +431,7 @@ class OnPolicyAlgorithm(Resumable):
         buffer = self.buffer
         self.pay_penalties(buffer, episodes)
         self.set_advantages(buffer)
-        self._first_ratio = 0.0  # the next step is the first one after these texts were sampled
+        self._first_ratios = []  # the next step is the first one after these texts were sampled
         self._log_rollout(episodes)
         self.logger.record("time/tokens_per_second", (self.num_timesteps - before) / seconds)
         callback.update_locals({"episodes": episodes})
@@ -528,12 +528,10 @@ class OnPolicyAlgorithm(Resumable):
                 means = self._backward(minibatch)
                 if not means:  # nothing in it has a weight
                     continue
-                if self._first_ratio is not None:
-                    self._report_first(self.engine.largest(self._first_ratio), means)
-                    self._first_ratio = None
-                if not math.isfinite(means["loss"]):
-                    raise FloatingPointError(f"The loss is {means['loss']}; expected a finite one.")
-                means["grad_norm"] = self.engine.clip(self.max_grad_norm)
+                if self._first_ratios is not None:
+                    self._report_first(means.pop("first_ratio"), means)
+                    self._first_ratios = None
+                self.engine.clip(self.max_grad_norm, means["grad_norm"])
                 for name, value in means.items():
                     history[name].append(value)
                 stopped = self.stop_early(means)
@@ -572,9 +570,9 @@ class OnPolicyAlgorithm(Resumable):
         predictions, log_prob, entropy, kl = self.policy.evaluate(
             samples.observations, samples.actions, other=self.buffer.ref_logits(part)
         )
-        if self._first_ratio is not None:
+        if self._first_ratios is not None:
             ratio = torch.exp(log_prob.detach() - samples.old_log_prob)
-            self._first_ratio = max(self._first_ratio, float((ratio - 1).abs().max()))
+            self._first_ratios.append((ratio - 1).abs().max())
         loss, logged = self.loss(samples, predictions.squeeze(-1), log_prob, entropy)
         if kl is not None:  # the exact divergence, at the price that it has in the advantages
             loss = loss + self.kl.coef / self._advantage_unit * kl
@@ -585,14 +583,15 @@ class OnPolicyAlgorithm(Resumable):
         """Compute the gradient of the weighted mean of a loss over a minibatch.
 
         If memory is not enough, the whole minibatch is tried again with half the ``micro_batch_tokens``, which stay at
-        that.
+        that. However many micro-batches there are, the host waits for the device once, at the end.
 
         :param minibatch: int [E], the numbers of the episodes in the buffer.
         :param losses: the loss of the tokens of some episodes, given by their numbers, [N]; and what else to log, by
             name, [N] each.
-        :return: the weighted means over tokens of the loss and of what else is logged; nothing, and no gradient, if no
-            token has a weight.
-        :raises FloatingPointError: if ``losses`` raised it, in this process or in another.
+        :return: the weighted means over tokens of the loss and of what else is logged, and ``grad_norm``, the norm of
+            the gradient; nothing, and no gradient, if no token has a weight.
+        :raises FloatingPointError: if the loss is not finite, or if ``losses`` raised it, in this process or in
+            another.
         :raises MemoryError: if memory is not enough for one episode at a time.
         """
         self._minibatch = minibatch
@@ -606,17 +605,23 @@ class OnPolicyAlgorithm(Resumable):
         if self.loss_weighting == "constant":  # each text is divided by, as if it were as long as the budget
             divisor = self.engine.total(weights[minibatch].sum()) * self.vector_env.max_new_tokens
 
-        def add(part: np.ndarray, factor: float, last: bool) -> dict[str, float]:
+        def add(part: np.ndarray, factor: float, last: bool) -> Sums:
             loss, logged = losses(part)
-            weight = torch.from_numpy(factor * np.repeat(weights[part], lengths[part])).to(loss)
+            each = factor * weights[part]
+            weight: float | torch.Tensor = float(each[0])
+            if (each != weight).any():  # otherwise there is nothing to copy to the device
+                weight = to_device(loss.device, np.repeat(each, lengths[part]))[0].to(loss)
             self.engine.backward((weight * loss).sum() / divisor, last)
-            every = {"loss": loss, **logged}
-            return {name: float((weight * of.detach()).sum()) / total_weight for name, of in every.items()}
+            every = {"loss": loss.detach(), **{name: of.detach() for name, of in logged.items()}}
+            sums = (weight * torch.stack(list(every.values()))).sum(dim=1) / total_weight
+            return dict(zip(every, sums.unbind(), strict=True))
 
         while True:
+            if self._first_ratios:  # of an attempt that memory was not enough for
+                self._first_ratios = []
             parts = list(self.buffer.batches(minibatch, self.micro_batch_tokens))
-            if (means := add_up(self.engine, parts, add)) is not None:
-                return means
+            if (sums := add_up(self.engine, parts, add)) is not None:
+                return self._read(sums, parts)
             tokens = max(len(part) * np.diff(self.buffer.stream_starts)[part].max() for part in parts)
             self.micro_batch_tokens = min(self.micro_batch_tokens, int(self.engine.largest(tokens))) // 2
             warnings.warn(
@@ -624,6 +629,23 @@ class OnPolicyAlgorithm(Resumable):
                 "which gives the same gradient and holds for the rest of the training.",
                 stacklevel=2,
             )
+
+    def _read(self, sums: list[Sums], parts: list[np.ndarray]) -> dict[str, float]:
+        """What :meth:`gradient` returns, from the sums over its micro-batches."""
+        measured = {"grad_norm": self.engine.norm()}
+        if self._first_ratios:
+            measured["first_ratio"] = torch.stack(self._first_ratios).max()
+        *of_parts, numbers = to_host(*sums, measured)
+        means = {name: self.engine.total(sum(part[name] for part in of_parts)) for name in of_parts[0]}
+        if not math.isfinite(means["loss"]):
+            with torch.no_grad():  # once more, to say where, if what is broken is the model
+                for part in parts:
+                    samples = self.buffer.pack(part)
+                    self.policy.evaluate_actions(samples.observations, samples.actions)
+            raise FloatingPointError(f"The loss is {means['loss']}; expected a finite one.")
+        return means | {
+            name: self.engine.largest(value) if name == "first_ratio" else value for name, value in numbers.items()
+        }
 
     def _report_first(self, distance: float, means: dict[str, float]) -> None:
         """

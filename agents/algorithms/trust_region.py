@@ -73,13 +73,10 @@ class TrustRegion:
             gone so far that the policy's numbers are not finite.
         """
         lengths = buffer.lengths[:MEASURED_EPISODES]
-        total = 0.0
+        sums = []
         for part in buffer.batches(np.arange(len(lengths)), self._micro_batch_tokens):
             samples = buffer.pack(part)
-            try:
-                _, log_prob, _ = self._policy.evaluate_actions(samples.observations, samples.actions)
-            except FloatingPointError:  # the other processes wait for this one's total
-                total = math.inf
-                break
-            total += float(kl_k3((samples.old_log_prob - log_prob).double()).sum())
-        return self._engine.total(total) / self._engine.total(len(lengths))
+            _, log_prob, _, _ = self._policy.evaluate(samples.observations, samples.actions)
+            sums.append(kl_k3((samples.old_log_prob - log_prob).double()).sum())
+        total = float(torch.stack(sums).sum())
+        return self._engine.total(total if math.isfinite(total) else math.inf) / self._engine.total(len(lengths))

@@ -12,6 +12,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from agents.models.context_matching import KnownContexts
+from agents.models.transfers import to_device
 from text_env.constraints import Contexts
 
 SPARE_COLUMNS = 64
@@ -162,6 +163,7 @@ class Block:
         self.hidden = like.hidden.new_zeros(n_rows, like.hidden.shape[-1])  # the states at each row's last token
         self.visible = torch.zeros(n_rows, self._least, dtype=torch.bool, device=self.hidden.device)
         self.graphs = Graphs()
+        self._indexed: tuple[np.ndarray, torch.Tensor] = (np.zeros(0, dtype=np.int64), torch.zeros(0))
 
     @property
     def columns(self) -> int:
@@ -212,7 +214,7 @@ class Block:
         """
         sources, targets, moved = self.known.keep(slots)
         if len(sources):
-            source, target = self.to_torch(sources), self.to_torch(targets)
+            source, target = self.to_torch(sources, targets)
             for layer in self.layers:
                 layer.keys[target, :, : layer.columns] = layer.keys[source, :, : layer.columns]
                 layer.values[target, :, : layer.columns] = layer.values[source, :, : layer.columns]
@@ -248,7 +250,7 @@ class Block:
         known = self.known
         owner, position = _tokens_of(known.length[: known.live])
         to = end - known.length[owner] + position
-        row, from_column, to_column = (self.to_torch(x) for x in (owner, known.columns[owner, position], to))
+        row, from_column, to_column = self.to_torch(owner, known.columns[owner, position], to)
         capacity = self._capacity_for(end + more)
         for layer in self.layers:
             for name in ("keys", "values"):
@@ -287,22 +289,33 @@ class Block:
         length = contexts.length
         to_first = self.known.put(slots, contexts, self.columns)
         owner, position = _tokens_of(length)
-        from_row, from_column = self.to_torch(rows[owner]), self.to_torch(reading.first[rows][owner] + position)
-        to_row, to_column = self.to_torch(slots[owner]), self.to_torch(to_first[owner] + position)
+        origin = rows[owner], reading.first[rows][owner] + position
+        place = slots[owner], to_first[owner] + position
+        from_row, from_column, to_row, to_column, source, target = self.to_torch(*origin, *place, rows, slots)
         for layer, (keys, values) in zip(self.layers, reading.layers, strict=True):
             layer.keys.transpose(1, 2)[to_row, to_column] = keys.transpose(1, 2)[from_row, from_column]
             layer.values.transpose(1, 2)[to_row, to_column] = values.transpose(1, 2)[from_row, from_column]
-        target = self.to_torch(slots)
         self.visible[target] = False
         self.visible[to_row, to_column] = True
-        self.hidden[target] = reading.hidden[self.to_torch(rows)]
+        self.hidden[target] = reading.hidden[source]
 
-    def to_torch(self, array: np.ndarray) -> torch.Tensor:
+    def index(self, slots: np.ndarray) -> torch.Tensor:
         """
-        :param array: an array.
-        :return: a tensor of the same contents, on the device of the storage.
+        :param slots: int64, slots.
+        :return: the slots on the device of the storage. They are copied there only if they are others than in the
+            latest call, which they are when a row has ended or restarted.
         """
-        return torch.from_numpy(array).to(self.hidden.device)
+        if not np.array_equal(slots, self._indexed[0]):
+            [index] = self.to_torch(slots.copy())
+            self._indexed = slots.copy(), index
+        return self._indexed[1]
+
+    def to_torch(self, *arrays: np.ndarray) -> list[torch.Tensor]:
+        """
+        :param arrays: arrays.
+        :return: tensors of the same contents, on the device of the storage, copied there in one transfer.
+        """
+        return to_device(self.hidden.device, *arrays)
 
 
 def _tokens_of(length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

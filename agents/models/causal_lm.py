@@ -26,7 +26,6 @@ from transformers.activations import NewGELUActivation
 
 from agents.models.adapter import Adapter, unwrapped
 from agents.models.distribution import LogProbAndEntropy, TokenDistribution
-from agents.models.finite import check_numbers
 from agents.models.head import decoder_of, find_logit_map
 from agents.models.recompute import check_recomputable, layers_to_recompute, recomputed
 from agents.objectives.kl import kl_exact
@@ -204,11 +203,14 @@ class CausalLM(nn.Module):
         assert constraint is not None
         return torch.from_numpy(allowed_tokens(constraint, contexts, n_tokens)).to(self.device)
 
-    def logits(self, hidden: torch.Tensor, step: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor:
+    def logits(
+        self, hidden: torch.Tensor, step: torch.Tensor | None, allowed: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The logits that tokens are sampled from, with the temperature applied and forbidden tokens at minus infinity.
 
         :param hidden: last hidden states, [N, H].
-        :param step: int64 [N], how many tokens of each context belong to the response.
+        :param step: int64 [N], how many tokens of each context belong to the response; None: no fewer than
+            ``min_new_tokens``.
         :param allowed: bool [N, V], what :meth:`allowed` returned for these contexts.
         :return: [N, V], float64 for models in float64, else float32.
         """
@@ -276,12 +278,11 @@ class CausalLM(nn.Module):
         :param actions: int64 [N], token ids.
         :param action_masks: further masks, [N, V], true where a token is allowed.
         :param other: the logits of a frozen model of the same distribution, which this one is compared with.
-        :return: what this model says of the actions.
-        :raises FloatingPointError: if a log-probability is NaN.
+        :return: what this model says of the actions. Whoever reads it finds out whether it is NaN, since to look would
+            be to wait for the device.
         """
         hidden = self.hidden_states(input_ids)[at.row, at.column]
         log_prob, entropy, *kl = self._score(hidden, input_ids, at, actions, action_masks, other)
-        check_numbers(log_prob, "log-probabilities", lambda i: input_ids[at.row[i], : at.column[i] + 1].tolist(), self)
         return Scores(log_prob, entropy, kl[0] if kl else None, hidden)
 
     def _score(

@@ -14,6 +14,7 @@ import torch
 from gymnasium import spaces
 
 from agents.models.causal_lm import Positions
+from agents.models.transfers import to_device
 from text_env.constraints import Contexts as Contexts
 
 NAMES = ("attention_mask", "input_ids", "prompt_length")
@@ -137,15 +138,14 @@ def _check_values(input_ids: np.ndarray, attention_mask: np.ndarray, prompt_leng
         )
 
 
-def share_prefixes(contexts: Contexts, device: torch.device) -> tuple[torch.Tensor, Positions]:
-    """Find the maximal sequences of a batch of contexts, those that are no beginning of another one, and where each
-    context ends in them.
+def maximal_sequences(contexts: Contexts) -> tuple[np.ndarray, np.ndarray]:
+    """Find those of a batch of contexts that are no beginning of another one.
 
     :param contexts: B contexts, in any order, possibly repeated.
-    :param device: the device of the returned tensors.
-    :return: the S ≤ B maximal sequences, int64 [S, T], right-padded; and the positions in them of the B contexts.
+    :return: the S ≤ B maximal sequences, int64 [S, T], right-padded; and for each context the number of a sequence that
+        begins with it, int64 [B].
     """
-    input_ids, length, step = contexts
+    input_ids, length, _ = contexts
     used = int(length.max())
     columns = np.arange(used)
     # −1 as padding sorts before every token, so a context is sorted right before the contexts that extend it.
@@ -161,17 +161,33 @@ def share_prefixes(contexts: Contexts, device: torch.device) -> tuple[torch.Tens
     sequences = ordered[maximal]
     # Causal attention never looks at padding. It repeats the first token because some models search their inputs for
     # the pad token and warn of a missing attention mask.
-    sequences = np.where(sequences < 0, sequences[:, :1], sequences)
-    at = Positions(*(torch.from_numpy(x).to(device) for x in (row, length - 1, step)))
-    return torch.from_numpy(sequences).to(device), at
+    return np.where(sequences < 0, sequences[:, :1], sequences), row
+
+
+def share_prefixes(contexts: Contexts, device: torch.device) -> tuple[torch.Tensor, Positions]:
+    """Find the maximal sequences of a batch of contexts, and where each context ends in them.
+
+    :param contexts: B contexts, in any order, possibly repeated.
+    :param device: the device of the returned tensors.
+    :return: the sequences that :func:`maximal_sequences` finds, int64 [S, T]; and the positions in them of the B
+        contexts.
+    """
+    sequences, row = maximal_sequences(contexts)
+    input_ids, *at = to_device(device, sequences, row, contexts.length - 1, contexts.step)
+    return input_ids, Positions(*at)
 
 
 def packed_positions(observation: Mapping[str, torch.Tensor]) -> Positions:
     """The positions of the actions in a packed batch of whole episodes.
 
-    :param observation: ``action_mask``, bool [E, T], true where an action follows, and ``prompt_length``, [E, 1].
+    :param observation: ``action_mask``, bool [E, T], true where an action follows, and ``prompt_length``, [E, 1]. If it
+        has an attribute ``at``, as the batches of ``EpisodeBuffer`` have, the positions are known already. Otherwise a
+        GPU is waited for, since their number depends on what the mask holds.
     :return: N positions in row-major order, which is the order of a packed batch's actions.
     """
+    known: Positions | None = getattr(observation, "at", None)
+    if known is not None:
+        return known
     row, column = observation["action_mask"].nonzero(as_tuple=True)
     return Positions(row, column, column + 1 - observation["prompt_length"].long()[row, 0])
 

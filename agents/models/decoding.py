@@ -87,7 +87,17 @@ def cuda_graph(step: Step) -> Step:
 
 @functools.cache
 def _memory_pool() -> Any:
-    return torch.cuda.graph_pool_handle()
+    """A pool of memory for all graphs. PyTorch gives a pool up with the last graph in it, so one is kept that is never
+    replayed.
+    """
+    keeper = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(keeper):
+        torch.zeros(1, device="cuda")
+    _keepers.append(keeper)
+    return keeper.pool()
+
+
+_keepers: list[Any] = []
 
 
 CAPTURES: dict[str, Callable[[Step], Step]] = {"cuda": cuda_graph}
@@ -142,11 +152,12 @@ class Decoder:
         block.visible[n:rows, column] = True
         inputs = np.zeros(2 * rows + 1, dtype=np.int64)
         inputs[:n], inputs[rows : rows + n], inputs[-1] = tokens, positions, column
+        [moved] = block.to_torch(inputs)
         with _own_attention(self._backbone):
             if self.launch.captured:
-                hidden = self._replayed(block, torch.from_numpy(inputs), rows, column)
+                hidden = self._replayed(block, moved, rows, column)
             else:
-                hidden = self._step(block, block.to_torch(inputs), rows, column + 1)
+                hidden = self._step(block, moved, rows, column + 1)
         for layer in block.layers:
             layer.columns = column + 1
         return hidden[:n]
@@ -155,12 +166,12 @@ class Decoder:
         n, end = len(tokens), block.columns + 1
         for layer in block.layers:
             layer.rows = n
-        inputs = block.to_torch(np.stack([tokens, positions]))
+        token, position = block.to_torch(tokens[:, None], positions[:, None])
         # Attention is faster without a mask, which is not needed if every row sees every column.
         all_visible = bool((block.known.length[:n] == end).all())
         hidden: torch.Tensor = self._backbone(
-            input_ids=inputs[0, :, None],
-            position_ids=inputs[1, :, None],
+            input_ids=token,
+            position_ids=position,
             attention_mask=None if all_visible else block.visible[:n, :end].long(),
             past_key_values=Cache(layers=[*block.layers]),
             use_cache=True,
@@ -187,7 +198,7 @@ class Decoder:
         columns = _columns_of_a_graph(column + 1, block.capacity)
         graphs: dict[Any, tuple[torch.Tensor, Step]] = block.graphs.of((self.launch, self._weights.places))
         if (rows, columns) not in graphs:
-            static = inputs.to(block.hidden.device, copy=True)
+            static = inputs.clone()
             with _without_cached_casts(static.device.type):
                 step = CAPTURES[static.device.type](lambda: self._step(block, static, rows, columns))
             graphs[rows, columns] = static, step

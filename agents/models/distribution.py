@@ -82,11 +82,12 @@ class TokenDistribution:
         """Whether masks of all V tokens are needed. A minimum length alone concerns only the tokens that end a text."""
         return self.constraint is not None
 
-    def logits(self, raw: torch.Tensor, step: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor:
+    def logits(self, raw: torch.Tensor, step: torch.Tensor | None, allowed: torch.Tensor | None = None) -> torch.Tensor:
         """Turn a model's logits into the logits of this distribution.
 
         :param raw: what the model's head returns, float32 or float64 [N, V]; it may be overwritten.
-        :param step: int64 [N], how many tokens of each context belong to the response.
+        :param step: int64 [N], how many tokens of each context belong to the response; None: no fewer than
+            ``min_new_tokens``.
         :param allowed: bool [N, V], true for the tokens that may follow, with the minimum length taken into account;
             None if there is no constraint but the minimum length.
         :return: [N, V], divided by the temperature, and minus infinity where a token may not follow.
@@ -100,7 +101,7 @@ class TokenDistribution:
             raise ValueError(
                 f"Expected allowed=lm.allowed(contexts), the masks of {name_of(self.constraint)}, got None."
             )
-        elif self.min_new_tokens:
+        elif self.min_new_tokens and step is not None:
             too_early = step < self.min_new_tokens
             for token in self.eos_token_ids:
                 raw[:, token] = raw[:, token].masked_fill(too_early, -torch.inf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,6 +37,23 @@ def not_a_number(what: str, model: nn.Module) -> FloatingPointError:
             "Use a dtype of a wider range: 'bfloat16' or 'float32' in place of 'float16'"
         )
     return FloatingPointError(f"Expected finite numbers, but {what} are NaN: {cause}.")
+
+
+def check_scores(
+    log_prob: torch.Tensor, values: torch.Tensor | None, input_ids: torch.Tensor, at: Any, model: nn.Module
+) -> None:
+    """As :func:`check_numbers`, of what a model says of positions in sequences.
+
+    :param log_prob: the log-probabilities of N actions, [N].
+    :param values: the values of their contexts, [N] or [N, M]; None: there are none.
+    :param input_ids: int64 [B, T], the sequences.
+    :param at: the N positions, a ``Positions``.
+    :param model: the model that gave the numbers.
+    :raises FloatingPointError: if one of them is NaN, naming the first such context and the first broken parameter.
+    """
+    for what, answers in (("log-probabilities", log_prob), ("values", values)):
+        if answers is not None:
+            check_numbers(answers, what, lambda i: input_ids[at.row[i], : at.column[i] + 1].tolist(), model)
 
 
 def check_numbers(answers: torch.Tensor, what: str, context: Callable[[int], Iterable[int]], model: nn.Module) -> None:

@@ -29,8 +29,9 @@ from transformers.cache_utils import DynamicLayer
 from agents.models.cache_storage import Beginning, Block, CacheLayer, Reading
 from agents.models.causal_lm import Positions
 from agents.models.context_matching import common_prefix, distinct
-from agents.models.contexts import Contexts, share_prefixes
+from agents.models.contexts import Contexts, maximal_sequences, share_prefixes
 from agents.models.decoding import DECODE_MODES, EAGER, Decoder, Launch, launches, sizes_told_apart
+from agents.models.transfers import to_device
 from agents.models.weights import WeightsWatch
 
 # Reading rows on top of their known beginnings takes a forward pass of its own, which is worth while if it saves this
@@ -117,12 +118,11 @@ class PrefixCache:
         if block is None:
             # Either the first step of a rollout, or a batch to learn from. Most contexts of the latter are beginnings
             # of a few texts, and no later call extends them, so they are read without being cached.
-            input_ids, at = share_prefixes(contexts, self._weights.device)
-            row = at.row.cpu().numpy()
-            longest = np.zeros(len(input_ids), dtype=np.int64)
+            sequences, row = maximal_sequences(contexts)
+            longest = np.zeros(len(sequences), dtype=np.int64)
             np.maximum.at(longest, row, contexts.length)
             if 2 * (contexts.length < longest[row]).sum() > len(row):
-                return self._read(input_ids, at)
+                return self._plain(contexts)
         held = np.zeros(len(slots), dtype=np.int64)
         in_place = np.zeros(len(slots), dtype=np.bool_)
         if block is not None:
@@ -157,7 +157,7 @@ class PrefixCache:
         blocks = [block, *(other for other in self._blocks if other is not block)]
         self._blocks = blocks[: self._max_blocks]
         self._drop(blocks[self._max_blocks :])
-        return block.hidden[block.to_torch(slots)]
+        return block.hidden[block.index(slots)]
 
     def _find(self, contexts: Contexts) -> tuple[Block | None, np.ndarray]:
         """The block that holds most of these contexts, None if there is none; and the slot of each context in it, −1
@@ -187,7 +187,7 @@ class PrefixCache:
         positions = known.length[:n] - 1  # rows that don't grow keep their last one, which is sure to exist
         positions[growing] += 1
         known.append(growing, tokens[growing], column)
-        index = slice(0, n) if len(growing) == n else block.to_torch(growing)
+        index = slice(0, n) if len(growing) == n else block.index(growing)
         block.visible[index, column] = True
         hidden = self._decoder(block, tokens, positions)
         block.hidden[index] = hidden[index]
@@ -251,12 +251,10 @@ class PrefixCache:
         # Padding repeats the first token, since some models search their inputs for the pad token, and warn.
         padded = np.where(columns < length[:, None], input_ids[:, columns], input_ids[:, :1])
         fresh = DynamicCache()
-        hidden = self._backbone(
-            input_ids=torch.from_numpy(padded).to(self._weights.device), past_key_values=fresh, use_cache=True
-        ).last_hidden_state
+        tokens, row, last = to_device(self._weights.device, padded, np.arange(len(length)), length - 1)
+        hidden = self._backbone(input_ids=tokens, past_key_values=fresh, use_cache=True).last_hidden_state
         layers = [(cast(CacheLayer, layer).keys, cast(CacheLayer, layer).values) for layer in fresh.layers]
-        last = torch.from_numpy(length - 1).to(hidden.device)
-        return Reading(layers, np.zeros_like(length), hidden[torch.arange(len(length), device=hidden.device), last])
+        return Reading(layers, np.zeros_like(length), hidden[row, last])
 
     def _read_rest(self, contexts: Contexts, beginnings: list[Beginning]) -> Reading:
         """One forward pass over what follows known beginnings, on top of a copy of their keys and values."""
@@ -276,7 +274,7 @@ class PrefixCache:
                 np.repeat(rows, held[rows]),
                 np.concatenate([np.arange(most - held[i], most) for i in rows]),
             )
-            from_row, from_column, to_row, to_column = (torch.from_numpy(x).to(device) for x in index)
+            from_row, from_column, to_row, to_column = to_device(device, *index)
             for layer, (keys, values) in zip(layers, storage, strict=True):
                 layer.keys.transpose(1, 2)[to_row, to_column] = keys.transpose(1, 2)[from_row, from_column]
                 layer.values.transpose(1, 2)[to_row, to_column] = values.transpose(1, 2)[from_row, from_column]
@@ -286,19 +284,17 @@ class PrefixCache:
         position = np.minimum(held[:, None] + np.arange(int(rest.max())), length[:, None] - 1)
         tokens = np.take_along_axis(contexts.input_ids, position, axis=1)
         mask = np.arange(most + int(rest.max())) >= (most - held)[:, None]
+        token, place, seen, row, last = to_device(
+            device, tokens, position, mask.astype(np.int64), np.arange(len(length)), rest - 1
+        )
         hidden = self._backbone(
-            input_ids=torch.from_numpy(tokens).to(device),
-            position_ids=torch.from_numpy(position).to(device),
-            attention_mask=torch.from_numpy(mask.astype(np.int64)).to(device),
+            input_ids=token,
+            position_ids=place,
+            attention_mask=seen,
             past_key_values=Cache(layers=[*layers]),
             use_cache=True,
         ).last_hidden_state
-        last = torch.from_numpy(rest - 1).to(device)
-        return Reading(
-            [(layer.keys, layer.values) for layer in layers],
-            most - held,
-            hidden[torch.arange(len(length), device=device), last],
-        )
+        return Reading([(layer.keys, layer.values) for layer in layers], most - held, hidden[row, last])
 
     def _plain(self, contexts: Contexts) -> torch.Tensor:
         return self._read(*share_prefixes(contexts, self._weights.device))

@@ -15,9 +15,10 @@ from stable_baselines3.common.utils import get_device
 from transformers import PreTrainedTokenizerBase
 
 from agents.models.adapter import unwrapped
-from agents.models.causal_lm import CausalLM, OtherLogits, Scores
+from agents.models.causal_lm import CausalLM, OtherLogits, Positions, Scores
 from agents.models.contexts import packed_positions
 from agents.models.distribution import TokenDistribution
+from agents.models.finite import check_scores
 from agents.models.pretrained import check_positions, load_causal_lm, model_ends, tokenizer_beside
 from text_env.ends_of_text import as_ids
 
@@ -97,22 +98,29 @@ class Reference:
         :param actions: int64 [N], token ids.
         :return: log π_ref of each action, float32 [N].
         :raises ValueError: if the frozen model has too few positions for the batch.
+        :raises FloatingPointError: if the frozen model is on a CPU and a log-probability is NaN. On another device NaN
+            is found by whoever copies them, as ``EpisodeBuffer`` does.
         """
-        return self.scores(observations, actions).log_prob
+        log_prob = self.scores(observations, actions).log_prob
+        if log_prob.device.type == "cpu":
+            check_scores(log_prob, None, observations["input_ids"], packed_positions(observations), self.lm)
+        return log_prob
 
     @torch.no_grad()
     def scores(self, observations: Mapping[str, torch.Tensor], actions: torch.Tensor) -> Scores:
         """
         :param observations: the observations of a packed batch (see ``EpisodeSamples``).
         :param actions: int64 [N], token ids.
-        :return: what the frozen model says of the actions. Its hidden states are all that :meth:`logits_at` needs.
+        :return: what the frozen model says of the actions, which nobody has looked at yet. Its hidden states are all
+            that :meth:`logits_at` needs.
         :raises ValueError: if the frozen model has too few positions for the batch.
         """
         device = self.lm.device
-        packed = {name: x.to(device) for name, x in observations.items()}
-        check_positions(self.lm.model, packed["input_ids"].shape[1])  # the policy's model may have more than this one
+        input_ids = observations["input_ids"].to(device)
+        at = Positions(*(x.to(device) for x in packed_positions(observations)))
+        check_positions(self.lm.model, input_ids.shape[1])  # the policy's model may have more than this one
         with self._frozen():
-            return self.lm.evaluate(packed["input_ids"], packed_positions(packed), actions.to(device))
+            return self.lm.evaluate(input_ids, at, actions.to(device))
 
     def logits_at(self, hidden: torch.Tensor) -> OtherLogits:
         """The frozen model's whole distributions, which are too large to be kept and are made anew of hidden states.

@@ -27,11 +27,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from agents.models.adapter import unwrapped
-from agents.models.causal_lm import CausalLM, OtherLogits
+from agents.models.causal_lm import CausalLM, OtherLogits, Positions
 from agents.models.contexts import Contexts, check_spaces, contexts_of, packed_positions, share_prefixes
 from agents.models.critic import make_critic
 from agents.models.distribution import TokenDistribution, sample
-from agents.models.finite import broken_parameters, check_numbers
+from agents.models.finite import broken_parameters, check_numbers, check_scores
 from agents.models.prefix_cache import PrefixCache
 from agents.models.pretrained import (
     add_lora,
@@ -41,6 +41,7 @@ from agents.models.pretrained import (
     model_ends,
     tokenizer_beside,
 )
+from agents.models.transfers import to_device
 from text_env.ends_of_text import as_ids
 from text_env.vector_env import TextVectorEnv
 
@@ -238,8 +239,11 @@ class CausalLMActorCritic(BasePolicy):
         :return: values [N, 1], log-probabilities [N] and entropies [N], in nats.
         :raises ValueError: if the log-probabilities of a packed batch under the reference are of another distribution
             than the policy's.
+        :raises FloatingPointError: if the policy's answers are NaN.
         """
         predictions, log_prob, entropy, _ = self.evaluate(obs, actions, action_masks)
+        if bool(torch.isnan(log_prob.detach().sum() + predictions.detach().sum())):
+            check_scores(log_prob, predictions, *self._sequences(obs), self)
         return self.value_head.values(predictions), log_prob, entropy
 
     def evaluate(
@@ -251,7 +255,8 @@ class CausalLMActorCritic(BasePolicy):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """As :meth:`evaluate_actions`, with the critic's predictions in place of the values, which with ``value_bins``
         are only the means of the distributions that it predicts; and with a comparison of the distributions that the
-        actions were chosen from with another model's.
+        actions were chosen from with another model's. Whether the answers are NaN is for whoever reads them to see,
+        since to look would be to wait for the device.
 
         :param obs: as for :meth:`evaluate_actions`.
         :param actions: as for :meth:`evaluate_actions`.
@@ -261,21 +266,22 @@ class CausalLMActorCritic(BasePolicy):
             KL(π ‖ other) at each context, [N], nats, with its gradient, or None.
         :raises ValueError: as :meth:`evaluate_actions`.
         """
-        assert isinstance(obs, Mapping)
-        if "action_mask" in obs:
-            measured = getattr(obs, "distribution", None)
-            if measured is not None and measured is not self._compared_with:
-                self.distribution.check_same(measured, "policy", "reference")
-                self._compared_with = measured
-            input_ids, at = obs["input_ids"], packed_positions(obs)
-        else:
-            input_ids, at = share_prefixes(contexts_of(obs), self.lm.device)
+        measured = getattr(obs, "distribution", None)
+        if measured is not None and measured is not self._compared_with:
+            self.distribution.check_same(measured, "policy", "reference")
+            self._compared_with = measured
+        input_ids, at = self._sequences(obs)
         log_prob, entropy, kl, hidden = self.lm.evaluate(input_ids, at, actions.long().flatten(), action_masks, other)
         if self.critic is not None:
             hidden = self.lm.run(self.critic, input_ids)[at.row, at.column]
-        predictions = self._predictions(hidden)
-        check_numbers(predictions, "values", lambda i: input_ids[at.row[i], : at.column[i] + 1].tolist(), self)
-        return predictions, log_prob, entropy, kl
+        return self._predictions(hidden), log_prob, entropy, kl
+
+    def _sequences(self, obs: PyTorchObs) -> tuple[torch.Tensor, Positions]:
+        """The fewest sequences that hold all contexts of a batch, and where."""
+        assert isinstance(obs, Mapping)
+        if "action_mask" in obs:
+            return obs["input_ids"], packed_positions(obs)
+        return share_prefixes(contexts_of(obs), self.lm.device)
 
     def value_loss(
         self, predictions: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip_range: float | None
@@ -493,7 +499,16 @@ class CausalLMActorCritic(BasePolicy):
     def _logits(
         self, hidden: torch.Tensor, contexts: Contexts, action_masks: np.ndarray | torch.Tensor | None
     ) -> torch.Tensor:
-        return self.lm.logits(hidden, self._steps(contexts), self.lm.allowed(contexts, action_masks))
+        return self.lm.logits(hidden, self._early(contexts), self.lm.allowed(contexts, action_masks))
+
+    def _early(self, contexts: Contexts) -> torch.Tensor | None:
+        """The steps of the contexts; None if none of them is too short to end. Most of the time, nothing is copied."""
+        early = contexts.step < self.distribution.min_new_tokens
+        if not early.any():
+            return None
+        if early.all():
+            return torch.zeros(len(early), dtype=torch.int64, device=self.lm.device)
+        return self._steps(contexts)
 
     def _finite_logits(self, obs: PyTorchObs, action_masks: np.ndarray | torch.Tensor | None = None) -> torch.Tensor:
         """Logits for PyTorch's distributions, whose KL divergence has no gradient at minus infinity."""
@@ -508,7 +523,7 @@ class CausalLMActorCritic(BasePolicy):
         return logits.clamp(min=FORBIDDEN_LOGIT)
 
     def _steps(self, contexts: Contexts) -> torch.Tensor:
-        return torch.from_numpy(contexts.step).to(self.lm.device)
+        return to_device(self.lm.device, contexts.step)[0]
 
 
 class CausalLMPolicy(CausalLMActorCritic, ActorCriticPolicy):

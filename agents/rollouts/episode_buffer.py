@@ -32,10 +32,12 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 
-from agents.models.causal_lm import OtherLogits
-from agents.models.contexts import check_spaces, contexts_of
+from agents.models.causal_lm import OtherLogits, Positions
+from agents.models.contexts import check_spaces, contexts_of, packed_positions
 from agents.models.distribution import TokenDistribution
+from agents.models.finite import check_scores
 from agents.models.reference import Reference
+from agents.models.transfers import to_device
 from agents.objectives.advantages import gae
 from agents.objectives.kl import KL_ESTIMATORS, FixedKL, KLController, KLEstimator, SampledKL
 from agents.policies.causal_lm_policy import CausalLMActorCritic
@@ -79,15 +81,20 @@ class EpisodeSamples(NamedTuple):
 
 
 class PackedObservations(dict[str, torch.Tensor]):
-    """The observations of a packed batch, together with the distribution of its log-probabilities under the reference.
+    """The observations of a packed batch, together with the positions of its actions, and with the distribution of its
+    log-probabilities under the reference.
 
     :param tensors: the observations, as in :class:`EpisodeSamples`.
+    :param at: the positions of the actions, as ``action_mask`` has them.
     :param distribution: the reference's distribution, which a policy compares with its own; None if there is no
         reference.
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], distribution: TokenDistribution | None) -> None:
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], at: Positions, distribution: TokenDistribution | None
+    ) -> None:
         super().__init__(tensors)
+        self.at = at
         self.distribution = distribution
 
 
@@ -312,6 +319,11 @@ class EpisodeBuffer(RolloutBuffer):
         """
         if self._finalized:
             return
+        if self.reference is not None and policy is None and self.kl_estimator == "exact" and self.kl_coef > 0:
+            raise ValueError(
+                "Expected finalize(policy) for kl_estimator='exact', which needs the policy's whole distributions and "
+                "a term of the loss. Use 'k1' with SB3's algorithms, or an algorithm of this package."
+            )
         segment, tokens, is_action = (column.array for column in self._stream.values())
         order = np.argsort(segment, kind="stable")
         self.tokens, self.is_action = tokens[order], is_action[order]  # [M]
@@ -332,14 +344,7 @@ class EpisodeBuffer(RolloutBuffer):
         self.truncated = np.zeros(self.n_episodes, dtype=bool)  # cut by the response budget
         self.log_ratio = np.zeros_like(self.rewards)  # log π_old − log π_ref
         if self.reference is not None:
-            for batch in self.batches(np.arange(self.n_episodes), REFERENCE_TOKENS):
-                index = self._token_index(batch)
-                samples = self.pack(batch)
-                if self.kl_estimator == "exact" and self.kl_coef > 0:
-                    ref_log_prob = self._compare(policy, index, samples)
-                else:
-                    ref_log_prob = self.reference.log_probs(samples.observations, samples.actions)
-                self.log_ratio[index] = self.log_probs[index] - ref_log_prob.cpu().numpy()
+            self._compare(self.reference, policy if self.kl_estimator == "exact" and self.kl_coef > 0 else None)
             if not np.isfinite(self.log_ratio).all():
                 raise ValueError(
                     "The reference gives probability 0 to a token that the policy sampled, so the KL is infinite. "
@@ -353,27 +358,42 @@ class EpisodeBuffer(RolloutBuffer):
                 self.rewards = self.rewards - self.kl_coef * self.token_kl(self.kl_estimator)
 
     @torch.no_grad()
-    def _compare(self, policy: CausalLMActorCritic | None, index: np.ndarray, samples: EpisodeSamples) -> torch.Tensor:
-        """Measure the exact divergence of a batch, and keep the reference's hidden states for the loss.
-
-        :return: log π_ref of the actions, [N].
+    def _compare(self, reference: Reference, policy: CausalLMActorCritic | None) -> None:
+        """Measure how much more probable the policy finds its actions than the reference does. With a policy, measure
+        the exact divergence as well, and keep the reference's hidden states for the loss. The host waits for the device
+        once, after the last batch.
         """
-        if policy is None:
-            raise ValueError(
-                "Expected finalize(policy) for kl_estimator='exact', which needs the policy's whole distributions and "
-                "a term of the loss. Use 'k1' with SB3's algorithms, or an algorithm of this package."
-            )
-        assert self.reference is not None
-        scores = self.reference.scores(samples.observations, samples.actions)
-        if self.exact_kl is None or self._ref_hidden is None:
+        batches = list(self.batches(np.arange(self.n_episodes), REFERENCE_TOKENS))
+        index = np.concatenate([self._token_index(batch) for batch in batches])
+        measured: list[list[torch.Tensor]] = []
+        hidden: list[torch.Tensor] = []
+        for batch in batches:
+            samples = self.pack(batch)
+            if policy is None:
+                measured.append([reference.log_probs(samples.observations, samples.actions)])
+            else:
+                scores = reference.scores(samples.observations, samples.actions)
+                other = reference.logits_at(scores.hidden)
+                kl = policy.evaluate(samples.observations, samples.actions, other=other)[3]
+                assert kl is not None
+                measured.append([scores.log_prob, kl.to(scores.log_prob)])
+                hidden.append(scores.hidden)
+        numbers = torch.stack([torch.cat(column) for column in zip(*measured, strict=True)]).cpu().numpy()
+        if np.isnan(numbers).any():
+            for batch in batches:  # once more, to say where
+                observations, actions = self.pack(batch)[:2]
+                log_prob = reference.log_probs(observations, actions)
+                check_scores(log_prob, None, observations["input_ids"], packed_positions(observations), reference.lm)
+                if policy is not None:
+                    policy.evaluate_actions(observations, actions)
+        self.log_ratio[index] = self.log_probs[index] - numbers[0]
+        if policy is not None:
             self.exact_kl = np.zeros_like(self.rewards)
-            self._ref_hidden = scores.hidden.new_empty(len(self.rewards), scores.hidden.shape[1])
-        self._ref_hidden[torch.from_numpy(index).to(scores.hidden.device)] = scores.hidden
-        other = self.reference.logits_at(scores.hidden)
-        kl = policy.evaluate(samples.observations, samples.actions, other=other)[3]
-        assert kl is not None
-        self.exact_kl[index] = kl.cpu().numpy()
-        return scores.log_prob
+            self.exact_kl[index] = numbers[1]
+            order = np.empty_like(index)
+            order[index] = np.arange(len(index))
+            together = torch.cat(hidden)
+            self._ref_hidden = together[to_device(together.device, order)[0]]
 
     def ref_logits(self, episodes: np.ndarray) -> OtherLogits | None:
         """
@@ -384,7 +404,7 @@ class EpisodeBuffer(RolloutBuffer):
         if self._ref_hidden is None:
             return None
         assert self.reference is not None
-        index = torch.from_numpy(self._token_index(episodes)).to(self._ref_hidden.device)
+        [index] = to_device(self._ref_hidden.device, self._token_index(episodes))
         return self.reference.logits_at(self._ref_hidden[index])
 
     def token_kl(self, estimator: SampledKL) -> np.ndarray:
@@ -496,7 +516,7 @@ class EpisodeBuffer(RolloutBuffer):
     def pack(self, episodes: np.ndarray) -> EpisodeSamples:
         """
         :param episodes: int [E], the numbers of the episodes, in the order of the batch.
-        :return: the packed batch of these episodes, on the buffer's device.
+        :return: the packed batch of these episodes, on the buffer's device, where it is copied in one transfer.
         """
         size = self._stream_lengths[episodes] - 1  # no action follows the last one
         columns = np.arange(size.max())
@@ -508,21 +528,28 @@ class EpisodeBuffer(RolloutBuffer):
         input_ids[real] = self.tokens[stream]
         action_mask = np.zeros(real.shape, dtype=bool)
         action_mask[real] = self.is_action[stream + 1]
-        prompt_length = np.array([[self._prompt_lengths[e]] for e in episodes])
-        tensors = {"input_ids": input_ids, "action_mask": action_mask, "prompt_length": prompt_length}
+        prompt_length = np.array([self._prompt_lengths[e] for e in episodes])
+        row, column = np.nonzero(action_mask)
         index = self._token_index(episodes)
+        observations = input_ids, action_mask, prompt_length[:, None]
+        at = row, column, column + 1 - prompt_length[row]
+        per_action = (
+            self.actions[index].astype(np.int64),
+            self.values[index],
+            self.log_probs[index],
+            self.advantages[index],
+            self.returns[index],
+            self.log_probs[index] - self.log_ratio[index],
+            np.repeat(self.scores[episodes], self.lengths[episodes]),
+        )
+        tensors = to_device(torch.device(self.device), *observations, *at, *per_action)
         return EpisodeSamples(
             PackedObservations(
-                {name: self.to_torch(array) for name, array in tensors.items()},
+                dict(zip(("input_ids", "action_mask", "prompt_length"), tensors, strict=False)),
+                Positions(*tensors[3:6]),
                 getattr(self.reference, "distribution", None),
             ),
-            self.to_torch(self.actions[index].astype(np.int64)),
-            self.to_torch(self.values[index]),
-            self.to_torch(self.log_probs[index]),
-            self.to_torch(self.advantages[index]),
-            self.to_torch(self.returns[index]),
-            self.to_torch(self.log_probs[index] - self.log_ratio[index]),
-            self.to_torch(np.repeat(self.scores[episodes], self.lengths[episodes])),
+            *tensors[6:],
         )
 
     def batches(self, episodes: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
