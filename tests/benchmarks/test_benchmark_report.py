@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rliable import metrics
 
-from benchmarks.algorithms import report, sentences
+from benchmarks.algorithms import plots, report, sentences
 from benchmarks.algorithms.sentences import Estimate, Evidence, Verdict
 
 Run = dict[str, Any]
@@ -395,6 +395,17 @@ def test_the_report_of_a_full_study_says_what_its_numbers_say(tmp_path: Path) ->
     rows = [line for line in table.splitlines() if line.startswith("| `sb3-ddpg`")]
     assert " n/a " in rows[0]
     assert "nan" not in table
+
+
+def test_score_against_kl_has_a_panel_for_no_more_than_a_handful_of_algorithms() -> None:
+    own = ("ppo", "ppo-reward-critic", "a2c", "reinforce", "reinforce-value", "rloo", "grpo")
+    names = [*own, "sb3-ppo", "sb3-a2c", "trl-ppo"]
+    assert plots.in_panels({name: [run(name, 0)] for name in names}) == {
+        "This project, with a critic": ["ppo", "ppo-reward-critic", "a2c", "reinforce-value"],
+        "This project, without a critic": ["reinforce", "rloo", "grpo"],
+        "Stable-Baselines3": ["sb3-ppo", "sb3-a2c"],
+        "TRL": ["trl-ppo"],
+    }
 
 
 def test_a_study_without_tuning_gradients_or_peers_is_reported_too(tmp_path: Path) -> None:
