@@ -61,10 +61,11 @@ def make_env(subject: Subject, reward: Any = None) -> TimedEnv:
     )
 
 
-def make_policy(subject: Subject, env: TextVectorEnv) -> CausalLMPolicy:
+def make_policy(subject: Subject, env: TextVectorEnv, decode: str = "eager") -> CausalLMPolicy:
     """
     :param subject: whose model it is; nobody else may use it.
     :param env: says what spaces.
+    :param decode: how texts are written.
     """
     return CausalLMPolicy(
         env.single_observation_space,
@@ -74,6 +75,7 @@ def make_policy(subject: Subject, env: TextVectorEnv) -> CausalLMPolicy:
         tokenizer=subject.tokenizer,
         eos_token_id=env.eos_token_ids,
         min_new_tokens=env.min_new_tokens,
+        decode=decode,
     )
 
 
@@ -81,13 +83,14 @@ class Ours:
     """Our rollout, as our learners do it.
 
     :param subject: what is measured.
+    :param decode: how texts are written.
     """
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: Subject, decode: str = "eager") -> None:
         subject = subject.own_copy()
         self.episodes = subject.episodes
         self.env = make_env(subject)
-        self.policy = make_policy(subject, self.env).to(subject.model.device)
+        self.policy = make_policy(subject, self.env, decode).to(subject.model.device)
         spaces = self.env.single_observation_space, self.env.single_action_space
         self.buffer = EpisodeBuffer(0, *spaces, subject.model.device, n_envs=self.episodes)
         self.env_shares: list[float] = []
