@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, schedule
 
 from agents.models.prefix_cache import PrefixCache
 from benchmarks import rollout
@@ -61,9 +61,7 @@ def growing_texts(plan: Plan) -> Figures:
         seconds[times] = [1 / speed for speed in speeds]
         # The blocks of the latest rollout are there until the next one.
         bytes_a_token[str(response)] = stored_bytes(memo) / (rows * (PROMPT_TOKENS + response - 1))
-        with profile(activities=[ProfilerActivity.CPU]) as seen:
-            ours()
-        shares[str(response)] = share_of_attention(seen)
+        shares[str(response)] = share_of_attention(ours, response)
     short, long = (seconds[times] for times in GROWN)
     config: Any = model.config
     least = 2 * config.n_layer * config.n_embd * model.dtype.itemsize
@@ -76,7 +74,7 @@ def growing_texts(plan: Plan) -> Figures:
             "s/token",
             "",
             f"Seconds per token of a rollout, {lengths}; a GPT-2 of one layer of width 32, {rows} rows. Attention "
-            "reads four times as much.",
+            "reads four times as much; its share is that of the last eight steps.",
             share_of_attention=shares,
         ),
         "memo_bytes_per_token": entry(
@@ -105,11 +103,23 @@ def stored_bytes(memo: PrefixCache) -> int:
     )
 
 
-def share_of_attention(seen: profile) -> float:
+def share_of_attention(ours: rollout.Ours, response: int) -> float:
     """
-    :param seen: what was profiled.
-    :return: the share of attention in the time of all of PyTorch's operators.
+    :param ours: a rollout.
+    :param response: the number of tokens of each text in it.
+    :return: the share of attention in the time of all of PyTorch's operators, in its last eight decode steps.
     """
+    step, counted = ours.env.step, min(8, response - 2)
+    last = schedule(wait=response - counted - 2, warmup=1, active=counted, repeat=1)
+    with profile(activities=[ProfilerActivity.CPU], schedule=last) as seen:
+
+        def stepped(actions: Any) -> Any:
+            seen.step()
+            return step(actions)
+
+        ours.env.step = stepped  # type: ignore[method-assign]
+        ours()
+    del ours.env.step
     events = [event for event in seen.key_averages() if event.key.startswith("aten::")]
     mine = [event.self_cpu_time_total for event in events if "attention" in event.key]
     return float(sum(mine) / sum(event.self_cpu_time_total for event in events))
