@@ -334,7 +334,8 @@ class PrefixCache:
             reasons = []
             for launch in launches(self._weights.device):
                 self._decoder.launch = launch
-                with sizes_told_apart():
+                with sizes_told_apart(), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # the compiler warns of its own modules
                     reason = self._fault()
                 self._blocks, self._unused = [], []
                 if not reason:
