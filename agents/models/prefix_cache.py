@@ -54,6 +54,7 @@ class PrefixCache:
         self._max_blocks = max_blocks
         self._blocks: list[Block] = []  # most recently used first
         self._weights = WeightsWatch(backbone)
+        self._ready_masks = True  # the model takes masks as the attention needs them
         self.enabled = self._is_supported()
 
     def clear(self) -> None:
@@ -150,8 +151,12 @@ class PrefixCache:
         positions = known.length[:n] - 1  # rows that don't grow keep their last one, which is sure to exist
         positions[growing] += 1
         known.append(growing, tokens[growing], column)
-        index = slice(0, n) if len(growing) == n else block.index(growing)
-        block.visible[index, column] = True
+        if len(growing) == n:
+            index: slice | torch.Tensor = slice(0, n)
+            block.visible[:n, column].fill_(True)
+        else:
+            index = block.index(growing)
+            block.visible[index, column] = True
         for layer in block.layers:
             layer.rows = n
         token, position = block.to_torch(tokens[:, None], positions[:, None])
@@ -160,11 +165,26 @@ class PrefixCache:
         hidden = self._backbone(
             input_ids=token,
             position_ids=position,
-            attention_mask=None if all_visible else block.visible[:n, : column + 1].long(),
+            attention_mask=None if all_visible else self._mask(block.visible[:n, : column + 1]),
             past_key_values=Cache(layers=[*block.layers]),
             use_cache=True,
         ).last_hidden_state[:, 0]
         block.hidden[index] = hidden[index]
+
+    def _mask(self, visible: torch.Tensor) -> torch.Tensor:
+        """The mask of a decode step, made for all layers at once where the model takes it as it is. From a mask of two
+        dimensions transformers makes one after looking at its contents, for which the host waits, and PyTorch's
+        attention then makes another one in each layer.
+
+        :param visible: bool [R, C], the columns that each row sees.
+        :return: 0 where a column is seen and −∞ elsewhere, [R, 1, 1, C]; or int64 [R, C].
+        """
+        if not self._ready_masks:
+            return visible.long()
+        device, dtype = visible.device, self._weights.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)[:, None, None]
 
     def _read_apart(
         self, contexts: Contexts, block: Block | None, slots: np.ndarray
@@ -290,14 +310,10 @@ class PrefixCache:
         ):
             reason = "not all of its layers are full attention"
         else:
-            try:
-                error = self._probe()
-            except Exception as problem:  # whatever an unknown architecture raises, it can be run without the cache
-                reason = f"the memo's probe failed ({type(problem).__name__}: {problem})"
-            else:
-                tolerance = 1e-3 if self._weights.dtype in (torch.float32, torch.float64) else 0.1
-                if not error <= tolerance:
-                    reason = f"memoised and plain hidden states differ by {error:.1e}"
+            for self._ready_masks in (True, False):  # some models read positions from a mask of two dimensions
+                self.clear()
+                if not (reason := self._fault()):
+                    break
         self.clear()
         if reason:
             warnings.warn(
@@ -306,6 +322,15 @@ class PrefixCache:
                 stacklevel=4,
             )
         return not reason
+
+    def _fault(self) -> str:
+        """What is wrong with cached hidden states of a small example; nothing if they are the plain ones."""
+        try:
+            error = self._probe()
+        except Exception as problem:  # whatever an unknown architecture raises, it can be run without the cache
+            return f"the memo's probe failed ({type(problem).__name__}: {problem})"
+        tolerance = 1e-3 if self._weights.dtype in (torch.float32, torch.float64) else 0.1
+        return "" if error <= tolerance else f"memoised and plain hidden states differ by {error:.1e}"
 
     @torch.no_grad()
     def _probe(self) -> float:
