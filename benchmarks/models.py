@@ -98,7 +98,7 @@ def gpt2_config(**changes: Any) -> GPT2Config:
     return GPT2Config(**settings | changes)
 
 
-def gpt2_4m(eos_hazard: float = 0.0, seed: int = 0) -> GPT2LMHeadModel:
+def gpt2_4m(eos_hazard: float = 0.0, seed: int = 0, n_positions: int = 512) -> GPT2LMHeadModel:
     """A random GPT-2 whose texts end with a given probability at each token.
 
     GPT-2's head has no bias, so one hidden unit is made constant: it is 1 after the last layer norm, and the tied
@@ -106,9 +106,10 @@ def gpt2_4m(eos_hazard: float = 0.0, seed: int = 0) -> GPT2LMHeadModel:
 
     :param eos_hazard: probability of EOS at each token, about; 0: never.
     :param seed: of the weights.
+    :param n_positions: the longest context that it can read.
     """
     torch.manual_seed(seed)
-    model = GPT2LMHeadModel(gpt2_config()).eval()
+    model = GPT2LMHeadModel(gpt2_config(n_positions=n_positions)).eval()
     eos, pad = model.config.eos_token_id, model.config.pad_token_id
     with torch.no_grad():
         model.transformer.ln_f.weight[0] = 0.0
@@ -122,15 +123,16 @@ def gpt2_4m(eos_hazard: float = 0.0, seed: int = 0) -> GPT2LMHeadModel:
     return model
 
 
-def tiny_gpt2(n_tokens: int, seed: int) -> GPT2LMHeadModel:
+def tiny_gpt2(n_tokens: int, seed: int, n_positions: int = 128) -> GPT2LMHeadModel:
     """A random GPT-2 of one layer of width 32, which solves the probes; EOS and padding are its tokens 0 and 1.
 
     :param n_tokens: V, the number of tokens.
     :param seed: of the weights.
+    :param n_positions: the longest context that it can read.
     """
     torch.manual_seed(seed)
     ids = {"eos_token_id": 0, "pad_token_id": 1}
-    shape = {"vocab_size": n_tokens, "n_positions": 128, "n_embd": 32, "n_layer": 1, "n_head": 4}
+    shape = {"vocab_size": n_tokens, "n_positions": n_positions, "n_embd": 32, "n_layer": 1, "n_head": 4}
     return GPT2LMHeadModel(gpt2_config(**shape, **ids, initializer_range=0.1)).eval()
 
 

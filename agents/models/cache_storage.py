@@ -143,8 +143,8 @@ class Block:
     """The stored contexts of one stream of calls, such as a rollout: one row, also called a slot, per context.
 
     A token takes 2 × layers × heads of keys and values × head_dim numbers. There are columns for the longest context
-    that is stored and for at least ``SPARE_COLUMNS`` more, or a quarter more. When they are used up, the live rows are
-    laid out anew without gaps, which takes no new storage as long as they fit.
+    that is stored and for a quarter more, or ``SPARE_COLUMNS`` more. When they are used up, the live rows are laid out
+    anew without gaps, which takes no new storage as long as they fit.
 
     :param n_rows: the number of rows.
     :param width: the number L of columns of an observation, which is the length of the longest context.
@@ -270,13 +270,12 @@ class Block:
         known.columns[owner, position] = to
 
     def _capacity_for(self, columns: int) -> int:
-        """Columns in use, and spare ones: the more, the less often rows are copied. A row is read once a call, so
-        copying it every 64 calls costs little beside. Rows that don't restart never need more columns than the longest
-        context has.
+        """Columns in use, and spare ones: the more, the less often rows are copied. A row is read in every call, so
+        copying it in every 64th costs little. Rows that don't restart never need more columns than the longest context.
         """
-        spare = max(SPARE_COLUMNS, columns // 4)
-        wanted = min(columns + spare, max(self.known.width, columns + SPARE_COLUMNS))
-        return max(wanted, self._least)
+        few, many = SPARE_COLUMNS // 2, max(SPARE_COLUMNS, columns // 4)
+        wanted = max(min(columns + many, max(self.known.width, columns + few)), self._least)
+        return self.capacity if columns + few <= self.capacity <= 2 * wanted else wanted
 
     def put(self, slots: np.ndarray, contexts: Contexts, reading: Reading, rows: np.ndarray) -> None:
         """Copy contexts from a reading. At least as many columns must be in use as the longest of them has tokens.

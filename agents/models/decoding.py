@@ -125,6 +125,7 @@ class Decoder:
         self._backbone = backbone
         self._weights = weights
         self.launch = EAGER
+        self.ready_masks = True  # the model takes masks as the attention needs them
 
     def storage_columns(self, width: int) -> int:
         """
@@ -172,11 +173,26 @@ class Decoder:
         hidden: torch.Tensor = self._backbone(
             input_ids=token,
             position_ids=position,
-            attention_mask=None if all_visible else block.visible[:n, :end].long(),
+            attention_mask=None if all_visible else self._mask(block.visible[:n, :end]),
             past_key_values=Cache(layers=[*block.layers]),
             use_cache=True,
         ).last_hidden_state[:, 0]
         return hidden
+
+    def _mask(self, visible: torch.Tensor) -> torch.Tensor:
+        """The mask of a decode step, made for all layers at once where the model takes it as it is. From a mask of two
+        dimensions transformers makes one after looking at its contents, for which the host waits, and PyTorch's
+        attention then makes another one in each layer.
+
+        :param visible: bool [R, C], the columns that each row sees.
+        :return: 0 where a column is seen and −∞ elsewhere, [R, 1, 1, C]; or int64 [R, C].
+        """
+        if not self.ready_masks:
+            return visible.long()
+        dtype = self._weights.autocast or self._weights.dtype
+        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)[
+            :, None, None
+        ]
 
     def _step(self, block: Block, inputs: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
         """

@@ -249,7 +249,8 @@ def sample(probs: torch.Tensor) -> torch.Tensor:
     """Sample tokens by inverting the cumulative distribution, with one uniform random number per row instead of V.
 
     A token of probability 0 is never sampled: the search finds the first cumulative sum *above* u · total, and the sum
-    at such a token equals the one before it.
+    at such a token equals the one before it. The last sum is always above: u is at most 1 − 2^−53, so u · total is
+    rounded to less than the total.
 
     :param probs: [N, V], 0 where a token is forbidden. Rows need not sum to exactly 1.
     :return: int64 [N], token ids. Where the probabilities are NaN it is some token, so that a device can go on until
@@ -257,8 +258,6 @@ def sample(probs: torch.Tensor) -> torch.Tensor:
     """
     # In float32 the sums over a large vocabulary would lose the rare tokens at its end.
     cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
-    total = cumulative[:, -1:]
-    target = torch.rand(len(probs), 1, dtype=torch.float64, device=probs.device) * total
-    below_total = torch.nextafter(total, torch.zeros_like(total))
-    chosen = torch.searchsorted(cumulative, torch.minimum(target, below_total), right=True).squeeze(-1)
+    target = torch.rand(len(probs), 1, dtype=torch.float64, device=probs.device) * cumulative[:, -1:]
+    chosen = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
     return chosen.clamp(max=probs.shape[1] - 1)

@@ -187,8 +187,12 @@ class PrefixCache:
         positions = known.length[:n] - 1  # rows that don't grow keep their last one, which is sure to exist
         positions[growing] += 1
         known.append(growing, tokens[growing], column)
-        index = slice(0, n) if len(growing) == n else block.index(growing)
-        block.visible[index, column] = True
+        if len(growing) == n:
+            index: slice | torch.Tensor = slice(0, n)
+            block.visible[:n, column].fill_(True)
+        else:
+            index = block.index(growing)
+            block.visible[index, column] = True
         hidden = self._decoder(block, tokens, positions)
         block.hidden[index] = hidden[index]
 
@@ -316,7 +320,10 @@ class PrefixCache:
         ):
             reason = "not all of its layers are full attention"
         else:
-            reason = self._fault()
+            for self._decoder.ready_masks in (True, False):  # some models read positions from a mask of two dimensions
+                self.clear()
+                if not (reason := self._fault()):
+                    break
         self.clear()
         if reason:
             warnings.warn(
@@ -334,7 +341,8 @@ class PrefixCache:
             reasons = []
             for launch in launches(self._weights.device):
                 self._decoder.launch = launch
-                with sizes_told_apart():
+                with sizes_told_apart(), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # the compiler warns of its own modules
                     reason = self._fault()
                 self._blocks, self._unused = [], []
                 if not reason:

@@ -80,8 +80,8 @@ def collect_episodes(
         batch = {name: array[live] for name, array in observation.items()}
         tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
         chosen, value, log_prob = policy(tensors, deterministic)
-        # One device-to-host copy per step. float64 is exact for token ids and for float32 numbers.
-        host = torch.stack([chosen.double(), value.flatten().double(), log_prob.double()]).cpu().numpy()
+        # One device-to-host copy per step. All become float64, which is exact for token ids and for float32 numbers.
+        host = torch.stack([chosen, value.flatten(), log_prob.double()]).cpu().numpy()
         if np.isnan(host).any():
             contexts = contexts_of(batch)
             for what, answers in (("values", host[1]), ("log-probabilities", host[2])):

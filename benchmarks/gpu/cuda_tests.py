@@ -27,8 +27,10 @@ def measure(options: Options, record: Record, which: int = 0) -> None:
         return
     cuda = torch.device(options.device or "cpu").type == "cuda"
     which_tests = ["-m", "cuda" if cuda else "not cuda", *(["-k", "checkpoint"] if options.quick else [])]
+    others = ROOT.glob("tests/*/test_*_on_cuda.py")  # which stand beside what they test
+    paths = ["tests/gpu", *sorted(str(path.relative_to(ROOT)) for path in others)]
     # A line for each test: those that have run before time was over count.
-    command = [sys.executable, "-u", "-m", "pytest", "tests/gpu", *which_tests, "-vv", "-rfE", "--tb=short"]
+    command = [sys.executable, "-u", "-m", "pytest", *paths, *which_tests, "-vv", "-rfE", "--tb=short"]
     seconds = max(record.seconds_left - 2, 1)
     try:
         done = subprocess.run(

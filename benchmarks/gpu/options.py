@@ -29,9 +29,9 @@ class Stage(NamedTuple):
 FULL_MINUTES = 9.5
 ORDER = (
     Stage("precision", 0, 45),
-    Stage("throughput", 0, 190),
-    Stage("ppo", 0, 110),
-    Stage("throughput", 1, 45),
+    Stage("throughput", 0, 230),
+    Stage("ppo", 0, 120),
+    Stage("throughput", 1, 70),
     Stage("tests", 0, 90),
     Stage("throughput", 2, 130),
     Stage("demo", 0, 100),

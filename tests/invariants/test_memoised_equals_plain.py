@@ -172,7 +172,6 @@ def test_captured_steps_are_plain_while_weights_change(
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("kind", "options"), [("gpt2", {}), ("llama", {}), ("qwen2", {"lora": LORA})], ids=["gpt2", "llama", "qwen2 lora"]
 )
