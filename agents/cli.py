@@ -239,9 +239,8 @@ def run_resume(config: ResumeConfig) -> int:
 
 
 def _print_written(directory: Path | None) -> None:
-    console.print(
-        f"Wrote {directory}/: policy/, learning_curve.png, progress.csv, samples.jsonl, config.yaml", soft_wrap=True
-    )
+    files = "policy/, learning_curve.png, progress.csv, samples.jsonl, episodes.jsonl, config.yaml"
+    console.print(f"Wrote {directory}/: {files}. `textrlhf report {directory}` makes a page of them.", soft_wrap=True)
 
 
 def run_doctor(config: DoctorConfig) -> int:

@@ -26,7 +26,7 @@ _MARGIN, _LINE_HEIGHT, _FONT_SIZE = 8, 20, 15
 _PROMPT_INK, _RESPONSE_INK, _RESPONSE_GROUND = "#6B7280", "#0B2E6B", "#E4EEFA"
 
 _DIM, _BOLD_CYAN, _PLAIN = "\x1b[2m", "\x1b[1;36m", "\x1b[0m"
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def check_render_mode(render_mode: str | None) -> None:
@@ -63,7 +63,7 @@ def printable(text: str) -> str:
     """
     :param text: any text, such as a model may write.
     :return: the text without what a terminal would obey: a control character other than a tab or the end of a line is
-        replaced by U+FFFD.
+        replaced by U+FFFD, and so is half of a surrogate pair, which no terminal can be sent.
     """
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
 

@@ -72,7 +72,8 @@ def metric_of(column: str) -> Metric:
     if column.startswith(PART):
         return Metric(f"Part of the reward: {column.removeprefix(PART)}", "score", SCORES)
     short = column.rpartition("/")[2].replace("_", " ")
-    return METRICS.get(column) or Metric(column, short if len(short) <= 28 else "as logged", REST)
+    plain = re.fullmatch(r"[\w .()-]{1,28}", short) is not None  # nothing that matplotlib or XML would take amiss
+    return METRICS.get(column) or Metric(column, short if plain else "as logged", REST)
 
 
 def in_groups(columns: Sequence[str]) -> dict[str, list[str]]:

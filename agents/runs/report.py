@@ -50,7 +50,7 @@ def write_report(directories: Sequence[Path], out: Path, title: str | None = Non
     if len(set(directories)) < len(directories):
         raise ValueError(f"Expected every run once, got {[str(directory) for directory in directories]}.")
     runs = [read_run(directory) for directory in directories]
-    out.write_text(report(runs, title), encoding="utf-8")
+    out.write_text(report(runs, title), encoding="utf-8", errors="replace")  # JSON can hold halves of characters
     return runs
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from agents.cli import main
 from agents.runs.curves import MOST_POINTS, line_of, smoothed, thinned
-from agents.runs.report import MOST_TOKENS, by_seed, episodes, report
+from agents.runs.report import MOST_TOKENS, by_seed, episodes, report, write_report
 from agents.runs.run_files import read_run, times
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -104,10 +104,14 @@ def test_what_files_say_is_never_an_element_or_a_template(tmp_path: Path) -> Non
     run = write_run(tmp_path / "run", words=HOSTILE, model=HOSTILE, algo=HOSTILE)
     with (run / "progress.csv").open(newline="") as file:
         rows = list(csv.reader(file))
-    rows[0][-1] += HOSTILE  # the name of a column
+    rows[0][-1] += HOSTILE  # the names of columns
+    rows[0][-2], rows[0][-3] = "train/$\\frac{$", "train/\x07</svg><script>"
     with (run / "progress.csv").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
-    text = report([read_run(run)], title=HOSTILE)
+    with (run / "samples.jsonl").open("a") as file:
+        file.write('{"timesteps": 99999, "prompt": "half a character", "completion": "\\ud83c", "score": NaN}\n')
+    write_report([run], tmp_path / "report.html", title=HOSTILE)
+    text = (tmp_path / "report.html").read_text()
     page = Page(text)
     assert len(page.all("script")) == 1
     assert page.all("img") == []

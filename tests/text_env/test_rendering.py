@@ -40,6 +40,7 @@ def test_ansi_is_the_text_so_far_with_the_prompt_dim_and_the_response_in_colour(
 def test_a_text_can_give_the_terminal_no_orders(mode: Any, capsys: Any) -> None:
     shown = render(mode, "a\x1b[2Jb\r\nc", "\x07d\te\x9b31m") or capsys.readouterr().out
     assert plain(shown).split() == ["a\ufffd[2Jb", "c\ufffdd", "e\ufffd31m"]
+    assert printable("\ud83c") == "\ufffd"
     assert printable("“naïve” — 電影 🎬\n") == "“naïve” — 電影 🎬\n"
 
 
