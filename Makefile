@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check format builtin peers throughput algorithms arithmetic reward-model smollm2 reasoning overoptimization lowest clean
+.PHONY: demo test check format builtin peers throughput gpu algorithms arithmetic reward-model smollm2 reasoning overoptimization lowest clean
 
 demo: $(INSTALLED)  ## train PPO on the built-in model, print texts before and after
 	$(BIN)/textrlhf demo --run-dir runs/demo
@@ -29,6 +29,10 @@ peers:  ## the environment of the benchmarks' peers
 
 throughput: $(INSTALLED)  ## how fast this is, beside its peers (keep the machine idle)
 	$(BIN)/python -m benchmarks.throughput --quick --json benchmarks/results/throughput.json
+
+# With GPU_PYTHON=python3 in an environment that is there already, of which nothing is installed or changed.
+gpu: $(if $(GPU_PYTHON),,$(INSTALLED))  ## what this machine's GPU makes of it all (under ten minutes; keep the machine idle)
+	$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.gpu $(GPU_OPTIONS)
 
 algorithms: $(INSTALLED)  ## PPO beside everybody else, 85 runs (over an hour; needs `make peers`)
 	$(BIN)/python -m benchmarks.algorithms --seeds 10 --total-timesteps 40000 --out benchmarks/results/algorithms

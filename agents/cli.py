@@ -1,4 +1,5 @@
-"""The command line: ``textrlhf train | evaluate | critic | sample | doctor | reward-model | demo``.
+"""The command line: ``textrlhf train | evaluate | critic | sample | doctor | reward-model | demo``, and to look at runs
+``textrlhf report | watch | play``.
 
 This module only parses options and prints results. The work is done by ``agents.runs``, ``agents.evaluation`` and
 ``agents.reward_models``.
@@ -37,6 +38,7 @@ from agents.runs.commands import (
 )
 from agents.runs.config import EnvConfig, TrainConfig, load_config, names_from_run
 from agents.runs.errors import described
+from agents.runs.look_commands import PlayConfig, ReportConfig, WatchConfig
 from agents.runs.usage import usage
 
 if TYPE_CHECKING:
@@ -134,10 +136,73 @@ def _sample(config: SampleConfig, env_config: EnvConfig) -> None:
         console.print(f"[bold]{escape(info['prompt'])}[/bold]{escape(info['completion'])}{score}", soft_wrap=True)
 
 
+def run_report(config: ReportConfig) -> int:
+    """Run ``textrlhf report``.
+
+    :param config: the options.
+    :return: the exit status.
+    """
+    config.check()
+    from agents.runs.report import write_report
+
+    write_report(config.runs, config.file(), config.title)
+    console.print(f"Wrote {config.file()}", soft_wrap=True, highlight=False, markup=False)
+    return 0
+
+
+def run_watch(config: WatchConfig) -> int:
+    """Run ``textrlhf watch``.
+
+    :param config: the options.
+    :return: the exit status.
+    """
+    config.check()
+    from agents.runs.watch import watch
+
+    watch(config, console)
+    return 0
+
+
+def run_play(config: PlayConfig) -> int:
+    """Run ``textrlhf play``.
+
+    :param config: the options.
+    :return: the exit status.
+    """
+    config.check()
+    with run_of(config) as run:
+        _play(config, run)
+    return 0
+
+
+def _play(config: PlayConfig, run: TrainConfig | None) -> None:
+    from stable_baselines3.common.utils import set_random_seed
+
+    from agents.policies.causal_lm_policy import VALUE_HEAD_FILE, load_policy
+    from agents.runs.config import separate_critic
+    from agents.runs.play import Play, play
+    from agents.state.devices import check_device
+
+    check_device(config.device)
+    env_config = _changed(run.env if run is not None else EnvConfig(), config, "reward", *TASK_OPTIONS)
+    given: dict[str, Any] = {}
+    if config.prompt is not None:
+        given = {"prompts": [config.prompt], "max_prompt_tokens": None}
+        given |= env_config.unjudged() if env_config.has_task else {}  # the right answer is unknown
+    env = env_config.make(1, config.policy, group_size=1, **given)
+    set_random_seed(config.seed)
+    has_critic = run is not None and (Path(config.policy) / VALUE_HEAD_FILE).exists()
+    critic = separate_critic(run.critic or "head") if run is not None and has_critic else False
+    policy = load_policy(config.policy, env, config.device, config.dtype, config.temperature, critic)
+    if has_critic:
+        policy.load_value_head(config.policy)
+    play(Play(policy, env, config.seed), config.top, console)
+
+
 TASK_OPTIONS = ("max_new_tokens", "task", "task_kwargs")
 
 
-def _changed(env_config: EnvConfig, config: EvaluateConfig | SampleConfig, *names: str) -> EnvConfig:
+def _changed(env_config: EnvConfig, config: EvaluateConfig | SampleConfig | PlayConfig, *names: str) -> EnvConfig:
     """The environment, except for those of the options that are given."""
     given = {name: getattr(config, name) for name in names}
     return dataclasses.replace(env_config, **{name: value for name, value in given.items() if value})
@@ -257,7 +322,7 @@ def run_demo(config: DemoConfig) -> int:
 
 
 @contextlib.contextmanager
-def run_of(config: EvaluateConfig | SampleConfig) -> Iterator[TrainConfig | None]:
+def run_of(config: EvaluateConfig | SampleConfig | PlayConfig) -> Iterator[TrainConfig | None]:
     """The run of a policy. While this lasts, what only the run names is imported only with ``--trust``.
 
     :param config: the options, of which ``policy`` is the name or directory of the policy.
@@ -344,6 +409,9 @@ FUNCTIONS: dict[str, Callable[[Any], int]] = {
     "sample": run_sample,
     "doctor": run_doctor,
     "reward-model": run_reward_model,
+    "report": run_report,
+    "watch": run_watch,
+    "play": run_play,
     "demo": run_demo,
 }
 

@@ -34,6 +34,7 @@ from agents.evaluation.evaluate import evaluate
 from agents.evaluation.intervals import student_t
 from agents.policies.causal_lm_policy import load_policy
 from agents.runs.algorithms import ALGORITHMS
+from agents.runs.curves import TOKENS, colour, dashes, line_of
 from agents.state.schedules import LearningRate
 from benchmarks.many_runs import all_runs, write_results
 from benchmarks.plot_style import STYLE
@@ -208,7 +209,7 @@ def table(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Plot the share of right answers over tokens, a line for each algorithm and a thin one for each of its runs.
+    """Plot the share of right answers over tokens, a line for each algorithm and a band around it for its seeds.
 
     :param rows: the runs.
     :param path: the file.
@@ -217,21 +218,22 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.figure
 
     with mpl.rc_context(STYLE):
-        figure = mpl.figure.Figure(figsize=(7.5, 4.2), layout="constrained")
+        figure = mpl.figure.Figure(figsize=(8.5, 4.6), layout="constrained")
         axes = figure.subplots()
         for number, name in enumerate(dict.fromkeys(row["algorithm"] for row in rows)):
-            curves = [row["curve"] for row in rows if row["algorithm"] == name]
-            for curve in curves:
-                axes.plot(curve["tokens"], curve["accuracy"], color=f"C{number}", linewidth=0.6, alpha=0.35)
-            grid = np.linspace(max(c["tokens"][0] for c in curves), min(c["tokens"][-1] for c in curves), 40)
-            mean = np.mean([np.interp(grid, c["tokens"], c["accuracy"]) for c in curves], axis=0)
-            axes.plot(grid, mean, color=f"C{number}", linewidth=2, label=name)
+            runs = [row["curve"] for row in rows if row["algorithm"] == name]
+            line = line_of([(np.array(run["tokens"]), np.array(run["accuracy"])) for run in runs], number, name)
+            assert line is not None
+            look = {"color": colour(number), "linestyle": dashes(number)}
+            if line.low is not None and line.high is not None:
+                axes.fill_between(line.x / 1000, line.low, line.high, color=look["color"], alpha=0.15, linewidth=0)
+            axes.plot(line.x / 1000, line.y, linewidth=2.2, label=f"{name} ({len(runs)})", **look)
         axes.set_ylim(0, 1)
-        axes.set_xlabel("tokens")
+        axes.set_xlabel(TOKENS)
         axes.set_ylabel("share of right answers, sampled")
         axes.set_title("Arithmetic, in training")
-        axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1000:.0f}k")
-        figure.legend(loc="outside right center")
+        title = "mean, smoothed;\nband: all seeds"
+        figure.legend(loc="outside right center", title=title, alignment="left", title_fontsize=9.5)
         figure.savefig(path, dpi=130)
 
 

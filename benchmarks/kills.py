@@ -3,7 +3,8 @@
 A small model is trained through the command line alone, once without interruption and then again and again with SIGKILL
 at random moments of the training, every other one in the middle of the writing of a checkpoint, each followed by
 ``textrlhf train --resume``. The ends are compared: every file of ``policy/`` byte by byte, the rows of
-``progress.csv`` apart from what a clock measures, ``samples.jsonl``, and the newest checkpoint's weights.
+``progress.csv`` apart from what a clock measures, ``samples.jsonl``, ``episodes.jsonl``, and the newest checkpoint's
+weights.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def differences(directory: Path, whole: Path) -> list[str]:
     """
     found = []
     names = {path.name for path in [*(directory / "policy").iterdir(), *(whole / "policy").iterdir()]}
-    for name in (*(f"policy/{name}" for name in sorted(names)), "samples.jsonl"):
+    for name in (*(f"policy/{name}" for name in sorted(names)), "samples.jsonl", "episodes.jsonl"):
         if not (directory / name).exists() or (directory / name).read_bytes() != (whole / name).read_bytes():
             found.append(name)
     if _rows(directory) != _rows(whole):

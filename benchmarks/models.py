@@ -39,10 +39,11 @@ class Subject(NamedTuple):
 
     :param model: the causal language model.
     :param tokenizer: its tokenizer.
-    :param prompts: texts of exactly ``PROMPT_TOKENS`` tokens.
+    :param prompts: texts of exactly ``prompt_tokens`` tokens.
     :param masks_eos: whether EOS must be forbidden to keep lengths fixed; otherwise the model never writes it.
     :param episodes: how many texts are written side by side.
     :param response: the response budget, in tokens.
+    :param prompt_tokens: how long every prompt is, in tokens.
     """
 
     model: PreTrainedModel
@@ -51,6 +52,7 @@ class Subject(NamedTuple):
     masks_eos: bool
     episodes: int = EPISODES
     response: int = RESPONSE
+    prompt_tokens: int = PROMPT_TOKENS
 
     def own_copy(self) -> Subject:
         """The same with a copy of the model: our policy may replace layers of the one that it is given."""
@@ -96,7 +98,7 @@ def gpt2_config(**changes: Any) -> GPT2Config:
     return GPT2Config(**settings | changes)
 
 
-def gpt2_4m(eos_hazard: float = 0.0, seed: int = 0) -> GPT2LMHeadModel:
+def gpt2_4m(eos_hazard: float = 0.0, seed: int = 0, n_positions: int = 512) -> GPT2LMHeadModel:
     """A random GPT-2 whose texts end with a given probability at each token.
 
     GPT-2's head has no bias, so one hidden unit is made constant: it is 1 after the last layer norm, and the tied
@@ -104,9 +106,10 @@ def gpt2_4m(eos_hazard: float = 0.0, seed: int = 0) -> GPT2LMHeadModel:
 
     :param eos_hazard: probability of EOS at each token, about; 0: never.
     :param seed: of the weights.
+    :param n_positions: the longest context that it can read.
     """
     torch.manual_seed(seed)
-    model = GPT2LMHeadModel(gpt2_config()).eval()
+    model = GPT2LMHeadModel(gpt2_config(n_positions=n_positions)).eval()
     eos, pad = model.config.eos_token_id, model.config.pad_token_id
     with torch.no_grad():
         model.transformer.ln_f.weight[0] = 0.0
@@ -120,15 +123,16 @@ def gpt2_4m(eos_hazard: float = 0.0, seed: int = 0) -> GPT2LMHeadModel:
     return model
 
 
-def tiny_gpt2(n_tokens: int, seed: int) -> GPT2LMHeadModel:
+def tiny_gpt2(n_tokens: int, seed: int, n_positions: int = 128) -> GPT2LMHeadModel:
     """A random GPT-2 of one layer of width 32, which solves the probes; EOS and padding are its tokens 0 and 1.
 
     :param n_tokens: V, the number of tokens.
     :param seed: of the weights.
+    :param n_positions: the longest context that it can read.
     """
     torch.manual_seed(seed)
     ids = {"eos_token_id": 0, "pad_token_id": 1}
-    shape = {"vocab_size": n_tokens, "n_positions": 128, "n_embd": 32, "n_layer": 1, "n_head": 4}
+    shape = {"vocab_size": n_tokens, "n_positions": n_positions, "n_embd": 32, "n_layer": 1, "n_head": 4}
     return GPT2LMHeadModel(gpt2_config(**shape, **ids, initializer_range=0.1)).eval()
 
 
@@ -156,13 +160,14 @@ def hazard_for(mean: float, budget: int) -> float:
     return (low + high) / 2
 
 
-def words(directory: Path | None = None) -> PreTrainedTokenizerFast:
-    """A tokenizer of ``VOCABULARY`` words, made offline: text and tokens correspond one to one.
+def words(directory: Path | None = None, vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words, made offline: text and tokens correspond one to one.
 
     :param directory: also saved there.
+    :param vocabulary: how many words, EOS and padding included, which are the last two.
     """
-    vocabulary = {f"w{i}": i for i in range(VOCABULARY - 2)} | {"<eos>": VOCABULARY - 2, "<pad>": VOCABULARY - 1}
-    core = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
+    ids = {f"w{i}": i for i in range(vocabulary - 2)} | {"<eos>": vocabulary - 2, "<pad>": vocabulary - 1}
+    core = Tokenizer(WordLevel(ids, unk_token="w0"))
     core.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>")
     tokenizer.padding_side = "left"
@@ -171,10 +176,14 @@ def words(directory: Path | None = None) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def word_prompts() -> list[str]:
-    """Texts of ``PROMPT_TOKENS`` random words."""
+def word_prompts(tokens: int = PROMPT_TOKENS, vocabulary: int = VOCABULARY) -> list[str]:
+    """Texts of random words.
+
+    :param tokens: how many words a text has.
+    :param vocabulary: of the tokenizer.
+    """
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(VOCABULARY - 2, (N_PROMPTS, PROMPT_TOKENS), generator=generator).tolist()
+    ids = torch.randint(vocabulary - 2, (N_PROMPTS, tokens), generator=generator).tolist()
     return [" ".join(f"w{i}" for i in row) for row in ids]
 
 

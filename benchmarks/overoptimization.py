@@ -586,11 +586,13 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 # ---- plot ----------------------------------------------------------------------------------------------------------
 
-X_LABEL = "√KL to the start (√nats per episode)"
+X_LABEL = "√KL to the start (√nats per text)"
+Y_LABEL = "score (standard deviations of the start's)"
+SIZE_COLOURS = ("#E69F00", "#009E73", "#0072B2", "#000000")  # four of Okabe and Ito's, from the smallest size
 
 
 def write_plot(results: Sequence[Run], start: Point, file: Path) -> None:
-    """Sizes beside each other at the lowest KL coefficient, and for each size its KL coefficients.
+    """Above, the sizes at the lowest KL coefficient, proxy and gold score apart; below, each size's KL coefficients.
 
     :param results: all runs.
     :param start: of :func:`run_all`.
@@ -598,82 +600,74 @@ def write_plot(results: Sequence[Run], start: Point, file: Path) -> None:
     """
     by_size = grouped(results, "size")
     coefs = sorted({run["kl_coef"] for run in results})
-    size_colours = dict(zip(by_size, plt.get_cmap("viridis_r")(np.linspace(0.12, 0.95, len(by_size))), strict=True))
-    coef_colours = dict(zip(coefs, plt.get_cmap("inferno")(np.linspace(0.7, 0.1, len(coefs))), strict=True))
+    styles = [("-", "o"), ((0, (6, 2)), "s"), ((0, (2, 1.2)), "^"), ((0, (6, 2, 1.5, 2)), "D")]
+    size_looks = {key: (SIZE_COLOURS[i % 4], *styles[i % 4]) for i, key in enumerate(by_size)}
+    coef_colours = dict(zip(coefs, plt.get_cmap("inferno")(np.linspace(0.68, 0.1, len(coefs))), strict=True))
     ceiling = (BEST_GOLD - start["gold_mean"]) / start["gold_std"]
-    columns = math.ceil(len(by_size) / 2)
-    with plt.rc_context({**STYLE, "axes.titlesize": 11.5}):
-        figure = plt.figure(figsize=(6.4 + 3.1 * columns, 7.0), layout="constrained")
-        grid = figure.add_gridspec(2, 1 + columns, width_ratios=[2.0, *[1.0] * columns])
-        large = figure.add_subplot(grid[:, 0])
-        small: list[Axes] = []
-        for i in range(len(by_size)):
-            share = {"sharey": large, **({"sharex": small[0]} if small else {})}
-            small.append(figure.add_subplot(grid[i // columns, 1 + i % columns], **share))
+    with plt.rc_context({**STYLE, "axes.titlesize": 11}):
+        figure = plt.figure(figsize=(12.4, 8.6), layout="constrained")
+        above, below = figure.subfigures(2, 1, height_ratios=(1.25, 1))
 
+        proxy, gold = above.subplots(1, 2, sharex=True)
         for key, runs in by_size.items():
-            at_lowest = [run for run in runs if run["kl_coef"] == coefs[0]]
-            draw_curves(large, at_lowest, size_colours[key], fit=fit_of(at_lowest))
-        finish(large, f"Reward-model sizes, KL coefficient {coefs[0]:g}", ceiling)
-        large.annotate(
+            steps = path(rollouts([run for run in runs if run["kl_coef"] == coefs[0]]))
+            colour, line, marker = size_looks[key]
+            for axis, name in ((proxy, "proxy"), (gold, "gold")):
+                scores = [0.0, *(getattr(step, name) for step in steps)]
+                axis.plot(
+                    [0.0, *(step.d for step in steps)], scores, linestyle=line, marker=marker, markersize=4.5,
+                    markeredgewidth=0, color=colour, linewidth=2, label=f"{key[0]}: {label_of(runs)}",
+                )  # fmt: skip
+        finish(proxy, f"Proxy score: what is trained on (KL coefficient {coefs[0]:g})", None)
+        finish(gold, "Gold score of the same policies: what is wanted", ceiling)
+        gold.set_ylim(top=1.12 * ceiling)
+        gold.annotate(
             "the most gold there is", (0.01, ceiling), xycoords=("axes fraction", "data"), xytext=(0, 3),
-            textcoords="offset points", color="#777777", fontsize=8.5,
+            textcoords="offset points", color="#666666", fontsize=9,
         )  # fmt: skip
-        large.set_xlabel(X_LABEL)
-        large.set_ylabel("score (standard deviations of the start's)")
-        sizes = [
-            Line2D([], [], color=size_colours[key], linewidth=2.2, label=f"{key[0]}: {label_of(runs)}")
-            for key, runs in by_size.items()
-        ]
-        lines: Any = {"color": "#444444"}
-        styles = [
-            Line2D([], [], linewidth=2.2, label="gold (dots: single rollouts)", **lines),
-            Line2D([], [], linewidth=1.6, linestyle="--", label="proxy", **lines),
-            Line2D([], [], linewidth=1.1, linestyle=":", label="gold, fitted: $d\\,(α − β\\,\\log d)$", **lines),
-            Line2D([], [], marker="*", markersize=11, linestyle="none", label="gold at its peak", **lines),
-        ]
-        nothing = Line2D([], [], linestyle="none", label=" ")  # so that each of the two has a column of its own
-        for column, other in ((sizes, styles), (styles, sizes)):
-            column += [nothing] * (len(other) - len(column))
-        large.legend(handles=[*sizes, *styles], loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, fontsize=9)
+        for axis in (proxy, gold):
+            axis.set_xlabel(X_LABEL)
+        proxy.set_ylabel(Y_LABEL)
+        handles, labels = proxy.get_legend_handles_labels()
+        above.legend(handles, labels, loc="outside lower center", ncols=2, title="reward model", title_fontsize=10)
 
-        for i, (axis, (key, runs)) in enumerate(zip(small, by_size.items(), strict=True)):
+        small = list(np.atleast_1d(below.subplots(1, len(by_size), sharex=True, sharey=True)))
+        for axis, (key, runs) in zip(small, by_size.items(), strict=True):
             for kl_coef in coefs:
                 draw_curves(axis, [run for run in runs if run["kl_coef"] == kl_coef], coef_colours[kl_coef])
             finish(axis, f"{key[0]}, {mean_of(runs, 'held_out_accuracy'):.0%} right", ceiling)
-            if i + columns >= len(small):  # the lowest of its column
-                axis.set_xlabel(X_LABEL)
-        small[-1].legend(
-            handles=[Line2D([], [], color=coef_colours[c], linewidth=2.2, label=f"{c:g}") for c in coefs],
-            title="KL coefficient", loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=len(coefs), fontsize=9,
-            title_fontsize=9,
+            axis.set_xlabel(X_LABEL)
+        small[0].set_ylabel(Y_LABEL)
+        dark: Any = {"color": "#444444"}
+        below.legend(
+            handles=[
+                *(Line2D([], [], color=coef_colours[c], linewidth=3, label=f"KL coefficient {c:g}") for c in coefs),
+                Line2D([], [], linewidth=2.2, label="gold score", **dark),
+                Line2D([], [], linewidth=1.6, linestyle="--", label="proxy score", **dark),
+                Line2D([], [], marker="*", markersize=11, linestyle="none", label="gold at its peak", **dark),
+            ],
+            loc="outside lower center", ncols=len(coefs) + 3,
         )  # fmt: skip
-        for axis in (large, small[0]):
+        for axis in (proxy, small[0]):
             axis.set_xlim(left=0)
         figure.savefig(file, dpi=130)
         plt.close(figure)
 
 
-def draw_curves(axis: Axes, runs: Sequence[Run], colour: Any, fit: Fit | None = None) -> None:
-    """Rollouts as dots, their path as lines. They begin at the start, where both scores are 0 by definition."""
-    points = rollouts(runs)
-    steps = path(points)
+def draw_curves(axis: Axes, runs: Sequence[Run], colour: Any) -> None:
+    """The path of a policy. It begins at the start, where both scores are 0 by definition."""
+    steps = path(rollouts(runs))
     d = [0.0, *(step.d for step in steps)]
-    axis.scatter(
-        [root_kl(p["kl"]) for p in points], [p["gold"] for p in points], s=6, color=colour, alpha=0.3, linewidths=0
-    )
     axis.plot(d, [0.0, *(step.proxy for step in steps)], color=colour, linewidth=1.6, linestyle="--")
     axis.plot(d, [0.0, *(step.gold for step in steps)], color=colour, linewidth=2.2)
     best = peak(steps)
     axis.plot(best.d, best.gold, color=colour, marker="*", markersize=13, markeredgecolor="white", zorder=4)
-    if fit is not None:
-        x = np.linspace(0, max(root_kl(p["kl"]) for p in points), 200)
-        axis.plot(x, fit(x), color=colour, linewidth=1.1, linestyle=":")
 
 
-def finish(axis: Axes, title: str, ceiling: float) -> None:
+def finish(axis: Axes, title: str, ceiling: float | None) -> None:
     """What all panels share."""
-    axis.axhline(ceiling, color="#999999", linewidth=1, linestyle=(0, (1, 2)), zorder=1)
+    if ceiling is not None:
+        axis.axhline(ceiling, color="#888888", linewidth=1, linestyle=(0, (1, 2)), zorder=1)
     axis.set_title(title)
 
 

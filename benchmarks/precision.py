@@ -63,7 +63,7 @@ def ratios(policy: CausalLMPolicy, env: TextVectorEnv, n_episodes: int, rollouts
             samples = buffer.pack(part)
             with torch.no_grad():
                 log_prob = policy.evaluate_actions(samples.observations, samples.actions)[1]
-            found.append((log_prob - samples.old_log_prob).double().exp().numpy())
+            found.append((log_prob - samples.old_log_prob).double().exp().cpu().numpy())
     return np.concatenate(found)
 
 

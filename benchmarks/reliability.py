@@ -12,6 +12,7 @@ killed        SIGKILL before every call by which a save changes files: the old c
 limited       no file grows beyond n bytes, for every n up to the largest file: the old one loads, and no half is left
 system-calls  the same by strace: SIGKILL before, and "no space left" from, every system call that changes files
 sigkill       SIGKILL at random moments of ``textrlhf train``, then ``train --resume``: the end is the same, bit for bit
+soak          half an hour of ``textrlhf train``: the resident memory at the end beside that of minute three
 
 The figures of a part replace those that the file has of it already; the others stay.
 """
@@ -40,6 +41,7 @@ from agents.algorithms.rloo import RLOO
 from agents.algorithms.vineppo import VinePPO
 from benchmarks.faults import at_every_system_call, examine_damages, killed_at_every_call, too_large_at_every_size
 from benchmarks.kills import kill_runs
+from benchmarks.soak import soak
 from benchmarks.timing import machine, today, versions
 from text_env.constraints import ForbiddenTokens
 from text_env.vector_env import TextVectorEnv
@@ -116,13 +118,16 @@ def examine_strangers(work: Path) -> dict[str, Any]:
     return {"cases": len(cases), "wrong": wrong}
 
 
-def measure(parts: Sequence[str], work: Path, flips: int, step: int, kills: int = 50) -> dict[str, Any]:
+def measure(
+    parts: Sequence[str], work: Path, flips: int, step: int, kills: int = 50, minutes: float = 30.0
+) -> dict[str, Any]:
     """
     :param parts: names of parts.
     :param work: an empty directory.
     :param flips: the number of flipped bits in each file.
     :param step: limits of file sizes are multiples of this, in bytes.
     :param kills: the number of kills of a whole run.
+    :param minutes: the length of the soak.
     :return: the figures of each part.
     """
     measured: dict[str, Callable[[Path], dict[str, Any]]] = {
@@ -135,6 +140,7 @@ def measure(parts: Sequence[str], work: Path, flips: int, step: int, kills: int 
             "disk full": at_every_system_call(path / "full", killed=False),
         },
         "sigkill": lambda path: kill_runs(path, kills),
+        "soak": lambda path: soak(path, minutes),
     }
     figures = {}
     for part in parts:
@@ -144,7 +150,7 @@ def measure(parts: Sequence[str], work: Path, flips: int, step: int, kills: int 
     return figures
 
 
-PARTS = ("damages", "strangers", "killed", "limited", "system-calls", "sigkill")
+PARTS = ("damages", "strangers", "killed", "limited", "system-calls", "sigkill", "soak")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -153,12 +159,15 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--flips", type=int, default=24, help="flipped bits in each file")
     parser.add_argument("--step", type=int, default=16, help="limits of file sizes are multiples of this, in bytes")
     parser.add_argument("--kills", type=int, default=50, help="kills of a whole run")
+    parser.add_argument("--minutes", type=float, default=30.0, help="of the soak")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(args)
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"Expected parts among {', '.join(PARTS)}, got {', '.join(sorted(unknown))}.")
     with tempfile.TemporaryDirectory() as work:
-        figures = measure(options.parts or PARTS, Path(work), options.flips, options.step, options.kills)
+        figures = measure(
+            options.parts or PARTS, Path(work), options.flips, options.step, options.kills, options.minutes
+        )
     if options.json is not None:
         about = {
             "command": f"python -m benchmarks.reliability {' '.join(args if args is not None else sys.argv[1:])}",

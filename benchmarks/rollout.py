@@ -13,7 +13,7 @@ from transformers import DynamicCache, GenerationConfig
 from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.collector import collect_episodes
 from agents.rollouts.episode_buffer import EpisodeBuffer
-from benchmarks.models import PROMPT_TOKENS, Subject
+from benchmarks.models import Subject
 from text_env.vector_env import TextVectorEnv
 
 
@@ -54,17 +54,18 @@ def make_env(subject: Subject, reward: Any = None) -> TimedEnv:
         tokenizer=subject.tokenizer,
         prompts=subject.prompts,
         reward=reward if reward is not None else ConstantReward(),
-        max_prompt_tokens=PROMPT_TOKENS,
+        max_prompt_tokens=subject.prompt_tokens,
         max_new_tokens=subject.response,
         min_new_tokens=subject.response if subject.masks_eos else 0,
         chat_template=False,  # `generate` continues plain text, so both sides do
     )
 
 
-def make_policy(subject: Subject, env: TextVectorEnv) -> CausalLMPolicy:
+def make_policy(subject: Subject, env: TextVectorEnv, **policy_kwargs: Any) -> CausalLMPolicy:
     """
     :param subject: whose model it is; nobody else may use it.
     :param env: says what spaces.
+    :param policy_kwargs: further arguments of the policy.
     """
     return CausalLMPolicy(
         env.single_observation_space,
@@ -74,6 +75,7 @@ def make_policy(subject: Subject, env: TextVectorEnv) -> CausalLMPolicy:
         tokenizer=subject.tokenizer,
         eos_token_id=env.eos_token_ids,
         min_new_tokens=env.min_new_tokens,
+        **policy_kwargs,
     )
 
 
@@ -81,13 +83,14 @@ class Ours:
     """Our rollout, as our learners do it.
 
     :param subject: what is measured.
+    :param policy_kwargs: further arguments of the policy.
     """
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: Subject, **policy_kwargs: Any) -> None:
         subject = subject.own_copy()
         self.episodes = subject.episodes
         self.env = make_env(subject)
-        self.policy = make_policy(subject, self.env).to(subject.model.device)
+        self.policy = make_policy(subject, self.env, **policy_kwargs).to(subject.model.device)
         spaces = self.env.single_observation_space, self.env.single_action_space
         self.buffer = EpisodeBuffer(0, *spaces, subject.model.device, n_envs=self.episodes)
         self.env_shares: list[float] = []
@@ -113,16 +116,20 @@ class Ours:
 
 def prompt_batch(subject: Subject, env: TextVectorEnv) -> Callable[[], torch.Tensor]:
     """
-    :return: draws int64 [episodes, PROMPT_TOKENS] from the environment's prompts.
+    :return: draws int64 [episodes, prompt_tokens] from the environment's prompts.
     """
     ids = torch.tensor([prompt.token_ids for prompt in env.prompts], device=subject.model.device)
     return lambda: ids[torch.randint(len(ids), (subject.episodes,))]
 
 
-def generate(subject: Subject, env: TextVectorEnv, ends: bool) -> Callable[[], int]:
-    """Hugging Face's ``generate``, sampling from the whole distribution with its default cache.
+def generate(
+    subject: Subject, env: TextVectorEnv, ends: bool, cache_implementation: str | None = None
+) -> Callable[[], int]:
+    """Hugging Face's ``generate``, sampling from the whole distribution.
 
     :param ends: EOS ends a text. Otherwise ``generate`` isn't even told of EOS: the least work for it.
+    :param cache_implementation: its kind of cache, such as ``"static"``, with which it compiles the model on CUDA;
+        None: its default.
     :return: a run that says how many real tokens it wrote (EOS included, padding not).
     """
     eos = list(env.eos_token_ids)
@@ -133,6 +140,7 @@ def generate(subject: Subject, env: TextVectorEnv, ends: bool) -> Callable[[], i
         min_new_tokens=None if ends else subject.response,
         eos_token_id=eos if ends else None,
         pad_token_id=env.pad_token_id,
+        cache_implementation=cache_implementation,
     )
     # What the model's own file says of EOS must not come back in.
     subject.model.generation_config = config
@@ -142,7 +150,7 @@ def generate(subject: Subject, env: TextVectorEnv, ends: bool) -> Callable[[], i
         prompts = draw()
         with torch.inference_mode():
             texts = subject.model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=config)
-        responses = texts[:, PROMPT_TOKENS:]
+        responses = texts[:, prompts.shape[1] :]
         if not ends:
             return responses.numel()
         is_eos = torch.isin(responses, torch.tensor(eos, device=responses.device))

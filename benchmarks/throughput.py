@@ -21,53 +21,30 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from benchmarks import rollout, update
-from benchmarks.models import EPISODES, PEERS, RESPONSE, Subject, gpt2_4m, hazard_for, subject, word_prompts, words
+from benchmarks.decode_step import decode_steps
+from benchmarks.long_texts import growing_texts, sixty_four_rows
+from benchmarks.models import EPISODES, PEERS, RESPONSE, Subject, gpt2_4m, hazard_for, word_prompts, words
 from benchmarks.peers.turns import Child
-from benchmarks.timing import alternate, entry, machine, speed_ratio, today, versions
+from benchmarks.plan import Figures, Plan
+from benchmarks.timing import alternate, entry, machine, seconds_of, speed_ratio, today, versions
 
 MODELS = ("builtin", "gpt2-4m", "smollm2")
 ROOT = Path(__file__).parent.parent
 
-Figures = dict[str, dict[str, Any]]
 
-
-class Plan:
-    """What is to be measured, and how thoroughly.
-
-    :param args: of the command line.
+def suffix_of(model: str) -> str:
     """
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.models: list[str] = args.models
-        self.only: list[str] = args.only
-        self.device = torch.device(args.device)
-        self.threads: int = args.threads
-        self.quick: bool = args.quick
-        self.repeats: int = args.repeats or (5 if args.quick else 11)
-        # A few of these take a minute each.
-        self.slow_repeats: int = args.repeats or 5
-        self.episodes: int = args.episodes
-        self.response: int = args.response
-        self.growth_episodes = min(16, self.episodes) if args.quick else self.episodes
-        self.process_pairs = 1 if args.quick else 3
-
-    def subject(self, name: str, device: torch.device | None = None) -> Subject:
-        """
-        :param name: of a model.
-        :param device: another than the plan's.
-        """
-        return subject(name, device or self.device)._replace(episodes=self.episodes, response=self.response)
-
-    def wants(self, *keys: str) -> bool:
-        """Whether one of these is asked for."""
-        return not self.only or any(key in self.only for key in keys)
+    :param model: its name.
+    :return: what its keys end with.
+    """
+    return "" if model == "gpt2-4m" else f"_{model}"
 
 
 def rollouts(plan: Plan) -> Figures:
     """Tokens per second of a rollout of fixed length, on each model."""
     figures: Figures = {}
     for name in plan.models:
-        suffix = "" if name == "gpt2-4m" else f"_{name}"
+        suffix = suffix_of(name)
         key, hand_key, share_key = f"rollout_vs_generate{suffix}", f"rollout_vs_hand_loop{suffix}", f"env_share{suffix}"
         if not plan.wants(key, hand_key, share_key):
             continue
@@ -102,15 +79,41 @@ def rollouts(plan: Plan) -> Figures:
     return figures
 
 
+def compiled(plan: Plan) -> Figures:
+    """Rollouts with decode="compiled" beside those with "eager"."""
+    figures: Figures = {}
+    for name in plan.models:
+        key = f"rollout_compiled_vs_eager{suffix_of(name)}"
+        if not plan.wants(key):
+            continue
+        what = plan.subject(name)
+        sides = {mode: rollout.Ours(what, decode=mode) for mode in ("compiled", "eager")}
+        first, _ = seconds_of(sides["compiled"])
+        speeds = alternate(dict(sides), plan.repeats if name != "smollm2" else plan.slow_repeats)
+        figures[key] = speed_ratio(
+            speeds["compiled"],
+            speeds["eager"],
+            "",
+            f'Rollout with decode="compiled" ÷ with "eager"; {name}, prompt 8, response {plan.response} fixed, '
+            f"{plan.episodes} rows.",
+            seconds_of_first_rollout=first,
+        )
+    return figures
+
+
+def mixed_subject(plan: Plan) -> Subject:
+    """gpt2-4m, whose texts end after half the budget on average."""
+    model = gpt2_4m(eos_hazard=hazard_for(plan.response / 2, plan.response)).to(plan.device)
+    if plan.device.type == "cuda":
+        model = model.to(torch.bfloat16)
+    return Subject(model, words(), word_prompts(), False, plan.episodes, plan.response)
+
+
 def varied(plan: Plan) -> Figures:
     """The same when texts end by themselves, after half the budget on average."""
     if "gpt2-4m" not in plan.models:
         return {}
-    hazard = hazard_for(plan.response / 2, plan.response)
-    model = gpt2_4m(eos_hazard=hazard).to(plan.device)
-    if plan.device.type == "cuda":
-        model = model.to(torch.bfloat16)
-    what = Subject(model, words(), word_prompts(), False, plan.episodes, plan.response)
+    what = mixed_subject(plan)
     ours = rollout.Ours(what)
     # Lengths are drawn anew each time, so single ratios scatter: more of them.
     speeds = alternate({"ours": ours, "generate": rollout.generate(what, ours.env, ends=True)}, 2 * plan.repeats)
@@ -158,6 +161,22 @@ def updates(plan: Plan) -> Figures:
             f"model(x).logits.log_softmax() and backward() on the same minibatches, no optimiser step; {name}.",
         )
     return figures
+
+
+def mixed_updates(plan: Plan) -> Figures:
+    """Action tokens per second of an update on texts of different lengths."""
+    what = mixed_subject(plan)
+    algorithm = update.own_ppo(what)
+    sides = {"ours": update.update(algorithm), "bare": update.bare_passes(algorithm, what)}
+    speeds = alternate(sides, plan.repeats)
+    figure = speed_ratio(
+        speeds["ours"],
+        speeds["bare"],
+        ">= 1.4",
+        "PPO's whole update ÷ bare model(x).logits.log_softmax() and backward() on the same minibatches, each padded "
+        "to its longest text, when EOS ends texts after half the budget on average; gpt2-4m.",
+    )
+    return {"update_vs_bare_mixed": figure}
 
 
 def stock(plan: Plan) -> Figures:
@@ -275,9 +294,16 @@ SECTIONS: dict[Callable[[Plan], Figures], tuple[str, ...]] = {
         for key in ("rollout_vs_generate", "rollout_vs_hand_loop", "env_share")
         for suffix in ("", "_builtin", "_smollm2")
     ),
+    compiled: tuple(f"rollout_compiled_vs_eager{suffix_of(name)}" for name in MODELS),
     varied: ("rollout_vs_generate_varied",),
+    decode_steps: tuple(
+        f"decode_step_{mode}_vs_products{suffix}" for mode in ("eager", "compiled") for suffix in ("", "_builtin")
+    ),
     long_texts: ("rollout_vs_generate_long",),
+    sixty_four_rows: ("rollout_vs_generate_256", "rollout_vs_generate_1024"),
+    growing_texts: ("growth_1024_4096", "memo_bytes_per_token"),
     updates: ("update_vs_bare", "update_vs_bare_builtin"),
+    mixed_updates: ("update_vs_bare_mixed",),
     growth: ("growth_128_256",),
     trl: ("trl_ppo_vs_ours", "trl_ppo_vs_ours_separate_critic", "rss_vs_trl"),
     stock: ("stock_ppo_speedup",),
@@ -310,7 +336,7 @@ def show(figures: Figures, console: Console) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="all keys in at most 12 minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats: all keys in at most half an hour")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--only", nargs="+", choices=KEYS, default=[], metavar="KEY", help=", ".join(KEYS))
     parser.add_argument("--json", type=Path, required=True, help="where the figures go")

@@ -165,7 +165,8 @@ def tensors_of(observation: dict[str, np.ndarray]) -> Observation:
 @torch.no_grad()
 def plain_log_probs(policy: CausalLMPolicy, context: Sequence[int], response_length: int) -> torch.Tensor:
     """The policy's distribution after one context [V], by one call of the Hugging Face model itself."""
-    logits = policy.lm.model(torch.tensor([list(context)])).logits[0, -1, : policy.distribution.n_tokens].double()
+    input_ids = torch.tensor([list(context)], device=policy.lm.device)
+    logits = policy.lm.model(input_ids).logits[0, -1, : policy.distribution.n_tokens].double().cpu()
     logits = logits / policy.distribution.temperature
     if response_length < policy.distribution.min_new_tokens:
         logits[list(policy.distribution.eos_token_ids)] = -torch.inf
@@ -176,7 +177,7 @@ def plain_log_probs(policy: CausalLMPolicy, context: Sequence[int], response_len
 def plain_value(policy: CausalLMPolicy, context: Sequence[int]) -> float:
     """The policy's value of one context, by one call of the backbone itself."""
     backbone = policy.critic if policy.critic is not None else policy.lm.backbone
-    hidden = backbone(torch.tensor([list(context)])).last_hidden_state[0, -1]
+    hidden = backbone(torch.tensor([list(context)], device=policy.lm.device)).last_hidden_state[0, -1]
     return float(policy.value_head(hidden.to(policy.value_head.weight.dtype)))
 
 

@@ -117,28 +117,85 @@ class Reading(NamedTuple):
     hidden: torch.Tensor
 
 
+class Graphs:
+    """Graphs of the device that read and write one block's storage. A copy of them is empty, since they would write to
+    the original's.
+    """
+
+    def __init__(self) -> None:
+        self._bound_to: Any = None
+        self._graphs: dict[Any, Any] = {}
+
+    def of(self, bound_to: Any) -> dict[Any, Any]:
+        """
+        :param bound_to: what the graphs depend on besides the storage.
+        :return: the graphs that were captured under the same. All others are dropped.
+        """
+        if self._bound_to != bound_to:
+            self._bound_to, self._graphs = bound_to, {}
+        return self._graphs
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
+        return Graphs()
+
+
 class Block:
     """The stored contexts of one stream of calls, such as a rollout: one row, also called a slot, per context.
+
+    A token takes 2 × layers × heads of keys and values × head_dim numbers. There are columns for the longest context
+    that is stored and for a quarter more, or ``SPARE_COLUMNS`` more. When they are used up, the live rows are laid out
+    anew without gaps, which takes no new storage as long as they fit.
 
     :param n_rows: the number of rows.
     :param width: the number L of columns of an observation, which is the length of the longest context.
     :param like: a reading, from which shapes, dtype and device are taken.
+    :param columns: the number of columns that there are at least. If it is larger than L by ``SPARE_COLUMNS`` or more,
+        the storage stays where it is.
     """
 
-    def __init__(self, n_rows: int, width: int, like: Reading) -> None:
+    def __init__(self, n_rows: int, width: int, like: Reading, columns: int = 0) -> None:
+        self._least = max(columns, SPARE_COLUMNS)
         self.known = KnownContexts(n_rows, width)
         self.layers = [
-            CacheLayer(*(x.new_zeros(n_rows, x.shape[1], SPARE_COLUMNS, x.shape[3]) for x in pair))
+            CacheLayer(*(x.new_zeros(n_rows, x.shape[1], self._least, x.shape[3]) for x in pair))
             for pair in like.layers
         ]
         self.hidden = like.hidden.new_zeros(n_rows, like.hidden.shape[-1])  # the states at each row's last token
-        self.visible = torch.zeros(n_rows, SPARE_COLUMNS, dtype=torch.bool, device=self.hidden.device)
+        self.visible = torch.zeros(n_rows, self._least, dtype=torch.bool, device=self.hidden.device)
+        self.graphs = Graphs()
         self._indexed: tuple[np.ndarray, torch.Tensor] = (np.zeros(0, dtype=np.int64), torch.zeros(0))
 
     @property
     def columns(self) -> int:
         """The number of columns in use."""
         return self.layers[0].columns
+
+    @property
+    def capacity(self) -> int:
+        """The number of columns that there are."""
+        return self.visible.shape[1]
+
+    def suits(self, n_rows: int, width: int, like: Reading, columns: int) -> bool:
+        """
+        :param n_rows: as for the constructor.
+        :param width: as for the constructor.
+        :param like: as for the constructor.
+        :param columns: as for the constructor.
+        :return: whether this block's storage can serve as that of a new block of these arguments.
+        """
+        alike = len(self.layers) == len(like.layers) and all(
+            x.shape[1::2] == y.shape[1::2] and x.dtype == y.dtype and x.device == y.device
+            for layer, pair in zip(self.layers, like.layers, strict=True)
+            for x, y in zip((layer.keys, layer.values), pair, strict=True)
+        )
+        same_rows = (self.known.n_slots, self.known.width) == (n_rows, width)
+        return alike and same_rows and self.capacity >= columns and self.hidden.dtype == like.hidden.dtype
+
+    def forget(self) -> None:
+        """Forget all contexts, and keep the storage, as if the block were new."""
+        self.known = KnownContexts(self.known.n_slots, self.known.width)
+        for layer in self.layers:
+            layer.columns = 0
 
     def beginning(self, slot: int, length: int) -> Beginning:
         """
@@ -170,7 +227,7 @@ class Block:
 
         :param more: the number of columns that are needed beyond those in use.
         """
-        if self.columns + more > self.visible.shape[1]:
+        if self.columns + more > self.capacity:
             self._lay_out(int(self.known.length[: self.known.live].max(initial=0)), more)
 
     def extend_to(self, columns: int) -> None:
@@ -178,14 +235,14 @@ class Block:
 
         :param columns: the number of columns.
         """
-        if (self.known.live and self.columns < columns) or columns > self.visible.shape[1]:
+        if (self.known.live and self.columns < columns) or columns > self.capacity:
             self._lay_out(columns, 0)
         for layer in self.layers:
             layer.columns = max(layer.columns, columns)
 
     def _lay_out(self, end: int, more: int) -> None:
-        """Copy the live rows into new storage, without gaps, so that each ends in the same column. However long a row
-        has waited, the storage is then as large as the longest context asks for, and no larger.
+        """Move the live rows together, without gaps, so that each ends in the same column. However long a row has
+        waited, the storage is then as large as the longest context asks for, and no larger.
 
         :param end: the number of columns in use afterwards.
         :param more: the number of columns that are needed beyond those.
@@ -194,18 +251,31 @@ class Block:
         owner, position = _tokens_of(known.length[: known.live])
         to = end - known.length[owner] + position
         row, from_column, to_column = self.to_torch(owner, known.columns[owner, position], to)
-        # With at least as many spare columns as used ones, copying costs O(1) columns per call on average.
-        capacity = end + more + max(SPARE_COLUMNS, end + more)
+        capacity = self._capacity_for(end + more)
         for layer in self.layers:
             for name in ("keys", "values"):
                 old: torch.Tensor = getattr(layer, name)
-                new = old.new_zeros(old.shape[0], old.shape[1], capacity, old.shape[3])
-                new.transpose(1, 2)[row, to_column] = old.transpose(1, 2)[row, from_column]
-                setattr(layer, name, new)
+                live = old.transpose(1, 2)[row, from_column]  # a copy, so it may be written over its origin
+                if capacity != self.capacity:
+                    old = old.new_zeros(old.shape[0], old.shape[1], capacity, old.shape[3])
+                    setattr(layer, name, old)
+                old.transpose(1, 2)[row, to_column] = live
             layer.columns = end
-        self.visible = self.visible.new_zeros(len(self.visible), capacity)
+        if capacity == self.capacity:
+            self.visible.zero_()
+        else:
+            self.graphs = Graphs()
+            self.visible = self.visible.new_zeros(len(self.visible), capacity)
         self.visible[row, to_column] = True
         known.columns[owner, position] = to
+
+    def _capacity_for(self, columns: int) -> int:
+        """Columns in use, and spare ones: the more, the less often rows are copied. A row is read in every call, so
+        copying it in every 64th costs little. Rows that don't restart never need more columns than the longest context.
+        """
+        few, many = SPARE_COLUMNS // 2, max(SPARE_COLUMNS, columns // 4)
+        wanted = max(min(columns + many, max(self.known.width, columns + few)), self._least)
+        return self.capacity if columns + few <= self.capacity <= 2 * wanted else wanted
 
     def put(self, slots: np.ndarray, contexts: Contexts, reading: Reading, rows: np.ndarray) -> None:
         """Copy contexts from a reading. At least as many columns must be in use as the longest of them has tokens.

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from agents.models.cache_storage import Beginning, Block, CacheLayer, Reading
 from agents.models.causal_lm import Positions
 from agents.models.context_matching import common_prefix, distinct
 from agents.models.contexts import Contexts, maximal_sequences, share_prefixes
+from agents.models.decoding import DECODE_MODES, EAGER, Decoder, Launch, launches, sizes_told_apart
 from agents.models.transfers import to_device
 from agents.models.weights import WeightsWatch
 
@@ -47,20 +48,50 @@ class PrefixCache:
     :param backbone: a Hugging Face decoder without a head. Whenever its weights have changed, the cache is emptied.
     :param max_blocks: the number of alternating streams of calls that are cached. The least recently used one is
         dropped.
+    :param decode: how rows that have grown by one token are read, which is nearly all that a rollout does: "eager", or
+        "compiled" by ``torch.compile`` and, on CUDA, captured into graphs (see :mod:`agents.models.decoding`). Where
+        that isn't possible, or doesn't give the same results on a small example, a warning says why, and they are read
+        as with "eager".
+    :raises ValueError: if ``decode`` is none of these.
     """
 
-    def __init__(self, backbone: nn.Module, max_blocks: int = 3) -> None:
+    def __init__(self, backbone: nn.Module, max_blocks: int = 3, decode: str = "eager") -> None:
+        if decode not in DECODE_MODES:
+            raise ValueError(f"Expected decode to be one of {DECODE_MODES}, got {decode!r}.")
         self._backbone = backbone
         self._max_blocks = max_blocks
+        self._decode_mode = decode
         self._blocks: list[Block] = []  # most recently used first
+        self._unused: list[Block] = []  # whose storage is used again, since graphs of the device are bound to it
         self._weights = WeightsWatch(backbone)
-        self._ready_masks = True  # the model takes masks as the attention needs them
+        self._decoder = Decoder(backbone, self._weights)
+        self._launches: dict[Any, Launch] = {}  # the one that was found to be right, by device and precision
         self.enabled = self._is_supported()
 
     def clear(self) -> None:
         """Empty the cache."""
+        self._drop(self._blocks)
         self._blocks = []
         self._weights.forget()
+
+    def release(self) -> None:
+        """Empty the cache, and free the storage that :meth:`clear` keeps for the next contexts."""
+        self.clear()
+        self._unused = []
+
+    def _drop(self, blocks: list[Block]) -> None:
+        """Let go of blocks, but not of storage that must stay where it is."""
+        if self._decoder.launch.captured:
+            self._unused = [*blocks, *self._unused][: self._max_blocks]
+
+    def _new_block(self, n_rows: int, width: int, like: Reading) -> Block:
+        columns = self._decoder.storage_columns(width)
+        for i, block in enumerate(self._unused):
+            if block.suits(n_rows, width, like, columns):
+                del self._unused[i]
+                block.forget()
+                return block
+        return Block(n_rows, width, like, columns)
 
     @torch.inference_mode(False)  # a later call outside inference mode may write to the cached tensors
     @torch.no_grad()
@@ -72,8 +103,11 @@ class PrefixCache:
         if not self.enabled:
             return self._plain(contexts)
         if self._weights.changed():
+            self._drop(self._blocks)
             self._blocks = []
         try:
+            if self._decode_mode == "compiled":
+                self._choose_launch()
             return self._memoised(contexts)
         except BaseException:  # an interrupted call may leave rows half-written
             self.clear()
@@ -102,7 +136,7 @@ class PrefixCache:
         if len(apart):  # before any row is moved or forgotten, since these contexts may share its beginning
             readings = self._read_apart(_chosen(contexts, apart), block, slots[apart])
         if block is None:
-            block = Block(len(slots), contexts.input_ids.shape[1], readings[0][1])
+            block = self._new_block(len(slots), contexts.input_ids.shape[1], readings[0][1])
         else:
             moved = block.keep(slots[slots >= 0])
             slots = np.where(slots >= 0, moved[slots], -1)
@@ -120,7 +154,9 @@ class PrefixCache:
                 chosen = apart[part]
                 block.put(slots[chosen], _chosen(contexts, chosen), reading, rows)
         block.known.latest = slots
-        self._blocks = [block, *(other for other in self._blocks if other is not block)][: self._max_blocks]
+        blocks = [block, *(other for other in self._blocks if other is not block)]
+        self._blocks = blocks[: self._max_blocks]
+        self._drop(blocks[self._max_blocks :])
         return block.hidden[block.index(slots)]
 
     def _find(self, contexts: Contexts) -> tuple[Block | None, np.ndarray]:
@@ -157,34 +193,8 @@ class PrefixCache:
         else:
             index = block.index(growing)
             block.visible[index, column] = True
-        for layer in block.layers:
-            layer.rows = n
-        token, position = block.to_torch(tokens[:, None], positions[:, None])
-        # Attention is faster without a mask, which is not needed if every row sees every column.
-        all_visible = bool((known.length[:n] == column + 1).all())
-        hidden = self._backbone(
-            input_ids=token,
-            position_ids=position,
-            attention_mask=None if all_visible else self._mask(block.visible[:n, : column + 1]),
-            past_key_values=Cache(layers=[*block.layers]),
-            use_cache=True,
-        ).last_hidden_state[:, 0]
+        hidden = self._decoder(block, tokens, positions)
         block.hidden[index] = hidden[index]
-
-    def _mask(self, visible: torch.Tensor) -> torch.Tensor:
-        """The mask of a decode step, made for all layers at once where the model takes it as it is. From a mask of two
-        dimensions transformers makes one after looking at its contents, for which the host waits, and PyTorch's
-        attention then makes another one in each layer.
-
-        :param visible: bool [R, C], the columns that each row sees.
-        :return: 0 where a column is seen and −∞ elsewhere, [R, 1, 1, C]; or int64 [R, C].
-        """
-        if not self._ready_masks:
-            return visible.long()
-        device, dtype = visible.device, self._weights.dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)[:, None, None]
 
     def _read_apart(
         self, contexts: Contexts, block: Block | None, slots: np.ndarray
@@ -310,7 +320,7 @@ class PrefixCache:
         ):
             reason = "not all of its layers are full attention"
         else:
-            for self._ready_masks in (True, False):  # some models read positions from a mask of two dimensions
+            for self._decoder.ready_masks in (True, False):  # some models read positions from a mask of two dimensions
                 self.clear()
                 if not (reason := self._fault()):
                     break
@@ -323,21 +333,51 @@ class PrefixCache:
             )
         return not reason
 
+    def _choose_launch(self) -> None:
+        """Find the best way to launch decode steps that works with this device and precision, and is right."""
+        where = (self._weights.device, self._weights.dtype, self._weights.autocast)
+        if where not in self._launches:
+            blocks, self._blocks = self._blocks, []
+            reasons = []
+            for launch in launches(self._weights.device):
+                self._decoder.launch = launch
+                with sizes_told_apart(), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # the compiler warns of its own modules
+                    reason = self._fault()
+                self._blocks, self._unused = [], []
+                if not reason:
+                    self._launches[where] = launch
+                    break
+                reasons.append(f"{launch}: {reason}")
+            else:
+                self._launches[where] = EAGER
+            if reasons:
+                warnings.warn(
+                    f"{type(self._backbone).__name__} can't decode as decode='compiled' asks for, so it decodes by "
+                    f"{self._launches[where]}. {'; '.join(reasons)}. Results are the same, generation is slower.",
+                    stacklevel=6,
+                )
+            self._blocks = blocks
+        self._decoder.launch = self._launches[where]
+
     def _fault(self) -> str:
         """What is wrong with cached hidden states of a small example; nothing if they are the plain ones."""
         try:
             error = self._probe()
+        except torch.OutOfMemoryError:
+            raise
         except Exception as problem:  # whatever an unknown architecture raises, it can be run without the cache
             return f"the memo's probe failed ({type(problem).__name__}: {problem})"
-        tolerance = 1e-3 if self._weights.dtype in (torch.float32, torch.float64) else 0.1
+        rough = self._weights.dtype not in (torch.float32, torch.float64) or self._weights.autocast is not None
+        tolerance = 0.1 if rough else 1e-3
         return "" if error <= tolerance else f"memoised and plain hidden states differ by {error:.1e}"
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _probe(self) -> float:
         """The largest relative difference between cached and plain hidden states over a few calls, among them a
         restart, a row that grows by several tokens, and rows that share the beginning of another one.
         """
-        self.enabled = True
         vocabulary: int = self._backbone.config.get_text_config().vocab_size  # type: ignore[operator,union-attr]
         tokens = (np.arange(3 * 8).reshape(3, 8) * 5 + 1) % min(11, vocabulary)
         branches = np.repeat(tokens[:1], 3, axis=0)
@@ -352,7 +392,7 @@ class PrefixCache:
             scale = expected.abs().max().clamp(min=1e-6)
             for lengths in calls:
                 length = np.array(lengths)
-                actual = self.last_hidden(Contexts(input_ids, length, length)).float()
+                actual = self._memoised(Contexts(input_ids, length, length)).float()
                 difference = actual - expected[torch.arange(3), torch.from_numpy(length - 1)]
                 worst = max(worst, float(difference.abs().max() / scale))
         return worst

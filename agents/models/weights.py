@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from itertools import chain
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -63,6 +64,10 @@ class WeightsWatch:
         self._contents: list[torch.Tensor] = []
         self._ids: frozenset[int] = frozenset()  # of the tensors seen
         self._steps = 0  # of optimisers that have one of these tensors
+        self._layout: list[Any] = []
+        self.places = 0
+        """A number that changes whenever, by :meth:`changed`, something has changed other than the contents of tensors
+        in place, which is all that code with fixed addresses may miss."""
 
     @property
     def device(self) -> torch.device:
@@ -73,6 +78,12 @@ class WeightsWatch:
     def dtype(self) -> torch.dtype:
         """The floating-point type of the weights."""
         return next(self._model.parameters()).dtype
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The floating-point type of the autocast around the call; None: there is none."""
+        device = self.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
     def changed(self) -> bool:
         """
@@ -93,6 +104,15 @@ class WeightsWatch:
         _watches.add(self)  # not before, since a copy is made without calling the constructor
         # As long as the contents are referenced here, no new contents can be allocated at their addresses.
         self._contents = [tensor.data for tensor in self._seen.tensors]
+        tensors = [*self._model.parameters(), *self._model.buffers()]
+        layout = [
+            *map(weakref.ref, modules),  # which is the same as another one as long as both modules live
+            *((_address(tensor), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors),
+            *(self._seen.adapters, self._seen.precision),
+        ]
+        if layout != self._layout:
+            self._layout = layout
+            self.places += 1
         return True
 
     def note_step(self, stepped: set[int]) -> None:

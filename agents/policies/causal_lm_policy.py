@@ -79,6 +79,8 @@ class CausalLMActorCritic(BasePolicy):
     :param prefix_cache: whether to cache keys and values of contexts between calls. The results are the same without.
     :param autocast: the name of the floating-point type of matrix products, such as ``"bfloat16"``, while the weights
         keep theirs; None: the type of the weights.
+    :param decode: how texts are written with ``prefix_cache``: "eager", or "compiled", for which the forward pass that
+        reads one new token of each text is compiled and, on CUDA, captured into graphs (see docs/performance.md).
     :param compile_forward: whether to run whole sequences through ``torch.compile``. Compiling takes minutes, so this
         pays in long trainings.
     :param gradient_checkpointing: whether to compute the layers once more in the backward pass instead of keeping what
@@ -112,6 +114,7 @@ class CausalLMActorCritic(BasePolicy):
         value_sigma: float | None = 0.75,
         prefix_cache: bool = True,
         autocast: str | None = None,
+        decode: str = "eager",
         compile_forward: bool = False,
         gradient_checkpointing: bool = False,
         constraint: Any = None,
@@ -150,6 +153,7 @@ class CausalLMActorCritic(BasePolicy):
             "value_sigma": value_sigma,
             "prefix_cache": prefix_cache,
             "autocast": autocast,
+            "decode": decode,
             "compile_forward": compile_forward,
             "gradient_checkpointing": gradient_checkpointing,
             "constraint": constraint,
@@ -178,8 +182,8 @@ class CausalLMActorCritic(BasePolicy):
         self.value_head = value_head
         if self.lm.model.dtype == torch.float64:
             self.value_head.double()
-        self._actor_memo = PrefixCache(self.lm.backbone) if prefix_cache else None
-        self._critic_memo = PrefixCache(critic) if prefix_cache and critic is not None else None
+        self._actor_memo = PrefixCache(self.lm.backbone, decode=decode) if prefix_cache else None
+        self._critic_memo = PrefixCache(critic, decode=decode) if prefix_cache and critic is not None else None
         self._compared_with: TokenDistribution | None = None  # the latest reference's that is known to be the same
         self._build(lr_schedule)
 
@@ -410,14 +414,17 @@ class CausalLMActorCritic(BasePolicy):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         moved = super()._apply(fn, recurse)
-        self.clear_cache()  # which would otherwise keep the weights as they were until its next call
+        for memo in self._memos():  # which would otherwise keep the weights as they were until its next call
+            memo.release()
         return moved
 
     def clear_cache(self) -> None:
         """Empty the cache of contexts. This is needed only after a change of weights that PyTorch does not register."""
-        for memo in (self._actor_memo, self._critic_memo):
-            if memo is not None:
-                memo.clear()
+        for memo in self._memos():
+            memo.clear()
+
+    def _memos(self) -> list[PrefixCache]:
+        return [memo for memo in (self._actor_memo, self._critic_memo) if memo is not None]
 
     # ---- saving ---------------------------------------------------------------------------------------------------
 

@@ -1,11 +1,11 @@
 """The commands of the command line: their options, and how ``--help`` shows them.
 
-The options of ``train`` are in ``config.py``, those of ``reward-model`` beside the training that they are for.
+The options of ``train`` are in ``config.py``, those of ``reward-model`` beside the training that they are for, those of
+``report``, ``watch`` and ``play`` in ``look_commands.py``.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -15,6 +15,7 @@ import tyro
 from agents.evaluation.right_answers import check_samples
 from agents.reward_models.config import RewardModelConfig
 from agents.runs.config import EnvConfig, TrainConfig
+from agents.runs.look_commands import PlayConfig, ReportConfig, WatchConfig, check_writable
 from agents.state.arguments import check_number
 from text_env.settings import check_integer
 
@@ -98,7 +99,7 @@ class EvaluateConfig:
         if self.max_new_tokens is not None:
             check_integer("max_new_tokens", self.max_new_tokens, 1)
         if self.json is not None:
-            _check_writable("--json", self.json)
+            check_writable("--json", self.json)
 
 
 @dataclass
@@ -141,25 +142,15 @@ class CriticConfig:
         """
         for name in ("texts", "positions", "branches"):
             check_integer(name, getattr(self, name), 2)
-        _check_writable("--plot", self.picture())
+        check_writable("--plot", self.picture())
         if self.json is not None:
-            _check_writable("--json", self.json)
+            check_writable("--json", self.json)
 
     def picture(self) -> Path:
         """
         :return: the file of the picture.
         """
         return self.policy / "critic.png" if self.plot is None else self.plot
-
-
-def _check_writable(option: str, path: Path) -> None:
-    """
-    :raises OSError: if there is no such file to be written.
-    """
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"There is no directory {path.parent} to write {path.name} in.")
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise PermissionError(f"{path} can't be written; choose another {option}.")
 
 
 @dataclass
@@ -258,7 +249,7 @@ class DoctorConfig:
         check_integer("tokens", self.tokens, 1)
         self.run().check()
         if self.json is not None:
-            _check_writable("--json", self.json)
+            check_writable("--json", self.json)
 
     def run(self) -> TrainConfig:
         """
@@ -322,7 +313,7 @@ COMMANDS = {
             ),
             "The model": (
                 *("temperature", "critic", "lora_r", "lora_alpha", "lora_target_modules"),
-                *("device", "dtype", "autocast", "compile_forward"),
+                *("device", "dtype", "autocast", "decode", "compile_forward"),
             ),
             "What is written down": ("sample_every", "n_samples", "checkpoint_every", "keep", "best"),
         },
@@ -401,6 +392,30 @@ COMMANDS = {
         (
             "textrlhf reward-model --preferences pairs.jsonl --base path/to/model --out runs/my_reward",
             "textrlhf train --reward runs/my_reward",
+        ),
+    ),
+    "report": Command(
+        ReportConfig,
+        {"What is shown": ("runs", "title"), "What comes out": ("out",)},
+        (
+            "textrlhf report runs/mine",
+            "textrlhf report runs/ppo-0 runs/ppo-1 runs/grpo-0 runs/grpo-1 --out compared.html",
+        ),
+    ),
+    "watch": Command(
+        WatchConfig,
+        {"What is shown": ("run", "texts"), "How": ("once", "every")},
+        ("textrlhf watch runs/mine", "textrlhf watch runs/mine --once"),
+    ),
+    "play": Command(
+        PlayConfig,
+        {
+            "Who writes": ("model", "prompt", "task", "task_kwargs", "max_new_tokens", "reward", "trust"),
+            "How": ("top", "temperature", "seed", "device", "dtype"),
+        },
+        (
+            'textrlhf play runs/mine/policy --prompt "The movie"',
+            "textrlhf play builtin:arithmetic --task arithmetic",
         ),
     ),
     "demo": Command(

@@ -13,9 +13,8 @@ import numpy as np
 from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat, filter_excluded_keys
 from torch.utils.tensorboard import SummaryWriter
 
+from agents.runs.run_files import TIMESTEPS, whole_lines
 from agents.state.replacing import sync
-
-TIMESTEPS = "time/total_timesteps"
 
 
 def run_logger(directory: Path, timesteps: int | None = None) -> Logger:
@@ -42,7 +41,7 @@ class ProgressTable(KVWriter):
 
     def __init__(self, path: Path, timesteps: int) -> None:
         self._path = path
-        kept = csv.DictReader(io.StringIO(_whole_lines(path)))
+        kept = csv.DictReader(io.StringIO(whole_lines(path)))
         self._rows = [{k: v for k, v in row.items() if v} for row in kept if int(row[TIMESTEPS]) <= timesteps]
         self._write_all()
 
@@ -102,7 +101,7 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     :param keep: a function that says whether a row is kept. A last line that isn't complete is dropped.
     """
     if path.exists():
-        lines = _whole_lines(path).split("\n")[:-1]  # and not at every character that Python takes for an end of line
+        lines = whole_lines(path).split("\n")[:-1]  # and not at every character that Python takes for an end of line
         replace_text(path, "".join(f"{line}\n" for line in lines if keep(json.loads(line))))
 
 
@@ -117,15 +116,6 @@ def replace_text(path: Path, text: str) -> None:
         file.write(text)
     sync(partial)
     partial.replace(path)
-
-
-def _whole_lines(path: Path) -> str:
-    """What a file holds, up to its last end of line: a process may have been killed while it wrote."""
-    if not path.exists():
-        return ""
-    with path.open(newline="") as file:
-        text = file.read()
-    return text[: text.rfind("\n") + 1]
 
 
 def _as_csv(columns: list[str], rows: list[dict[str, str]]) -> str:

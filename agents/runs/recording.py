@@ -15,6 +15,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.rollouts.sampling import sample_texts
 from agents.runs.config import TrainConfig
+from agents.runs.curves import TOKENS, colour, dashes, smoothed
+from agents.runs.run_files import read_run
 from agents.state.replacing import sync
 
 CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
@@ -55,7 +57,7 @@ def remove_start(directory: Path) -> None:
 
     :param directory: of the run.
     """
-    for pattern in ("config.yaml", "progress.csv", "samples.jsonl", "events.out.tfevents.*"):
+    for pattern in ("config.yaml", "progress.csv", "samples.jsonl", "episodes.jsonl", "events.out.tfevents.*"):
         for path in directory.glob(pattern):
             path.unlink()
 
@@ -114,23 +116,31 @@ def plot_learning_curve(directory: Path) -> None:
     """
     import matplotlib.figure
 
-    if not (directory / "progress.csv").stat().st_size:
+    run = read_run(directory)
+    if not run.curves:
         return  # no iteration was finished
-    table = np.genfromtxt(directory / "progress.csv", delimiter=",", names=True, deletechars="")
-    table = np.atleast_1d(table)
-    tokens = table["time/total_timesteps"]
-    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    lines = axes.plot(tokens, table["objective/scores"], color="tab:blue", label="score (trained on)")
-    if "objective/gold_score" in (table.dtype.names or ()):
-        lines += axes.plot(
-            tokens, table["objective/gold_score"], color="tab:orange", label="gold score (only measured)"
-        )
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("score")
-    axes.grid(alpha=0.3)
-    right = axes.twinx()
-    lines += right.plot(tokens, table["objective/kl"], color="tab:gray", linestyle="--", label="KL to the reference")
-    right.set_ylabel("KL (nats per episode)")
-    figure.legend(handles=lines, loc="outside upper center", ncols=3, frameon=False)  # nothing is drawn there
+    figure = matplotlib.figure.Figure(figsize=(7, 5), layout="constrained")
+    scores, distance = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    shown = {
+        "objective/scores": (scores, "score (trained on)"),
+        "objective/gold_score": (scores, "gold score (only measured)"),
+        "objective/kl": (distance, "KL to the reference"),
+    }
+    for number, (column, (axes, label)) in enumerate(shown.items()):
+        tokens, values = run.curve(column)
+        if not len(tokens):
+            continue
+        axes.plot(tokens / 1000, values, color=colour(number), linewidth=0.9, alpha=0.4)
+        style = {"color": colour(number), "linestyle": dashes(number), "linewidth": 2}
+        axes.plot(tokens / 1000, smoothed(values), label=label, **style)
+    for axes in (scores, distance):
+        axes.grid(color="#E5E5E5")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.02)
+    scores.set_ylabel("score")
+    distance.set_ylabel("KL (nats per episode)")
+    distance.set_xlabel(TOKENS)
+    facts = [run.config.get("algo"), run.config.get("model"), f"seed {run.config.get('seed')}"]
+    scores.set_title(" · ".join(str(fact) for fact in facts), loc="left", fontweight="bold", parse_math=False)
+    figure.legend(loc="outside upper left", ncols=3, frameon=False)  # above the title, where no curve goes
     figure.savefig(directory / "learning_curve.png", dpi=120)

@@ -1,8 +1,8 @@
 """A training run, from its configuration to the directory of its results, and on from there after it was stopped.
 
 The directory holds ``config.yaml``, ``progress.csv``, TensorBoard events, ``samples.jsonl`` (texts for fixed held-out
-prompts, every few iterations), ``checkpoints/``, ``learning_curve.png`` and ``policy/`` (a plain Hugging Face
-directory).
+prompts, every few iterations), ``episodes.jsonl`` (a few episodes of the training, token by token), ``checkpoints/``,
+``learning_curve.png`` and ``policy/`` (a plain Hugging Face directory).
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from agents.runs.recording import (
     resume_command,
 )
 from agents.runs.stopping import StopOnSignal, Stopped, take_every
+from agents.runs.token_records import RecordEpisodes
 from agents.state.arguments import argument_defaults, class_name
 from agents.state.checkpoint import Tree
 from agents.state.devices import check_device
@@ -145,6 +146,7 @@ def new_algorithm(config: TrainConfig) -> OnPolicyAlgorithm:
         "model": config.model,
         "dtype": config.dtype,
         "autocast": config.autocast,
+        "decode": config.decode,
         "compile_forward": config.compile_forward,
         "temperature": config.temperature,
         "lora": lora_kwargs(config),
@@ -192,6 +194,7 @@ def _learn(
     """
     config = dataclasses.replace(config, critic=critic_name(model.policy_kwargs.get("separate_critic", False)))
     samples = SampleTexts(directory / "samples.jsonl", config)
+    episodes = RecordEpisodes(directory / "episodes.jsonl", config)
     if state is not None:
         if (saved := state["algorithm"]) != (ours := class_name(type(model))):
             raise ValueError(f"Expected {directory / 'config.yaml'} to name the run's algorithm {saved}, got {ours}.")
@@ -201,6 +204,8 @@ def _learn(
     model.set_logger(run_logger(directory, done if resumed else None))
     # The texts at a checkpoint are written after it, and so once more.
     keep_lines(directory / "samples.jsonl", lambda row: row["timesteps"] < done)
+    # The episodes are written before it: their rollout is not in it.
+    keep_lines(directory / "episodes.jsonl", lambda row: row["timesteps"] <= done)
     table = cast(ProgressTable, model.logger.output_formats[0])
     stop = StopOnSignal()
     callbacks: list[BaseCallback] = [stop, samples]
@@ -210,6 +215,7 @@ def _learn(
         every, known = config.checkpoint_every, None if state is None else done
         checkpoints = Checkpoints(history, table, every, config.best, known)
         callbacks = [checkpoints, *callbacks]
+    callbacks = [episodes, *callbacks]
 
     def write_down(cause: BaseException | None = None) -> None:
         steps: list[Callable[[], object]] = [model.logger.close]

@@ -9,7 +9,9 @@ import re
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import tyro
 
 from agents.runs.yaml_values import hints_of, options_of
 
@@ -30,7 +32,7 @@ def usage(
     """
     width = width or min(shutil.get_terminal_size().columns, 110)
     fields = fields_of(config_type)
-    required = [f"{flag(name)} {_values(field.hint)}" for name, field in fields.items() if field.required]
+    required = [shown(name, field) for name, field in fields.items() if field.required]
     lines = [" ".join(["usage: textrlhf", command, *required, "[options]"]), ""]
     description = inspect.getdoc(config_type) or ""
     for paragraph in description.split("\n\n"):
@@ -50,12 +52,14 @@ class Option:
     :param hint: its type.
     :param default: its default, None where there is none.
     :param required: whether it must be given.
+    :param positional: whether it is given by its place, without a name.
     :param help: what it means.
     """
 
     hint: Any
     default: Any
     required: bool
+    positional: bool
     help: str
 
 
@@ -65,6 +69,7 @@ def fields_of(config_type: type[Any]) -> dict[str, Option]:
     :return: its options by the name of the field, those of a field that is such a dataclass included.
     """
     hints, documented = hints_of(config_type), documentation(config_type)
+    marked = get_type_hints(config_type, include_extras=True)
     found: dict[str, Option] = {}
     for field in dataclasses.fields(config_type):
         if dataclasses.is_dataclass(hints[field.name]):
@@ -72,7 +77,8 @@ def fields_of(config_type: type[Any]) -> dict[str, Option]:
             continue
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         default = None if field.default is dataclasses.MISSING else field.default
-        found[field.name] = Option(hints[field.name], default, required, documented.get(field.name, ""))
+        positional = tyro.conf.Positional in get_args(marked[field.name])
+        found[field.name] = Option(hints[field.name], default, required, positional, documented.get(field.name, ""))
     return found
 
 
@@ -102,8 +108,22 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def shown(name: str, option: Option) -> str:
+    """
+    :param name: of a field.
+    :param option: the field.
+    :return: how it is written: ``--seed INT``, or ``RUN`` where it has no name but its place.
+    """
+    values = _values(option.hint)
+    if option.positional:
+        many = values.endswith("…")
+        word = name.upper().removesuffix("S" if many else "")
+        return f"{word} …" if many else word
+    return f"{flag(name)} {values}".rstrip()
+
+
 def _option(name: str, option: Option, width: int) -> list[str]:
-    head = f"  {flag(name)} {_values(option.hint)}".rstrip()
+    head = f"  {shown(name, option)}"
     if option.hint is bool:
         head = f"  {flag(name)}, --no-{flag(name)[2:]}"
     default = "" if option.default is None else f"(default: {option.default})"
@@ -127,7 +147,7 @@ def _values(hint: Any) -> str:
         if origin is dict:
             return "NAME VALUE …"
         if origin in (list, Sequence):
-            return f"{WORDS[get_args(member)[0]]} …"
+            return f"{WORDS.get(get_args(member)[0], 'PATH')} …"
         if origin is not type(None):
             return WORDS.get(origin, "PATH")
     return ""

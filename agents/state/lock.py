@@ -6,12 +6,15 @@ import errno
 import fcntl
 import os
 import socket
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 LOCK = ".lock"  # the name of the file that is locked; it says who holds the lock
+
+_FLOCK = "hhqqi"  # the system's struct flock: kind, and where the part of the file begins, its start, length and holder
 
 # A process can lock a file twice, and would lose both locks when it closes the file once. So it asks here first.
 _held: set[Path] = set()
@@ -49,6 +52,23 @@ def locked(directory: Path) -> Iterator[None]:
             with suppress(FileNotFoundError):  # somebody has removed the whole directory
                 path.unlink()
         os.close(descriptor)
+
+
+def in_use(directory: Path) -> bool:
+    """
+    :param directory: a directory.
+    :return: whether somebody holds its lock. The system is only asked: the lock is not taken, not even for a moment.
+    """
+    path = directory.resolve() / LOCK
+    if path in _held:
+        return True
+    try:
+        with path.open("rb") as file:
+            asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            answer = fcntl.fcntl(file, fcntl.F_GETLK, asked)
+    except OSError:  # nobody has locked it, or it can't be told
+        return False
+    return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
 
 
 def _acquire(path: Path, directory: Path) -> int:

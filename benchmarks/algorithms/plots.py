@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from benchmarks.plot_style import STYLE
 COLOURS = {
     "ppo": "#0072B2",
     "ppo-two-thirds": "#332288",
+    "ppo-reward-critic": "#332288",
     "ppo-value-head": "#999933",
     "a2c": "#E69F00",
     "reinforce": "#009E73",
@@ -46,6 +48,7 @@ COLOURS = {
 }
 FAMILIES = {"own": "This project", "sb3-": "Stable-Baselines3", "trl-": "TRL"}
 MARKERS = {"own": "o", "sb3-": "s", "trl-": "^"}
+WITH_CRITIC = ("ppo", "a2c", "reinforce-value")  # what the names of these begin with
 GRID = 60  # points of a learning curve
 
 Runs = dict[str, list[Run]]
@@ -120,35 +123,59 @@ def curve_of(runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray, np.ndarray, n
     return x / 1000, *iqm_curve(np.array([np.interp(x, tokens, scores) for tokens, scores in curves]))
 
 
+def in_panels(runs: Runs) -> dict[str, list[str]]:
+    """Title of a panel of :func:`score_against_kl` → its algorithms, of which no more than a handful fit into one."""
+    panels: dict[str, list[str]] = {}
+    for key, names in in_families(runs).items():
+        for name in names:
+            title = FAMILIES[key]
+            if key == "own":
+                title += ", with a critic" if name.startswith(WITH_CRITIC) else ", without a critic"
+            panels.setdefault(title, []).append(name)
+    return panels
+
+
 def score_against_kl(runs: Runs) -> Figure:
-    """What was gained, and how far the policy went for it."""
-    names = [name for name in runs if has_likelihood(runs[name])]
-    figure, axis = plt.subplots(figsize=(7.6, 5.4))
-    for name in names:
-        kl, score = ([run[key] for run in runs[name]] for key in ("kl", "score"))
-        shape: Any = {"color": colour(name), "marker": MARKERS[family(name)]}
-        axis.scatter(kl, score, s=20, alpha=0.35, linewidths=0, **shape)
-        x, y = bootstrap(iqm, kl), bootstrap(iqm, score)
-        axis.errorbar(x.value, y.value, xerr=bar(x), yerr=bar(y), color=colour(name), elinewidth=1.6, zorder=3)
-        label = f"{name} ({len(kl)})"
-        axis.plot(
-            x.value, y.value, markersize=10, markeredgecolor="white", linestyle="none", label=label, zorder=4, **shape
-        )
-    axis.plot(
-        0,
-        untrained(runs)["score"],
-        marker="*",
-        markersize=13,
-        color="#555555",
-        linestyle="none",
-        label="untrained",
-        clip_on=False,
-    )
-    axis.set_xlabel("KL to the reference (nats per episode)")
-    axis.set_ylabel("score on held-out prompts")
-    axis.set_xlim(left=0)
-    axis.set_title("Score against KL: up and left is better")
-    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), title="IQM, 95 % (seeds)", alignment="left")
+    """What was gained, and how far the policy went for it: a panel for a handful of algorithms, the others in grey."""
+    known = {name: ran for name, ran in runs.items() if has_likelihood(ran)}
+    panels = in_panels(known)
+    columns = 2 if len(panels) == 4 else max(1, min(3, len(panels)))
+    rows = max(1, math.ceil(len(panels) / columns))
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(5.3 * columns, 4.3 * rows + 0.4), sharex=True, sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    points = {name: [[run[key] for run in ran] for key in ("kl", "score")] for name, ran in known.items()}
+    middles = {name: [bootstrap(iqm, values) for values in both] for name, both in points.items()}
+    for axis, (title, names) in zip(grid.flat, panels.items(), strict=False):
+        for name, (x, y) in middles.items():
+            if name not in names:
+                axis.plot(x.value, y.value, "o", markersize=5, color="#C4C4C4", zorder=2)
+        for name in names:
+            x, y = middles[name]
+            style: Any = {"color": colour(name), "marker": MARKERS[family(name)]}
+            axis.scatter(*points[name], s=22, alpha=0.35, linewidths=0, **style)
+            axis.errorbar(x.value, y.value, xerr=bar(x), yerr=bar(y), color=colour(name), elinewidth=1.8, zorder=3)
+            axis.plot(
+                x.value, y.value, markersize=10, markeredgecolor="white", linestyle="none", zorder=4,
+                label=f"{name} ({len(known[name])})", **style,
+            )  # fmt: skip
+        axis.set_title(title, fontsize=11)
+        axis.legend(loc="lower right", fontsize=9, title="IQM, 95 % (seeds)", title_fontsize=9, alignment="left")
+    for axis in list(grid.flat)[len(panels) :]:
+        axis.set_axis_off()
+    for axis in list(grid.flat)[max(0, len(panels) - columns) : len(panels)]:
+        axis.tick_params(labelbottom=True)  # those without a panel below
+    # Below the lowest point there is room for the legend, to the right of which nothing lies.
+    if scores := [score for _, ran in points.values() for score in ran]:
+        spread = max(scores) - min(scores) or 1.0
+        grid[0][0].set_ylim(min(scores) - 0.35 * spread, max(scores) + 0.06 * spread)
+    others = "Grey: the algorithms of the other panels. " if len(panels) > 1 else ""
+    start = f"Outside of the picture, the untrained model scores {untrained(runs)['score']:.2f} at a KL of 0."
+    figure.supxlabel(f"KL to the reference (nats per episode)\n\n{others}{start}", fontsize=10.5)
+    figure.supylabel("score on held-out prompts", fontsize=10.5)
+    title = "Score against KL: up and left is better"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12.5, fontweight="bold")
     return figure
 
 

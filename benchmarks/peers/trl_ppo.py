@@ -18,7 +18,8 @@ import torch
 from transformers import TrainerCallback
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-from benchmarks.models import gpt2_4m, gpt2_classifier, word_prompts, words
+from benchmarks.gpu.models import SHAPES, classifier, llama
+from benchmarks.models import PROMPT_TOKENS, gpt2_4m, gpt2_classifier, word_prompts, words
 from benchmarks.peers.turns import Turns
 
 
@@ -32,6 +33,8 @@ class TakeTurns(TrainerCallback):
         self._turns.wait()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self._turns.done()
         self._turns.wait()
 
@@ -41,10 +44,21 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("episodes", "minibatches", "epochs", "response", "threads"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--shape", choices=SHAPES, help="a random Llama of this shape in place of the small GPT-2")
+    parser.add_argument("--prompt", type=int, default=PROMPT_TOKENS)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    tokenizer = words()
-    model = gpt2_4m()
+    if args.shape is None:
+        tokenizer, prompts = words(), word_prompts(args.prompt)
+        model, reward_model, value_model = gpt2_4m(), gpt2_classifier(seed=1), gpt2_classifier(seed=2)
+    else:
+        vocabulary = SHAPES[args.shape]["vocab_size"]
+        tokenizer, prompts = words(vocabulary=vocabulary), word_prompts(args.prompt, vocabulary)
+        device, positions = torch.device(args.device), args.prompt + args.response + 2
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        model = llama(args.shape, positions, device, dtype)
+        reward_model, value_model = (classifier(args.shape, positions, device, dtype, seed) for seed in (1, 2))
     with tempfile.TemporaryDirectory() as directory:
         config = PPOConfig(
             output_dir=directory,
@@ -62,7 +76,7 @@ def main() -> None:
             lr_scheduler_type="constant",
             bf16=False,
             gradient_checkpointing=False,  # TRL's default would cost it time
-            use_cpu=True,
+            use_cpu=args.device == "cpu",
             num_sample_generations=0,
             report_to="none",
             save_strategy="no",
@@ -73,9 +87,9 @@ def main() -> None:
             processing_class=tokenizer,
             model=model,
             ref_model=copy.deepcopy(model),
-            reward_model=gpt2_classifier(seed=1),
-            value_model=gpt2_classifier(seed=2),
-            train_dataset=datasets.Dataset.from_dict({"input_ids": tokenizer(word_prompts())["input_ids"]}),
+            reward_model=reward_model,
+            value_model=value_model,
+            train_dataset=datasets.Dataset.from_dict({"input_ids": tokenizer(prompts)["input_ids"]}),
             callbacks=[TakeTurns(turns)],
         )
         trainer.train()

@@ -219,23 +219,6 @@ def test_rollouts_and_updates_run_in_bfloat16() -> None:
     assert largest_difference(before, weights_of(model.policy)) > 1e-3
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rollout_and_update_run_on_a_gpu_and_everything_stays_there(dtype: str, tmp_path: Any) -> None:
-    model = make_ppo(model=save_model(tmp_path / "model"), device="cuda", policy_kwargs={"dtype": dtype})
-    rows = logged(model, 60)
-    assert all(parameter.is_cuda for parameter in model.policy.parameters())
-    samples = model.buffer.pack(np.arange(2))
-    assert all(tensor.is_cuda for tensor in (*samples[1:], *samples.observations.values()))
-    assert model.policy._actor_memo is not None
-    assert model.policy._actor_memo.enabled
-    assert abs(rows[0]["objective/kl"]) < (1e-3 if dtype == "float32" else 0.5)
-    model.save(tmp_path / "checkpoint")
-    loaded = PPO.load(tmp_path / "checkpoint", env=make_env(), device="cuda")
-    assert largest_difference(weights_of(model.policy), weights_of(loaded.policy)) == 0.0
-
-
 # ---- logging, callbacks, schedules ---------------------------------------------------------------------------------
 
 LOGGED = {

@@ -27,6 +27,7 @@ def test_runs_that_differ_are_told_apart(tmp_path: Path, monkeypatch: pytest.Mon
         (tmp_path / name / "policy").mkdir(parents=True)
         (tmp_path / name / "policy" / "model.safetensors").write_text("weights")
         (tmp_path / name / "samples.jsonl").write_text("{}\n")
+        (tmp_path / name / "episodes.jsonl").write_text("{}\n")
         (tmp_path / name / "progress.csv").write_text("time/fps,train/loss\n1,0.5\n")
     one, other = tmp_path / "one", tmp_path / "other"
     monkeypatch.setattr("benchmarks.kills.CheckpointHistory.newest", lambda _: (tmp_path, {"policy": {}}))

@@ -13,6 +13,7 @@ from learners import save_model
 from tiny import tiny_tokenizer
 from transformers.utils import logging as transformers_logging
 
+from agents.models import decoding
 from benchmarks import models, throughput, timing
 from benchmarks.throughput import KEYS, main
 
@@ -38,6 +39,8 @@ def test_every_figure_is_measured_also_on_an_instruct_model(
     tokenizer.save_pretrained(tmp_path / "smollm2")
     # Before each of 40 timings; most of this test's time, and nothing here depends on the figures.
     monkeypatch.setattr(timing, "gc", SimpleNamespace(collect=lambda: 0))
+    # Compiled steps are proved to be right elsewhere, and C++ takes a minute to compile.
+    monkeypatch.setattr(decoding, "_compiled_step", lambda: decoding.decode_step)
     smaller = partial(models.gpt2_config, n_embd=32, n_layer=1, n_head=2)
     monkeypatch.setattr(models, "gpt2_config", smaller)
     for module in (models, throughput):

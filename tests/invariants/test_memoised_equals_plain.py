@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
+import shutil
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from graphs import RecordedGraphs
 from learners import (
     EOS,
     counted_forwards,
@@ -143,6 +145,43 @@ def test_memoised_is_plain_to_the_last_column_that_a_model_has() -> None:
     full = [7] * WIDTH
     for length in range(WIDTH - 3, WIDTH + 1):
         check(policy, [full, [5] * length], [1, 1], 1e-5)
+
+
+# ---- compiled and captured steps ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_captured_steps_give_the_plain_log_probs_and_values(
+    kind: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = RecordedGraphs(monkeypatch)
+    policy = make_policy(make_env(), kind, min_new_tokens=2, temperature=0.7, decode="compiled")
+    run_random_script(policy, seed)
+    assert graphs.replayed > 20
+
+
+@pytest.mark.parametrize("options", [{"lora": LORA}, {"separate_critic": True}], ids=["lora", "critic"])
+def test_captured_steps_are_plain_while_weights_change(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = RecordedGraphs(monkeypatch)
+    policy = make_policy(make_env(), "llama", decode="compiled", **options)
+    run_random_script(policy, seed=4, steps=20, change=optimizer_step(policy), tolerance=3e-5)
+    assert graphs.replayed > 10
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("kind", "options"), [("gpt2", {}), ("llama", {}), ("qwen2", {"lora": LORA})], ids=["gpt2", "llama", "qwen2 lora"]
+)
+def test_compiled_steps_give_the_plain_log_probs_and_values(kind: str, options: dict[str, Any]) -> None:
+    # One layer has all operations of a model in it; every other one is more C++ to compile.
+    model = make_model(kind, num_hidden_layers=1)
+    policy = make_policy(make_env(), model=model, min_new_tokens=2, decode="compiled", **options)
+    run_random_script(policy, seed=0, change=optimizer_step(policy), tolerance=3e-5)
+    assert policy._actor_memo is not None
+    assert [launch.compiled for launch in policy._actor_memo._launches.values()] == [True]
 
 
 # ---- weight changes ------------------------------------------------------------------------------------------------

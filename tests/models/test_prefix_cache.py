@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from learners import counted_forwards, make_env, make_model, make_policy, observation_of
 from transformers import AutoModelForCausalLM, GPTNeoConfig, MambaConfig, MptConfig, Phi3Config
 
+from agents.models.cache_storage import SPARE_COLUMNS
 from agents.models.contexts import Contexts, contexts_of, share_prefixes
 from agents.models.prefix_cache import PrefixCache
 
@@ -88,6 +89,30 @@ def test_storage_stays_where_it_is_while_there_is_room(backbone: torch.nn.Module
         memo.last_hidden(contexts([5] + [6] * (length - 1), [7] * (length - 1)))
     assert memo._blocks == [block]
     assert [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in block.layers] == storage
+
+
+def test_storage_is_little_larger_than_what_is_live_and_never_larger_than_the_longest_context_needs(
+    backbone: torch.nn.Module,
+) -> None:
+    memo = PrefixCache(backbone)
+    for length in range(1, 121):
+        memo.last_hidden(contexts([5] * length, [7] * length, width=120))
+        [block] = memo._blocks
+        assert length <= block.capacity <= length + SPARE_COLUMNS
+    assert block.capacity == 120
+
+
+def test_rows_that_restart_for_ever_are_laid_out_anew_in_the_same_storage(backbone: torch.nn.Module) -> None:
+    memo = PrefixCache(backbone)
+    texts = [[5, 6], [7, 8, 9]]
+    storages = set()
+    for step in range(3 * SPARE_COLUMNS):
+        restarts = [step % 20 == 0, step % 20 == 7]  # never both at once, which would be another stream of calls
+        texts = [text[:2] if restarts[row] else [*text, 2 + step % 5] for row, text in enumerate(texts)]
+        memo.last_hidden(contexts(*texts))
+        storages.add(memo._blocks[0].layers[0].keys.data_ptr())
+    assert len(storages) == 1
+    assert_right(memo, backbone, *([*text, 3] for text in texts))
 
 
 def test_as_many_streams_are_remembered_as_there_are_blocks_and_the_oldest_goes_first(

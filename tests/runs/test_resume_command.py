@@ -107,7 +107,8 @@ def assert_same(directory: Path, whole: Path) -> None:
     assert weights(directory) == weights(whole)
     assert rows(directory) == rows(whole)
     assert steps(directory) == [int(row["time/total_timesteps"]) for row in rows(whole)]
-    assert (directory / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    for name in ("samples.jsonl", "episodes.jsonl"):
+        assert (directory / name).read_text() == (whole / name).read_text()
     header = (directory / "progress.csv").read_text().splitlines()[0].split(",")
     assert header == sorted(header)
     assert reached(directory) == [int(row["time/total_timesteps"]) for row in rows(whole)[-2:]]
@@ -234,7 +235,7 @@ def test_what_was_logged_after_the_checkpoint_is_dropped_and_half_a_row_too(runs
     run = tmp_path / "run"
     shutil.copytree(runs.whole, run)
     remove(CheckpointHistory(run / "checkpoints").path(reached(run)[-1]))
-    for name in ("progress.csv", "samples.jsonl"):
+    for name in ("progress.csv", "samples.jsonl", "episodes.jsonl"):
         text = (run / name).read_text()
         (run / name).write_text(text[: text.rstrip().rfind("\n") + 20])
     assert resume(run) == 0

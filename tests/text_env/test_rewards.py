@@ -551,15 +551,6 @@ def test_arguments_that_a_classifier_cannot_use_are_refused(
         make_reward(directory, **arguments)
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_cuda_the_scores_are_those_of_the_cpu(tmp_path: Path) -> None:
-    directory = saved(tmp_path)
-    on_gpu, on_cpu = SequenceClassifierReward(directory), SequenceClassifierReward(directory, device="cpu")
-    assert on_gpu.model.device.type == "cuda"
-    assert score(on_gpu, TEXTS) == pytest.approx(score(on_cpu, TEXTS), abs=1e-3)
-
-
 # Conversations
 
 CHAT = [
