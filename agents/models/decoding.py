@@ -125,8 +125,7 @@ class Decoder:
         self._backbone = backbone
         self._weights = weights
         self.launch = EAGER
-        self.ready_masks = True
-        """Whether a plain step gives the model its mask as the attention needs it."""
+        self.ready_masks = True  # the model takes masks as the attention needs them
 
     def storage_columns(self, width: int) -> int:
         """
@@ -181,7 +180,7 @@ class Decoder:
         return hidden
 
     def _mask(self, visible: torch.Tensor) -> torch.Tensor:
-        """The mask of a plain step, made for all layers at once where the model takes it as it is. From a mask of two
+        """The mask of a decode step, made for all layers at once where the model takes it as it is. From a mask of two
         dimensions transformers makes one after looking at its contents, for which the host waits, and PyTorch's
         attention then makes another one in each layer.
 
@@ -191,8 +190,9 @@ class Decoder:
         if not self.ready_masks:
             return visible.long()
         dtype = self._weights.autocast or self._weights.dtype
-        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-        return mask.masked_fill_(~visible, -torch.inf)[:, None, None]
+        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)[
+            :, None, None
+        ]
 
     def _step(self, block: Block, inputs: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
         """
