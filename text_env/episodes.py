@@ -121,6 +121,9 @@ class Episodes:
         # Decoded texts contain no special tokens, so stop strings that are special tokens are compared by their ids.
         added = self.tokenizer.added_tokens_decoder
         self._stop_ids = [index for index, token in added.items() if token.special and str(token) in self.stop]
+        self._is_end, self._is_stop = np.zeros((2, self.vocabulary), np.bool_)  # of each token
+        self._is_end[list(self.eos_token_ids)] = True
+        self._is_stop[self._stop_ids] = True
         self.group_size = settings.group_size
         self.prompts = Prompts(
             settings.prompts,
@@ -189,6 +192,15 @@ class Episodes:
             "prompt_length": self._prompt_length[row, None].copy(),
         }
 
+    def contexts(self, rows: NDArray[np.int64]) -> Contexts:
+        """What :meth:`observe` shows of these rows, for a policy that reads token contexts.
+
+        :param rows: int64 [k], the numbers of the rows.
+        :return: k contexts, fresh copies.
+        """
+        length = self._length[rows]
+        return Contexts(self._input_ids[rows], length, length - self._prompt_length[rows])
+
     def action_masks(self) -> NDArray[np.bool_]:
         """
         :return: bool [n, V], a fresh copy, true for the tokens that may follow. In a row whose episode is over, all
@@ -199,9 +211,7 @@ class Episodes:
         masks = np.ones((self.n, self.vocabulary), np.bool_)
         playing = np.flatnonzero(~self.finished)
         if self._all_constraints is not None and len(playing):
-            length = self._length[playing]
-            contexts = Contexts(self._input_ids[playing], length, length - self._prompt_length[playing])
-            masks[playing] = allowed_tokens(self._all_constraints, contexts, self.vocabulary)
+            masks[playing] = allowed_tokens(self._all_constraints, self.contexts(playing), self.vocabulary)
         return masks
 
     def text(self, row: int) -> tuple[str, str]:
@@ -368,11 +378,11 @@ class Episodes:
             )
         columns = self._length[rows]  # where the tokens go
         before = columns - self._prompt_length[rows]  # response tokens until now
-        eos = np.isin(tokens, self.eos_token_ids) & (before >= self.min_new_tokens)
+        eos = self._is_end[tokens] & (before >= self.min_new_tokens)
         terminated = eos | (before + 1 >= self.max_new_tokens)
         stopped = np.zeros(len(rows), np.bool_)
         if self._stop_strings is not None:
-            stopped = self._stops(rows, tokens) | np.isin(tokens, self._stop_ids)
+            stopped = self._stops(rows, tokens) | self._is_stop[tokens]
             terminated |= stopped
 
         rewards = np.zeros(len(rows))
@@ -490,15 +500,19 @@ class Episodes:
         assert stop is not None
         # Before its last token a response held no stop string, or it would have ended. Of one that `reset` was given,
         # this is certain only from the policy's first token on.
-        first, length = self._first_action[rows], self._length[rows]
-        complete = (first == self._prompt_length[rows]) & (length - first + 2 <= stop.n_tail)
+        first, length, prompt = self._first_action[rows], self._length[rows], self._prompt_length[rows]
+        stopped = stop.may_end_with(tokens) | ((first == length) & (first > prompt))
+        if not stopped.any():
+            return stopped
+        rows, tokens, first, length, prompt = (array[stopped] for array in (rows, tokens, first, length, prompt))
+        complete = (first == prompt) & (length - first + 2 <= stop.n_tail)
         starts = np.where(complete, first - 1, np.maximum(first, length + 1 - stop.n_tail))
         bounds = zip(rows.tolist(), starts.tolist(), length.tolist(), tokens.tolist(), strict=True)
         tails = [[*self._input_ids[row, start:end].tolist(), token] for row, start, end, token in bounds]
-        stopped = np.array(stop.may_be_new(tails, complete.tolist()), np.bool_)
-        doubtful = rows[stopped]
-        texts = self._completions(doubtful, self._streams(doubtful, tokens[stopped]))
-        stopped[stopped] = [stop.within(text) for text in texts]
+        doubtful = np.array(stop.may_be_new(tails, complete.tolist()), np.bool_)
+        texts = self._completions(rows[doubtful], self._streams(rows[doubtful], tokens[doubtful]))
+        doubtful[doubtful] = [stop.within(text) for text in texts]
+        stopped[stopped] = doubtful
         return stopped
 
 

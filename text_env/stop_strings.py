@@ -7,6 +7,9 @@ context it stands for the same whole characters. A token is not clean if it is a
 bytes, whether they make up characters depends on all of them), or a special token, which is no part of the text. A
 single byte of a byte-fallback vocabulary is not clean even where it is a whole character: an unfinished character
 behind it makes both unreadable.
+
+Most tokens need no look at the text at all: what they add to it can't be the end of a stop string, whatever stands
+before. Which tokens may end one is worked out when they are first met.
 """
 
 from __future__ import annotations
@@ -16,7 +19,10 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from text_env.tokenization import decode
+import numpy as np
+from numpy.typing import NDArray
+
+from text_env.tokenization import decode, vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,6 +44,11 @@ class StopStrings:
         self._overlap = max(map(len, self.strings)) - 1  # characters of a stop string that may be older than its last
         self._local = decodes_locally(tokenizer)
         self._texts: dict[int, str] = {}  # what each clean token stands for within a text, "" for those that are not
+        vocabulary = vocabulary_size(tokenizer)
+        self._met = np.zeros(vocabulary, np.bool_)  # those that are in `_texts`
+        self._may_end = np.ones(vocabulary, np.bool_)  # those that may complete a stop string, as far as is known
+        # In texts of bytes, what belongs to a character that isn't complete is no part of such strings, nor changes it.
+        self._plain = _is_of_bytes(tokenizer) and all(string.isascii() for string in self.strings)
         self.n_tail = 4 * self._overlap + 16
         """The number of tokens to show :meth:`may_be_new`. More are looked for in the whole text."""
 
@@ -48,6 +59,18 @@ class StopStrings:
         """
         return any(string in text for string in self.strings)
 
+    def may_end_with(self, tokens: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
+        """
+        :param tokens: the last tokens of B responses, before which these held no stop string.
+        :return: bool [B], false where the token certainly has not completed one, whatever stands before it.
+        """
+        if not self._local:
+            return np.ones(len(tokens), np.bool_)
+        if not (met := self._met[tokens]).all():
+            self._learn(set(tokens[~met].tolist()))
+        may: NDArray[np.bool_] = self._may_end[tokens]
+        return may
+
     def may_be_new(self, tails: Sequence[Sequence[int]], complete: Sequence[bool]) -> list[bool]:
         """
         :param tails: for each of B responses its last tokens. Before the very last of them, the response held no stop
@@ -57,7 +80,8 @@ class StopStrings:
         """
         if not self._local:
             return [True] * len(tails)
-        self._learn({token for tail in tails for token in (tail[0], tail[-1])})  # the others were last ones before
+        # The other tokens were last ones before.
+        self._learn({token for tail in tails for token in (tail[0], tail[-1]) if token not in self._texts})
         ends = [self._end(tail, whole) for tail, whole in zip(tails, complete, strict=True)]
         return [end is None or self.within(end) for end in ends]
 
@@ -77,14 +101,33 @@ class StopStrings:
             clean = clean and bool(text)
         return None
 
-    def _learn(self, token_ids: set[int]) -> None:
-        new = [token for token in token_ids if token not in self._texts]
+    def _learn(self, new: set[int]) -> None:
         # Twice, since some decoders treat the first token of a text in another way.
         spelt = decode(self.tokenizer, [[token] * times for token in new for times in (1, 2)])
         for token, once, twice in zip(new, spelt[::2], spelt[1::2], strict=True):
             piece = str(self.tokenizer.convert_ids_to_tokens(token))
             clean = twice.startswith(once) and _UNKNOWN_CHARACTER not in twice and not _SINGLE_BYTE.fullmatch(piece)
             self._texts[token] = twice[len(once) :] if clean else ""
+            self._met[token] = True
+            if clean or self._plain:
+                # Behind special tokens alone it is the first one of the text.
+                self._may_end[token] = self._completes(self._texts[token]) or self._completes(once)
+
+    def _completes(self, added: str) -> bool:
+        """Whether a text that ends with these characters may hold a stop string that it did not hold without them."""
+        for end in range(1, len(added) + 1):
+            for string in self.strings:
+                length = min(end, len(string))
+                if added[end - length : end] == string[-length:]:
+                    return True
+        return False
+
+
+def _is_of_bytes(tokenizer: Any) -> bool:
+    """Whether tokens are bytes, one by one, which are put together and then read as UTF-8."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    decoder = None if backend is None or backend.decoder is None else json.loads(backend.decoder.__getstate__())
+    return decoder is not None and decoder["type"] == "ByteLevel"
 
 
 def decodes_locally(tokenizer: Any) -> bool:

@@ -12,9 +12,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
 from agents.models.adapter import Adapter, unwrapped
+from agents.models.attention import without_cudnn_attention
 from agents.models.distribution import LogProbAndEntropy, TokenDistribution
 from agents.models.head import decoder_of, find_logit_map
 from agents.models.recompute import check_recomputable, layers_to_recompute, recomputed
@@ -178,13 +179,15 @@ class CausalLM(nn.Module):
         with self.precision(), recomputed(layers):
             return forward(backbone, input_ids)
 
-    def precision(self) -> contextlib.AbstractContextManager[Any]:
+    @contextlib.contextmanager
+    def precision(self) -> Iterator[None]:
+        """Within it, the model runs under the autocast and with the kernels that it has in the rollout, in the update
+        and as a reference.
         """
-        :return: the autocast that the model runs under, in the rollout, in the update and as a reference.
-        """
-        if self.distribution.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=getattr(torch, self.distribution.autocast))
+        device, name = self.device, self.distribution.autocast
+        autocast = torch.autocast(device.type, getattr(torch, name)) if name else contextlib.nullcontext()
+        with autocast, without_cudnn_attention(device):
+            yield
 
     def allowed(self, contexts: Contexts, action_masks: np.ndarray | torch.Tensor | None = None) -> torch.Tensor | None:
         """The tokens that may follow each context.

@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from agents.models.attention import without_cudnn_attention
 
 
 def layers_to_recompute(backbone: nn.Module, every: bool) -> list[GradientCheckpointingLayer]:
@@ -78,7 +81,13 @@ def recomputed(layers: list[GradientCheckpointingLayer]) -> Iterator[None]:
 
 
 def _called(function: Callable[..., Any], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return function(partial(forward, **kwargs), *args)
+    def layer(*args: Any) -> Any:
+        # The backward pass comes after the context of the forward pass, and must find the kernels that this had.
+        device = next(x.device for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+        with without_cudnn_attention(device):
+            return forward(*args, **kwargs)
+
+    return function(layer, *args)
 
 
 def _checkpoint(forward: Callable[..., Any], *args: Any) -> Any:

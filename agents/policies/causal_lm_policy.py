@@ -219,7 +219,19 @@ class CausalLMActorCritic(BasePolicy):
             :func:`agents.rollouts.collector.collect_episodes` does once a token.
         :raises FloatingPointError: if the policy runs on a CPU and its answers are NaN.
         """
-        contexts = contexts_of(obs)
+        return self.write(contexts_of(obs), deterministic, action_masks)
+
+    def write(
+        self, contexts: Contexts, deterministic: bool = False, action_masks: np.ndarray | torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As :meth:`forward`, for whoever has the contexts themselves, which then need not be told from padding.
+
+        :param contexts: B contexts.
+        :param deterministic: as for :meth:`forward`.
+        :param action_masks: as for :meth:`forward`.
+        :return: as :meth:`forward`.
+        :raises FloatingPointError: as :meth:`forward`.
+        """
         hidden = self._last_hidden(contexts)
         actions, log_prob = self._choose(hidden, contexts, deterministic, action_masks)
         values = self._last_values(contexts, hidden)

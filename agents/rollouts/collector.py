@@ -11,8 +11,9 @@ import torch
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from agents.models.contexts import contexts_of
+from agents.models.contexts import Contexts
 from agents.models.finite import check_numbers
+from agents.policies.causal_lm_policy import CausalLMActorCritic
 from agents.rollouts.episode_buffer import EpisodeBuffer
 from text_env.episodes import NO_ACTION
 from text_env.vector_env import TextVectorEnv
@@ -77,20 +78,18 @@ def collect_episodes(
     began = time.perf_counter()
     episodes: list[dict[str, Any]] = [{} for _ in range(n_episodes)]
     while len(live):
-        batch = {name: array[live] for name, array in observation.items()}
-        tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
-        chosen, value, log_prob = policy(tensors, deterministic)
+        contexts = env.episodes.contexts(live)
+        chosen, value, log_prob = _next_tokens(policy, contexts, observation, live, deterministic)
         # One device-to-host copy per step. All become float64, which is exact for token ids and for float32 numbers.
         host = torch.stack([chosen, value.flatten(), log_prob.double()]).cpu().numpy()
         if np.isnan(host).any():
-            contexts = contexts_of(batch)
             for what, answers in (("values", host[1]), ("log-probabilities", host[2])):
                 tokens = [ids[:n] for ids, n in zip(contexts.input_ids, contexts.length, strict=True)]
                 check_numbers(torch.from_numpy(answers), what, tokens.__getitem__, policy)
         actions = np.full(env.num_envs, NO_ACTION, dtype=np.int64)
         actions[live] = host[0].astype(np.int64)
         observation, rewards, terminations, truncations, infos = env.step(actions)
-        buffer.add(batch, actions[live], rewards[live], starts, host[1], host[2], rows=live)
+        buffer.add(contexts, actions[live], rewards[live], starts, host[1], host[2], rows=live)
         length[live] += 1
         returns[live] += rewards[live]
         if on_step is not None:
@@ -117,6 +116,21 @@ def collect_episodes(
             starts = over[going_on]
             live = live[going_on]
     return episodes
+
+
+def _next_tokens(
+    policy: ActorCriticPolicy,
+    contexts: Contexts,
+    observation: dict[str, np.ndarray],
+    live: np.ndarray,
+    deterministic: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the policy answers to the live rows. A policy of our own is given the contexts, another the observations."""
+    if isinstance(policy, CausalLMActorCritic):
+        return policy.write(contexts, deterministic)
+    tensors = {name: torch.from_numpy(array[live]) for name, array in observation.items()}
+    answers: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = policy(tensors, deterministic)
+    return answers
 
 
 def _infos_of_rows(

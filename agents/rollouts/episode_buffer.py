@@ -33,7 +33,7 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 
 from agents.models.causal_lm import OtherLogits, Positions
-from agents.models.contexts import check_spaces, contexts_of, packed_positions
+from agents.models.contexts import Contexts, check_spaces, contexts_of, packed_positions
 from agents.models.distribution import TokenDistribution
 from agents.models.finite import check_scores
 from agents.models.reference import Reference
@@ -211,7 +211,7 @@ class EpisodeBuffer(RolloutBuffer):
 
     def add(  # type: ignore[override]
         self,
-        obs: Mapping[str, np.ndarray],
+        obs: Mapping[str, np.ndarray] | Contexts,
         action: np.ndarray,
         reward: np.ndarray,
         episode_start: np.ndarray,
@@ -221,7 +221,7 @@ class EpisodeBuffer(RolloutBuffer):
     ) -> None:
         """Append one transition of each of B rows.
 
-        :param obs: the observations before the action.
+        :param obs: the observations before the action, or the contexts that they show.
         :param action: token ids, [B] or [B, 1].
         :param reward: the environment's rewards, [B].
         :param episode_start: bool [B], true where this is the first step of an episode.
@@ -244,20 +244,22 @@ class EpisodeBuffer(RolloutBuffer):
         self.pos += 1
         self.full = self.pos == self.buffer_size
 
-    def _add_context(self, obs: Mapping[str, np.ndarray], rows: np.ndarray) -> None:
+    def _add_context(self, obs: Mapping[str, np.ndarray] | Contexts, rows: np.ndarray) -> None:
         """Append the tokens of the observations that are not yet in the streams: first all of them, later few."""
         written = self._written[rows]
-        mask = obs["attention_mask"]
-        index = np.arange(len(rows))
-        if (shorter := (written > 0) & (mask[index, written - 1] == 0)).any():
+        lengths = obs.length if isinstance(obs, Contexts) else _lengths(obs["attention_mask"], written)
+        if (shorter := lengths < written).any():
             raise ValueError(
                 f"Expected every context to go on from the one before it; those of rows {rows[shorter].tolist()} "
                 "became shorter, though no episode started there."
             )
-        longer = np.flatnonzero((written < mask.shape[1]) & (mask[index, np.minimum(written, mask.shape[1] - 1)] != 0))
+        longer = np.flatnonzero(lengths > written)
         if len(longer) == 0:
             return
-        input_ids, length, step = contexts_of({name: array[longer] for name, array in obs.items()})
+        if isinstance(obs, Contexts):
+            input_ids, length, step = (array[longer] for array in obs)
+        else:
+            input_ids, length, step = contexts_of({name: array[longer] for name, array in obs.items()})
         for i, row in enumerate(rows[longer]):
             if self._written[row] == 0:
                 self._prompt_lengths.append(int(length[i] - step[i]))
@@ -593,6 +595,15 @@ class EpisodeBuffer(RolloutBuffer):
     def _token_index(self, episodes: np.ndarray) -> np.ndarray:
         """The indices of the actions of these segments in the flat arrays."""
         return np.concatenate([np.arange(self.starts[e], self.starts[e + 1]) for e in episodes])
+
+
+def _lengths(mask: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """The lengths of contexts, as far as it matters whether they are the expected ones; seen from two columns."""
+    index, last = np.arange(len(mask)), mask.shape[1] - 1
+    shorter = (expected > 0) & (mask[index, expected - 1] == 0)
+    longer = (expected <= last) & (mask[index, np.minimum(expected, last)] != 0)
+    lengths: np.ndarray = expected - shorter + longer
+    return lengths
 
 
 def _flat(array: torch.Tensor | np.ndarray) -> np.ndarray:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from agents.models.attention import without_cudnn_attention
 from benchmarks import update
 from benchmarks.gpu.models import subject
 from benchmarks.gpu.options import Options
@@ -89,17 +89,6 @@ def profiled(run: Callable[[], Any], device: torch.device, steps: int) -> dict[s
     }
 
 
-@contextlib.contextmanager
-def without_cudnn_attention() -> Iterator[None]:
-    """Within it, attention is computed by another kernel than cuDNN's."""
-    enabled = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(enabled)
-
-
 def measure(options: Options, record: Record, which: int = 0) -> None:
     """
     :param options: resolved; the first model and number of rows are profiled.
@@ -121,9 +110,6 @@ def measure(options: Options, record: Record, which: int = 0) -> None:
 
     decode = decodings()
     look(f"rollout, {decode[0]}", lambda: ours(what, decode[0]), response)
-    if device.type == "cuda":
-        with without_cudnn_attention():
-            look(f"rollout, {decode[0]}, cuDNN attention off", lambda: ours(what, decode[0]), response)
     for other in decode[1:]:
         look(f"rollout, {other}", lambda other=other: ours(what, other), response)
     with record.attempt("update", needs=10) as enough:
@@ -133,6 +119,5 @@ def measure(options: Options, record: Record, which: int = 0) -> None:
             look("update", lambda: update.update(algorithm), steps)
             look("bare passes", lambda: update.bare_passes(algorithm, what), steps)
             if device.type == "cuda":
-                with without_cudnn_attention():
-                    look("update, cuDNN attention off", lambda: update.update(algorithm), steps)
+                with without_cudnn_attention(device):  # as our update has it
                     look("bare passes, cuDNN attention off", lambda: update.bare_passes(algorithm, what), steps)

@@ -10,6 +10,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 from learners import EOS, PROMPTS, counted_forwards, length_of, make_env, make_model, make_policy
 
+from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.collector import Interrupted, collect_episodes
 from agents.rollouts.episode_buffer import EpisodeBuffer
 from text_env.vector_env import TextVectorEnv
@@ -145,3 +146,39 @@ def test_the_environment_is_left_in_the_mode_that_the_loop_needs() -> None:
     assert env.autoreset_mode == AutoresetMode.SAME_STEP
     collect_episodes(ScriptedPolicy([1, 1]), env, 2, buffer_for(env))  # type: ignore[arg-type]
     assert env.autoreset_mode == AutoresetMode.DISABLED
+
+
+class FromOutside:
+    """A policy of which the collector knows only that it answers to observations."""
+
+    def __init__(self, policy: CausalLMPolicy) -> None:
+        self.policy = policy
+
+    def __call__(self, observation: Any, deterministic: bool) -> Any:
+        return self.policy(observation, deterministic)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"min_new_tokens": 3}], ids=["plain", "minimum length"])
+def test_contexts_that_are_handed_on_directly_give_what_observations_give(kwargs: dict[str, Any]) -> None:
+    env = make_env(3, **kwargs)
+    rollouts = []
+    for reader in (lambda policy: policy, FromOutside):
+        policy = make_policy(env, model=make_model(ends=0.2), **kwargs)
+        torch.manual_seed(1)
+        env.reset(seed=1)
+        infos = collect_episodes(reader(policy), env, 8, buffer := buffer_for(env))
+        buffer.finalize()
+        arrays = (buffer.tokens, buffer.is_action, buffer.values, buffer.log_probs, buffer.rewards, buffer.starts)
+        rollouts.append(([array.tolist() for array in arrays], infos))
+    assert rollouts[0] == rollouts[1]
+
+
+def test_the_prompt_of_a_group_is_read_once() -> None:
+    env = make_env(8, group_size=4, prompts=["The movie was", "That film was"])
+    policy = make_policy(env, model=make_model())
+    with counted_forwards(policy.lm.backbone) as shapes:
+        collect_episodes(policy, env, 8, buffer := buffer_for(env))
+    prompts = {tuple(prompt.token_ids) for prompt in buffer.prompts}
+    assert len(buffer.prompts) == 8
+    assert shapes[0] == (len(prompts), max(map(len, prompts)))
+    assert all(columns == 1 for _, columns in shapes[1:])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -70,6 +72,15 @@ def stepwise(name: str, tokens: list[int], stop: list[str], given: list[int], pr
     raise AssertionError("The budget is spent.")
 
 
+@contextmanager
+def whole_texts() -> Iterator[None]:
+    """Within it, the whole text is looked at after every token, which is the plain definition of a stop string."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StopStrings, "may_end_with", lambda self, tokens: np.ones(len(tokens), np.bool_))
+        patch.setattr(StopStrings, "may_be_new", lambda self, tails, complete: [True] * len(tails))
+        yield
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
@@ -84,10 +95,7 @@ def test_texts_end_where_decoding_the_whole_text_at_every_step_would_end_them(na
     first = data.draw(st.integers(0, len(text) - 1))
     stop = [text[first : first + data.draw(st.integers(1, 6))], data.draw(st.sampled_from(["aba", "é", " b a", "€."]))]
     got = stepwise(name, tokens, stop, given_ids, prompt)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            StopStrings, "may_be_new", lambda self, tails, complete: [True] * len(tails)
-        )  # look at the whole text
+    with whole_texts():
         assert got == stepwise(name, tokens, stop, given_ids, prompt)
 
 
@@ -120,8 +128,7 @@ def test_a_stop_string_is_seen_with_the_token_that_completes_it(
     tokens = ids(name, *pieces)
     number, completion, reason = stepwise(name, [*tokens, *tokens[:1]], [stop], [], ids(name, "a"))
     assert (completion.endswith(end), reason) == (True, "stop")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StopStrings, "may_be_new", lambda self, tails, complete: [True] * len(tails))
+    with whole_texts():
         assert stepwise(name, [*tokens, *tokens[:1]], [stop], [], ids(name, "a"))[0] == number
 
 
@@ -155,3 +162,18 @@ def test_a_step_decodes_the_end_of_a_text_only(name: str, monkeypatch: pytest.Mo
         env.step(np.array([token, broken if step % 3 else token]))
         if step > 20:
             assert max(decoded, default=0) < 20
+
+
+@pytest.mark.parametrize(
+    ("stop", "harmless"), [(["the\n", "."], ["a", "b", " ", "€", "é"]), (["é"], ["a", "b", " ", "\n"])]
+)
+def test_most_tokens_need_no_look_at_the_text(stop: list[str], harmless: list[str]) -> None:
+    tokenizer = TOKENIZERS["byte-level"]
+    strings = StopStrings(stop, tokenizer)
+    tokens = np.array([token for text in harmless for token in tokenizer(text)["input_ids"]])
+    if stop == ["é"]:  # a part of a character may complete it
+        assert strings.may_end_with(np.array(tokenizer("é")["input_ids"])).all()
+    assert not strings.may_end_with(np.append(tokens, tokenizer.eos_token_id)).any()
+    for text in stop:
+        assert strings.may_end_with(np.array(tokenizer(text)["input_ids"][-1:])).all()
+    assert StopStrings(stop, TOKENIZERS["bpe"]).may_end_with(np.array([2, 3])).all()  # where nothing is certain
