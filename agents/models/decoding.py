@@ -34,7 +34,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from agents.models.cache_storage import Block
 from agents.models.weights import WeightsWatch
 
-DECODE_MODES = ("eager", "compiled")
+DECODE_MODES = ("auto", "eager", "compiled")
 
 # The name of `grouped_attention` among the attention functions of transformers.
 ATTENTION = "one_query_a_row"

@@ -30,7 +30,7 @@ from agents.models.cache_storage import Beginning, Block, CacheLayer, Reading
 from agents.models.causal_lm import Positions
 from agents.models.context_matching import common_prefix, distinct
 from agents.models.contexts import Contexts, maximal_sequences, share_prefixes
-from agents.models.decoding import DECODE_MODES, EAGER, Decoder, Launch, launches, sizes_told_apart
+from agents.models.decoding import CAPTURES, DECODE_MODES, EAGER, Decoder, Launch, launches, sizes_told_apart
 from agents.models.transfers import to_device
 from agents.models.weights import WeightsWatch
 
@@ -49,13 +49,13 @@ class PrefixCache:
     :param max_blocks: the number of alternating streams of calls that are cached. The least recently used one is
         dropped.
     :param decode: how rows that have grown by one token are read, which is nearly all that a rollout does: "eager", or
-        "compiled" by ``torch.compile`` and, on CUDA, captured into graphs (see :mod:`agents.models.decoding`). Where
-        that isn't possible, or doesn't give the same results on a small example, a warning says why, and they are read
-        as with "eager".
+        "compiled" by ``torch.compile`` and, on CUDA, captured into graphs (see :mod:`agents.models.decoding`). "auto" is
+        "compiled" on CUDA and "eager" elsewhere. Where "compiled" isn't possible, or doesn't give the same results on a
+        small example, a warning says why, and they are read as with "eager".
     :raises ValueError: if ``decode`` is none of these.
     """
 
-    def __init__(self, backbone: nn.Module, max_blocks: int = 3, decode: str = "eager") -> None:
+    def __init__(self, backbone: nn.Module, max_blocks: int = 3, decode: str = "auto") -> None:
         if decode not in DECODE_MODES:
             raise ValueError(f"Expected decode to be one of {DECODE_MODES}, got {decode!r}.")
         self._backbone = backbone
@@ -106,7 +106,9 @@ class PrefixCache:
             self._drop(self._blocks)
             self._blocks = []
         try:
-            if self._decode_mode == "compiled":
+            if self._decode_mode == "compiled" or (
+                self._decode_mode == "auto" and self._weights.device.type in CAPTURES
+            ):
                 self._choose_launch()
             return self._memoised(contexts)
         except BaseException:  # an interrupted call may leave rows half-written

@@ -80,7 +80,8 @@ class CausalLMActorCritic(BasePolicy):
     :param autocast: the name of the floating-point type of matrix products, such as ``"bfloat16"``, while the weights
         keep theirs; None: the type of the weights.
     :param decode: how texts are written with ``prefix_cache``: "eager", or "compiled", for which the forward pass that
-        reads one new token of each text is compiled and, on CUDA, captured into graphs (see docs/performance.md).
+        reads one new token of each text is compiled or, on CUDA, captured into graphs (see docs/performance.md). "auto"
+        is "compiled" on CUDA and "eager" elsewhere.
     :param compile_forward: whether to run whole sequences through ``torch.compile``. Compiling takes minutes, so this
         pays in long trainings.
     :param gradient_checkpointing: whether to compute the layers once more in the backward pass instead of keeping what
@@ -114,7 +115,7 @@ class CausalLMActorCritic(BasePolicy):
         value_sigma: float | None = 0.75,
         prefix_cache: bool = True,
         autocast: str | None = None,
-        decode: str = "eager",
+        decode: str = "auto",
         compile_forward: bool = False,
         gradient_checkpointing: bool = False,
         constraint: Any = None,

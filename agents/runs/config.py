@@ -256,8 +256,8 @@ class TrainConfig:
     """The floating-point type of the weights."""
     autocast: str | None = None
     """The floating-point type of matrix products, such as 'bfloat16'; by default that of the weights."""
-    decode: str = "eager"
-    """How texts are written: 'eager', or 'compiled', which is compiled once and, on CUDA, captured into graphs."""
+    decode: str = "auto"
+    """How texts are written: 'eager'; 'compiled', or on CUDA captured into graphs; 'auto': so on CUDA alone."""
     compile_forward: bool = False
     """Run whole sequences through torch.compile."""
     checkpoint_every: int | None = None

@@ -171,6 +171,17 @@ def test_without_a_compiler_texts_are_written_as_before_and_a_warning_says_why(m
         write(policy)
 
 
+def test_auto_is_eager_unless_the_device_has_graphs(request: pytest.FixtureRequest) -> None:
+    eager = make_policy(make_env())
+    write(eager)
+    assert eager._actor_memo is not None
+    assert eager._actor_memo._launches == {}
+    graphs: RecordedGraphs = request.getfixturevalue("graphs")
+    captured = make_policy(make_env())
+    torch.testing.assert_close(write(captured), write(eager))
+    assert graphs.replayed > 0
+
+
 def test_graphs_need_no_compiler(monkeypatch: pytest.MonkeyPatch, graphs: RecordedGraphs) -> None:
     def no_compiler() -> Any:
         raise RuntimeError("no compiler was found")
@@ -184,7 +195,7 @@ def test_graphs_need_no_compiler(monkeypatch: pytest.MonkeyPatch, graphs: Record
 
 
 def test_another_way_to_decode_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"Expected decode to be one of \('eager', 'compiled'\), got 'fast'"):
+    with pytest.raises(ValueError, match=r"Expected decode to be one of \('auto', 'eager', 'compiled'\), got 'fast'"):
         make_policy(make_env(), decode="fast")
 
 
