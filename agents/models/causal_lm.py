@@ -32,8 +32,19 @@ from agents.models.recompute import check_recomputable, layers_to_recompute, rec
 from agents.objectives.kl import kl_exact
 from text_env.constraints import Constraint, Contexts, all_of, allowed_tokens
 
-# Logits of one chunk. In float32 2^22 values are 16 MB, enough for matrix products to run at full speed.
+# Logits of one chunk. In float32 2^22 values are 16 MB, enough for a CPU's matrix products to run at full speed. On an
+# accelerator each chunk costs some thirty launches, whatever its size; 2^27 values are 512 MB.
 CHUNK_ELEMENTS = 2**22
+ACCELERATOR_CHUNK_ELEMENTS = 2**27
+
+
+def chunk_positions(device: torch.device, n_tokens: int) -> int:
+    """
+    :param device: the device of the logits.
+    :param n_tokens: V, the number of logits of a position.
+    :return: the number of positions of one chunk, at least 1.
+    """
+    return max(1, (CHUNK_ELEMENTS if device.type == "cpu" else ACCELERATOR_CHUNK_ELEMENTS) // n_tokens)
 
 
 class Positions(NamedTuple):
@@ -255,7 +266,7 @@ class CausalLM(nn.Module):
                 return scores
             return *scores, kl_exact(logits.log_softmax(dim=-1), other(part, step, mask).log_softmax(dim=-1))
 
-        size = max(1, CHUNK_ELEMENTS // self.distribution.n_tokens)
+        size = chunk_positions(hidden.device, self.distribution.n_tokens)
         if len(actions) <= size:
             return chunk(slice(0, size), hidden, step, actions)
         slices = [slice(start, start + size) for start in range(0, len(actions), size)]

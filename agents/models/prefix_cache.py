@@ -49,9 +49,9 @@ class PrefixCache:
     :param max_blocks: the number of alternating streams of calls that are cached. The least recently used one is
         dropped.
     :param decode: how rows that have grown by one token are read, which is nearly all that a rollout does: "eager", or
-        "compiled" by ``torch.compile`` and, on CUDA, captured into graphs (see :mod:`agents.models.decoding`). "auto" is
-        "compiled" on CUDA and "eager" elsewhere. Where "compiled" isn't possible, or doesn't give the same results on a
-        small example, a warning says why, and they are read as with "eager".
+        "compiled" by ``torch.compile`` and, on CUDA, captured into graphs (see :mod:`agents.models.decoding`). "auto"
+        is "compiled" on CUDA and "eager" elsewhere. Where "compiled" isn't possible, or doesn't give the same results
+        on a small example, a warning says why, and they are read as with "eager".
     :raises ValueError: if ``decode`` is none of these.
     """
 

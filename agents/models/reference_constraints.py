@@ -15,7 +15,7 @@ from stable_baselines3.common.utils import get_device
 from transformers import PretrainedConfig, PreTrainedModel
 
 from agents.models.adapter import unwrapped
-from agents.models.causal_lm import CHUNK_ELEMENTS, CausalLM
+from agents.models.causal_lm import CausalLM, chunk_positions
 from agents.models.distribution import TokenDistribution
 from agents.models.finite import not_a_number
 from agents.models.prefix_cache import PrefixCache
@@ -126,8 +126,9 @@ class ReferenceConstraint(ABC):
 
     def _compute(self, contexts: Contexts, fixed: np.ndarray) -> np.ndarray:
         n_tokens = fixed.shape[1]
-        size = max(1, CHUNK_ELEMENTS // n_tokens)
-        parts = zip(self._memo.last_hidden(contexts).split(size), torch.from_numpy(fixed).split(size), strict=True)
+        states = self._memo.last_hidden(contexts)
+        size = chunk_positions(states.device, n_tokens)
+        parts = zip(states.split(size), torch.from_numpy(fixed).split(size), strict=True)
         masks = np.concatenate([self._kept(hidden, part.to(hidden.device)) for hidden, part in parts])
         if (empty := ~masks.any(axis=1)).any():  # the most probable token is always kept, if there is one
             row = int(np.flatnonzero(empty)[0])
