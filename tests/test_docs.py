@@ -104,7 +104,7 @@ def test_a_quoted_line_of_code_is_in_the_function_that_is_named_before_it(
     assert holds(definitions(page.parent / target)[name], code)
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=named)
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=named)
 def test_no_line_of_code_is_quoted_without_the_function_that_it_is_in(page: Path) -> None:
     quoted = {code for other, *_, code in QUOTES if other == page}
     assert [span for span in SPAN.findall(prose(page)) if STATEMENT.match(span) and span not in quoted] == []
