@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check format builtin peers throughput algorithms arithmetic reward-model smollm2 reasoning overoptimization lowest clean
+.PHONY: demo test check format builtin peers throughput algorithms arithmetic reward-model smollm2 reasoning overoptimization lowest docs clean
 
 demo: $(INSTALLED)  ## train PPO on the built-in model, print texts before and after
 	$(BIN)/textrlhf demo --run-dir runs/demo
@@ -57,8 +57,11 @@ overoptimization: $(INSTALLED)  ## gold and proxy score against the KL, for rewa
 lowest:  ## the suite at the lowest versions that pyproject.toml declares (after every change of that file)
 	PYTHON=$(PYTHON) .ci/lowest
 
+docs: $(INSTALLED)  ## the pages and the API reference as a site, in site/; links that lead nowhere are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:  ## remove the environment and all caches
-	rm -rf $(VENV) .venv-peers .venv-lowest build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-peers .venv-lowest build site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
