@@ -17,6 +17,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import griffe
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -72,8 +73,9 @@ def is_documented(path: str, name: str) -> bool:
     :return: whether the name has an entry of its own in the API reference.
     """
     node = definitions(path).get(name)
-    private = any(part.startswith("_") for part in name.split("."))
-    return isinstance(node, ast.FunctionDef | ast.ClassDef) and bool(ast.get_docstring(node)) and not private
+    if not isinstance(node, ast.FunctionDef | ast.ClassDef) or any(part.startswith("_") for part in name.split(".")):
+        return False
+    return bool(ast.get_docstring(node)) or ast.unparse(node.body[0]).startswith("__doc__ = ")
 
 
 def excerpt(path: str, name: str) -> str:
@@ -117,21 +119,6 @@ def module(path: str) -> str:
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
-def public_names(package: str) -> dict[str, str]:
-    """
-    :param package: one of the two packages.
-    :return: its public names, and the file that defines each.
-    """
-    tree = ast.parse((ROOT / package / "__init__.py").read_text())
-    homes = {
-        alias.asname or alias.name: f"{node.module.replace('.', '/')}.py"
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{package}.")
-        for alias in node.names
-    }
-    return {name: path for name, path in sorted(homes.items()) if name != "complaint"}
-
-
 def api_index() -> str:
     """
     :return: the first page of the API reference: the public names and what each is.
@@ -139,14 +126,24 @@ def api_index() -> str:
     lines = ["# API reference", "", "What the two packages export; every module follows in reading order.", ""]
     for package in PACKAGES:
         lines += [f"## `{package}`", "", "| name | what it is |", "| --- | --- |"]
-        for name, path in public_names(package).items():
-            node: Any = definitions(path).get(name)
-            said = (ast.get_docstring(node) or "") if node is not None else "A constant."
-            first = re.sub(r":\w+:`~?([^`]*)`", r"`\1`", said.split("\n\n")[0].replace("\n", " ")).replace("|", "\\|")
-            target = f"[`{name}`][{module(path)}.{name}]" if is_documented(path, name) else f"`{name}`"
-            lines.append(f"| {target} | {first} |")
+        extensions = griffe.load_extensions(str(ROOT / "docs" / "docstrings.py"))
+        members = griffe.load(package, search_paths=[str(ROOT)], extensions=extensions).members
+        for name in sorted(members):
+            if members[name].is_alias and members[name].target_path.startswith(PACKAGES) and name in exported(package):
+                described = members[name].final_target
+                said = described.docstring.value.split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
+                lines.append(f"| [`{name}`][{described.path}] | {said} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def exported(package: str) -> set[str]:
+    """
+    :param package: one of the two packages.
+    :return: the strings in its ``__init__.py``, among which are the names that it exports.
+    """
+    tree = ast.parse((ROOT / package / "__init__.py").read_text())
+    return {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 
 
 def on_config(config: MkDocsConfig) -> None:

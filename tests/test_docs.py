@@ -110,6 +110,17 @@ def test_no_line_of_code_is_quoted_without_the_function_that_it_is_in(page: Path
     assert [span for span in SPAN.findall(prose(page)) if STATEMENT.match(span) and span not in quoted] == []
 
 
+def test_the_readme_is_a_front_door_of_at_most_8_kb() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.encode()) <= 8_192
+    code = text.index("```python")
+    assert text[:code].count("\n") <= 20  # on the first screen: how to train one's own model on one's own reward
+    assert len(re.findall(r"!\[", text)) == 1
+    five = text[text.index("## Five results") : text.index("## Where to go next")]
+    assert len(re.findall(r"^- ", five, re.MULTILINE)) == 5
+    assert all("](docs/" in line for line in re.split(r"^- ", five, flags=re.MULTILINE)[1:])
+
+
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_what_a_page_links_to_is_there(page: Path) -> None:
     assert [target for _, target in links(page) if not (page.parent / target).exists()] == []

@@ -46,6 +46,11 @@ class Docstrings(griffe.Extension):
             cls.set_member("__init__", griffe.Function("__init__", parameters=griffe.Parameters(*parameters)))
 
     def _visit(self, obj: Any, package: griffe.Module) -> None:
+        if obj.is_class and "__doc__" in obj.members:  # ``__doc__ = Other.__doc__``, the same with another base class
+            other = obj.parent[str(obj.members["__doc__"].value).removesuffix(".__doc__")]
+            obj.docstring = griffe.Docstring(other.docstring.value, parent=obj)
+            parameters = griffe.Parameters(*other.members["__init__"].parameters)
+            obj.set_member("__init__", griffe.Function("__init__", parameters=parameters))
         if obj.docstring is not None:
             obj.docstring.value = ROLE.sub(lambda found: link(found[1], obj, package), obj.docstring.value)
         for member in obj.members.values():
