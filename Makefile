@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check format builtin peers throughput gpu algorithms arithmetic reward-model smollm2 reasoning overoptimization lowest clean
+.PHONY: demo test check format builtin peers throughput gpu algorithms arithmetic reward-model smollm2 reasoning overoptimization lowest docs clean
 
 demo: $(INSTALLED)  ## train PPO on the built-in model, print texts before and after
 	$(BIN)/textrlhf demo --run-dir runs/demo
@@ -61,11 +61,23 @@ overoptimization: $(INSTALLED)  ## gold and proxy score against the KL, for rewa
 lowest:  ## the suite at the lowest versions that pyproject.toml declares (after every change of that file)
 	PYTHON=$(PYTHON) .ci/lowest
 
+docs: .venv-site/.installed  ## the pages and the API reference as a site, in site/; links that lead nowhere are errors
+	NO_MKDOCS_2_WARNING=1 .venv-site/bin/mkdocs build --strict
+
 clean:  ## remove the environment and all caches
-	rm -rf $(VENV) .venv-peers .venv-lowest build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-site .venv-peers .venv-lowest build site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+# The pages need nothing that the packages import: the code is read, not run.
+DOCS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")
+
+.venv-site/.installed: pyproject.toml constraints.txt
+	test -x .venv-site/bin/python || $(PYTHON) -m venv .venv-site
+	.venv-site/bin/python -c '$(DOCS)' > .venv-site/requirements.txt
+	.venv-site/bin/python -m pip install --quiet -c constraints.txt -r .venv-site/requirements.txt
 	touch $@

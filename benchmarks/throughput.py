@@ -1,4 +1,4 @@
-"""How fast this is, beside its peers: the table of the README.
+"""How fast this is, beside its peers: the table of `docs/performance.md`.
 
 python -m benchmarks.throughput --quick --json benchmarks/results/throughput.json
 """

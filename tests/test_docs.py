@@ -104,10 +104,21 @@ def test_a_quoted_line_of_code_is_in_the_function_that_is_named_before_it(
     assert holds(definitions(page.parent / target)[name], code)
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=named)
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=named)
 def test_no_line_of_code_is_quoted_without_the_function_that_it_is_in(page: Path) -> None:
     quoted = {code for other, *_, code in QUOTES if other == page}
     assert [span for span in SPAN.findall(prose(page)) if STATEMENT.match(span) and span not in quoted] == []
+
+
+def test_the_readme_is_a_front_door_of_at_most_8_kb() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.encode()) <= 8_192
+    code = text.index("```python")
+    assert text[:code].count("\n") <= 20  # on the first screen: how to train one's own model on one's own reward
+    assert len(re.findall(r"!\[", text)) == 1
+    five = text[text.index("## Five results") : text.index("## Where to go next")]
+    assert len(re.findall(r"^- ", five, re.MULTILINE)) == 5
+    assert all("](docs/" in line for line in re.split(r"^- ", five, flags=re.MULTILINE)[1:])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)

@@ -84,7 +84,7 @@ class Branches(NamedTuple):
 
     :param values: the critic's values of the states, float64 [S].
     :param returns: what followed, float64 [S, m].
-    :param tokens: the tokens that the policy chose, [S][m].
+    :param tokens: the tokens that the policy chose, S lists of m texts.
     """
 
     values: np.ndarray

@@ -51,7 +51,7 @@ def algorithm_named(name: str) -> type[OnPolicyAlgorithm]:
     if isinstance(found, type) and issubclass(found, BaseAlgorithm) and not issubclass(found, OnPolicyAlgorithm):
         raise ValueError(
             f"{found.__name__} is Stable-Baselines3's: use it in Python, on agents.make_vec_env('TextRLHF-v0') or, for "
-            "continuous actions, on 'TextRLHFContinuous-v0'. The README's table of what plugs in says with which "
+            "continuous actions, on 'TextRLHFContinuous-v0'. The table of what plugs in (docs/sb3.md) says with which "
             "policy."
         )
     if not (isinstance(found, type) and issubclass(found, OnPolicyAlgorithm)):
