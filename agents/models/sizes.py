@@ -17,7 +17,8 @@ class Sizes(NamedTuple):
         its size; 2^27 values are 512 MB.
     :param pass_tokens: tokens of one forward pass over whole sequences, padding included.
     :param pass_overhead: what a forward pass and its backward pass cost besides their tokens, in tokens. To save
-        padding, a batch is split where that saves more.
+        padding, a batch is split where that saves more. On a CPU, models of 3 and 4 million parameters took the time of
+        54 and 49 tokens.
     """
 
     chunk_elements: int
@@ -25,7 +26,7 @@ class Sizes(NamedTuple):
     pass_overhead: int
 
 
-CPU = Sizes(chunk_elements=2**22, pass_tokens=2**12, pass_overhead=32)
+CPU = Sizes(chunk_elements=2**22, pass_tokens=2**12, pass_overhead=48)
 ACCELERATOR = Sizes(chunk_elements=2**27, pass_tokens=2**14, pass_overhead=2**13)
 
 
