@@ -102,10 +102,11 @@ class PlainPolicy(CausalLMPolicy):
         return self._values(hidden), log_prob, entropy
 
 
-def stock_ppo(subject: Subject, policy: type[CausalLMPolicy]) -> Callable[[], int]:
+def stock_ppo(subject: Subject, policy: type[CausalLMPolicy], **kwargs: Any) -> Callable[[], int]:
     """One iteration of unmodified ``stable_baselines3.PPO``: single transitions, its own buffer, its own loss.
 
-    :param policy: the only thing in which the two sides differ.
+    :param policy: the only thing in which our side and the plain one differ.
+    :param kwargs: further arguments of PPO, such as another ``rollout_buffer_class``.
     """
     subject = subject.own_copy()
     tokens = subject.episodes * subject.response
@@ -119,6 +120,7 @@ def stock_ppo(subject: Subject, policy: type[CausalLMPolicy]) -> Callable[[], in
         seed=0,
         device=subject.model.device,
         policy_kwargs={"model": subject.model},
+        **kwargs,
     )
 
     def run() -> int:

@@ -133,6 +133,7 @@ class DeviceTensor(torch.Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         if id(self) not in memo:
+            _launch(aten.clone.default)
             copy = DeviceTensor(self.host.clone())
             is_parameter = isinstance(self, nn.Parameter)
             memo[id(self)] = nn.Parameter(copy, self.requires_grad) if is_parameter else copy

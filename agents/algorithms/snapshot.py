@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +22,7 @@ class Weights:
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._parameters = parameters
-        self._before = [parameter.detach().clone() for parameter in parameters]
+        self._before = copies(parameters)
 
     @torch.no_grad()
     def go_back(self, kept: float = 0.0) -> None:
@@ -42,12 +44,34 @@ class Snapshot:
     def __init__(self, policy: CausalLMPolicy) -> None:
         self._optimizer = policy.optimizer
         self._weights = Weights(trained(policy))
-        self._state = copy.deepcopy(self._optimizer.state_dict())
+        state = self._optimizer.state_dict()
+        moments = [x for one in state["state"].values() for x in one.values() if isinstance(x, torch.Tensor)]
+        self._state = copy.deepcopy(state, dict(zip(map(id, moments), copies(moments), strict=True)))
 
     def restore(self) -> None:
         """Set weights and optimiser as they were. This can be done once."""
         self._weights.go_back()
         self._optimizer.load_state_dict(self._state)
+
+
+@torch.no_grad()
+def copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copy tensors by a few launches, where one for each would take an accelerator longer than a step of the optimiser.
+
+    :param tensors: of any devices and kinds.
+    :return: a copy of each, without gradient.
+    """
+    copied = [torch.empty_like(tensor, requires_grad=False) for tensor in tensors]
+    alike: defaultdict[Any, list[int]] = defaultdict(list)
+    for i, tensor in enumerate(tensors):
+        alike[type(tensor.detach()), tensor.device, tensor.dtype].append(i)
+    for (kind, *_), numbers in alike.items():
+        if hasattr(kind, "to_local"):  # sharded tensors are not copied in lists
+            for i in numbers:
+                copied[i].copy_(tensors[i])
+        else:
+            torch._foreach_copy_([copied[i] for i in numbers], [tensors[i] for i in numbers])
+    return copied
 
 
 def trained(policy: CausalLMPolicy) -> list[nn.Parameter]:

@@ -37,10 +37,10 @@ class TrustRegion:
     :param policy: the policy, before the update.
     :param limit: the largest KL(π_old ‖ π), in nats per episode.
     :param engine: the engine, which knows of other processes.
-    :param micro_batch_tokens: the number of tokens of one forward pass.
+    :param micro_batch_tokens: the largest number of tokens of one forward pass; None: what suits the device.
     """
 
-    def __init__(self, policy: CausalLMPolicy, limit: float, engine: Engine, micro_batch_tokens: int) -> None:
+    def __init__(self, policy: CausalLMPolicy, limit: float, engine: Engine, micro_batch_tokens: int | None) -> None:
         self._policy = policy
         self._limit = limit
         self._engine = engine

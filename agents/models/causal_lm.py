@@ -29,22 +29,9 @@ from agents.models.attention import without_cudnn_attention
 from agents.models.distribution import LogProbAndEntropy, TokenDistribution
 from agents.models.head import decoder_of, find_logit_map
 from agents.models.recompute import check_recomputable, layers_to_recompute, recomputed
+from agents.models.sizes import chunk_positions
 from agents.objectives.kl import kl_exact
 from text_env.constraints import Constraint, Contexts, all_of, allowed_tokens
-
-# Logits of one chunk. In float32 2^22 values are 16 MB, enough for a CPU's matrix products to run at full speed. On an
-# accelerator each chunk costs some thirty launches, whatever its size; 2^27 values are 512 MB.
-CHUNK_ELEMENTS = 2**22
-ACCELERATOR_CHUNK_ELEMENTS = 2**27
-
-
-def chunk_positions(device: torch.device, n_tokens: int) -> int:
-    """
-    :param device: the device of the logits.
-    :param n_tokens: V, the number of logits of a position.
-    :return: the number of positions of one chunk, at least 1.
-    """
-    return max(1, (CHUNK_ELEMENTS if device.type == "cpu" else ACCELERATOR_CHUNK_ELEMENTS) // n_tokens)
 
 
 class Positions(NamedTuple):

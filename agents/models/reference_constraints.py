@@ -15,11 +15,12 @@ from stable_baselines3.common.utils import get_device
 from transformers import PretrainedConfig, PreTrainedModel
 
 from agents.models.adapter import unwrapped
-from agents.models.causal_lm import CausalLM, chunk_positions
+from agents.models.causal_lm import CausalLM
 from agents.models.distribution import TokenDistribution
 from agents.models.finite import not_a_number
 from agents.models.prefix_cache import PrefixCache
 from agents.models.pretrained import check_positions, load_causal_lm
+from agents.models.sizes import chunk_positions
 from text_env.constraints import Constraint, Contexts, all_of, allowed_tokens
 
 

@@ -42,6 +42,7 @@ from agents.models.pretrained import (
     tokenizer_beside,
 )
 from agents.models.transfers import to_device
+from agents.policies.optimizers import EPS, optimizer_named
 from text_env.ends_of_text import as_ids
 from text_env.vector_env import TextVectorEnv
 
@@ -93,7 +94,8 @@ class CausalLMActorCritic(BasePolicy):
         the environment by default.
     :param tokenizer: the tokenizer that is saved with the model, normally the environment's; None: the model's own.
     :param use_sde: must be False; part of SB3's signature.
-    :param optimizer_class: the class of the optimiser.
+    :param optimizer_class: the class of the optimiser, or its name in transformers, such as ``"adamw_8bit"`` (see
+        :func:`agents.policies.optimizers.optimizer_named`).
     :param optimizer_kwargs: the arguments of the optimiser besides the learning rate. Adam's eps is 1e-5 by default.
     :raises ValueError: if the spaces are not those of a text environment, if the model has fewer logits than V or fewer
         positions than the longest context has tokens, or if its tokenizer is not the environment's.
@@ -121,17 +123,19 @@ class CausalLMActorCritic(BasePolicy):
         constraint: Any = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         use_sde: bool = False,
-        optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
+        optimizer_class: type[torch.optim.Optimizer] | str = torch.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:
         check_spaces(observation_space, action_space, type(self).__name__)
         if use_sde:
             raise ValueError("use_sde=True is for continuous actions; tokens are discrete. Use use_sde=False.")
-        if optimizer_class is torch.optim.Adam:
-            # PyTorch's default of 1e-8 is too aggressive in the first updates (SB3 and OpenAI's baselines use 1e-5).
+        if isinstance(optimizer_class, str):
+            optimizer_class, named = optimizer_named(optimizer_class)
+            optimizer_kwargs = {**named, **(optimizer_kwargs or {})}
+        elif optimizer_class is torch.optim.Adam:
             # The fused optimiser makes one pass over the weights instead of a dozen. It can't be combined with foreach.
             given = optimizer_kwargs or {}
-            optimizer_kwargs = {"eps": 1e-5, "fused": not given.get("foreach"), **given}
+            optimizer_kwargs = {"eps": EPS, "fused": not given.get("foreach"), **given}
         # SB3's actor-critic constructors would build an MLP and re-initialise linear layers orthogonally.
         BasePolicy.__init__(
             self,

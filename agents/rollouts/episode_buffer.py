@@ -24,7 +24,7 @@ Notation: E segments, M tokens of all streams, N actions among them.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
@@ -37,14 +37,12 @@ from agents.models.contexts import Contexts, check_spaces, contexts_of, packed_p
 from agents.models.distribution import TokenDistribution
 from agents.models.finite import check_scores
 from agents.models.reference import Reference
+from agents.models.sizes import sizes_of
 from agents.models.transfers import to_device
 from agents.objectives.advantages import gae
 from agents.objectives.kl import KL_ESTIMATORS, FixedKL, KLController, KLEstimator, SampledKL
 from agents.policies.causal_lm_policy import CausalLMActorCritic
 from text_env.prompts import Prompt
-
-# Tokens of one forward pass of the reference, which needs no gradient.
-REFERENCE_TOKENS = 2048
 
 
 class EpisodeSamples(NamedTuple):
@@ -365,7 +363,7 @@ class EpisodeBuffer(RolloutBuffer):
         the exact divergence as well, and keep the reference's hidden states for the loss. The host waits for the device
         once, after the last batch.
         """
-        batches = list(self.batches(np.arange(self.n_episodes), REFERENCE_TOKENS))
+        batches = list(self.batches(np.arange(self.n_episodes)))
         index = np.concatenate([self._token_index(batch) for batch in batches])
         measured: list[list[torch.Tensor]] = []
         hidden: list[torch.Tensor] = []
@@ -554,20 +552,19 @@ class EpisodeBuffer(RolloutBuffer):
             *tensors[6:],
         )
 
-    def batches(self, episodes: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
-        """Split episodes into batches of similar length within a budget of tokens, padding included.
+    def batches(self, episodes: np.ndarray, max_tokens: int | None = None) -> list[np.ndarray]:
+        """Split episodes into batches of similar length within a budget of tokens, padding included, such that padding
+        and forward passes together cost as little as possible.
 
         :param episodes: int [E], the numbers of the episodes.
-        :param max_tokens: the budget. An episode that exceeds it is a batch of its own.
-        :return: an iterator over batches of episode numbers, which together hold every episode once.
+        :param max_tokens: the budget; None: what suits the device. An episode that exceeds it is a batch of its own.
+        :return: batches of episode numbers, which together hold every episode once, the longest episodes first.
         """
+        _, pass_tokens, pass_overhead = sizes_of(torch.device(self.device))
         size = self._stream_lengths[episodes]
         order = np.argsort(-size, kind="stable")
-        start = 0
-        while start < len(order):
-            count = max(1, max_tokens // int(size[order[start]]))
-            yield episodes[order[start : start + count]]
-            start += count
+        starts = cheapest_split(size[order], pass_tokens if max_tokens is None else max_tokens, pass_overhead)
+        return np.split(episodes[order], starts)
 
     def get(self, batch_size: int | None = None) -> Generator[EpisodeSamples, None, None]:  # type: ignore[override]
         """Shuffled packed minibatches, for SB3's ``train()``.
@@ -595,6 +592,28 @@ class EpisodeBuffer(RolloutBuffer):
     def _token_index(self, episodes: np.ndarray) -> np.ndarray:
         """The indices of the actions of these segments in the flat arrays."""
         return np.concatenate([np.arange(self.starts[e], self.starts[e + 1]) for e in episodes])
+
+
+def cheapest_split(size: np.ndarray, budget: int, overhead: int) -> np.ndarray:
+    """Split a sequence of texts into batches, each of which is padded to its longest text.
+
+    :param size: int64 [E], the lengths of the texts, in descending order.
+    :param budget: the number of tokens that a batch of several texts may have, padding included.
+    :param overhead: what a batch costs besides its tokens, in tokens.
+    :return: int64, where the second batch and those after it start. No other split costs less.
+    """
+    cost = np.zeros(len(size) + 1, dtype=np.int64)  # of the first i texts, split as well as can be
+    start = np.zeros(len(size) + 1, dtype=np.int64)  # of the last batch among these
+    for end in range(1, len(size) + 1):
+        count = np.arange(end, 0, -1)  # texts of the last batch, for each place where it may start
+        tokens = count * size[:end]
+        total = np.where((tokens <= budget) | (count == 1), cost[:end] + tokens + overhead, np.iinfo(np.int64).max)
+        start[end] = total.argmin()
+        cost[end] = total[start[end]]
+    starts = []
+    while (end := start[end]) > 0:
+        starts.append(end)
+    return np.array(starts[::-1], dtype=np.int64)
 
 
 def _lengths(mask: np.ndarray, expected: np.ndarray) -> np.ndarray:

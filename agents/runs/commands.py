@@ -313,7 +313,7 @@ COMMANDS = {
             ),
             "The model": (
                 *("temperature", "critic", "lora_r", "lora_alpha", "lora_target_modules"),
-                *("device", "dtype", "autocast", "decode", "compile_forward"),
+                *("device", "dtype", "autocast", "decode", "compile_forward", "gradient_checkpointing", "optimizer"),
             ),
             "What is written down": ("sample_every", "n_samples", "checkpoint_every", "keep", "best"),
         },

@@ -260,6 +260,11 @@ class TrainConfig:
     """How texts are written: 'eager'; 'compiled', or on CUDA captured into graphs; 'auto': so on CUDA alone."""
     compile_forward: bool = False
     """Run whole sequences through torch.compile."""
+    gradient_checkpointing: bool = False
+    """Compute layers once more in the backward pass instead of keeping what is inside them: less memory, more time."""
+    optimizer: str | None = None
+    """The optimiser by its name in transformers: 'adamw_torch', 'adafactor', 'adamw_8bit' and 'paged_adamw_8bit' with
+    bitsandbytes, 'adamw_torch_8bit' with torchao, …; by default Adam."""
     checkpoint_every: int | None = None
     """The number of iterations between two checkpoints; 0: there are none. By default the next one is written when
     that costs less than 2 % of the time, and after half an hour at the latest. The end of a run always is one."""

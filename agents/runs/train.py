@@ -148,11 +148,14 @@ def new_algorithm(config: TrainConfig) -> OnPolicyAlgorithm:
         "autocast": config.autocast,
         "decode": config.decode,
         "compile_forward": config.compile_forward,
+        "gradient_checkpointing": config.gradient_checkpointing,
         "temperature": config.temperature,
         "lora": lora_kwargs(config),
     }
     if config.critic is not None:
         policy_kwargs["separate_critic"] = separate_critic(config.critic)
+    if config.optimizer is not None:
+        policy_kwargs["optimizer_class"] = config.optimizer
     return algorithm(
         "CausalLMPolicy",
         env,

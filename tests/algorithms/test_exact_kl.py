@@ -19,7 +19,7 @@ from learners import (
     plain_log_probs,
 )
 
-import agents.models.causal_lm
+import agents.models.sizes
 from agents.algorithms.a2c import A2C
 from agents.algorithms.grpo import GRPO
 from agents.algorithms.on_policy import OnPolicyAlgorithm
@@ -332,7 +332,7 @@ def test_micro_batches_and_chunks_leave_the_gradient_as_it_is(
     whole = gradient(model, range(8))
     model.micro_batch_tokens = 24
     in_parts = gradient(model, range(8))
-    monkeypatch.setattr(agents.models.causal_lm, "CHUNK_ELEMENTS", 5 * 300)
+    monkeypatch.setattr(agents.models.sizes, "CPU", agents.models.sizes.CPU._replace(chunk_elements=5 * 300))
     seen.clear()
     in_chunks = gradient(model, range(8))
     assert max(seen) == 5  # of the policy's and of the reference's distributions

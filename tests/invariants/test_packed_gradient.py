@@ -11,6 +11,7 @@ import torch
 from learners import counted_forwards, in_float64, make_env, make_model, make_policy, observation_of, plain_log_probs
 
 from agents.algorithms.ppo import PPO
+from agents.models import sizes
 from agents.objectives.losses import clipped_surrogate, value_loss
 from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.collector import collect_episodes
@@ -247,5 +248,6 @@ def test_stock_minibatches_of_whole_episodes_cost_one_row_an_episode() -> None:
 def test_the_head_in_chunks_is_the_head_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = policy_in_float64("gpt2")
     at_once = packed_gradient(policy, [0, 1, 2, 3, 4, 5])
-    monkeypatch.setattr("agents.models.causal_lm.CHUNK_ELEMENTS", 300 * 4)  # four positions at a time
+    four_positions = sizes.CPU._replace(chunk_elements=4 * 300)
+    monkeypatch.setattr(sizes, "CPU", four_positions)
     assert_same(at_once, packed_gradient(policy, [0, 1, 2, 3, 4, 5]))

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from accelerator import Counts, counted
-from learners import make_env, make_model, make_policy, make_ppo
+from learners import largest_difference, make_env, make_model, make_policy, make_ppo, weights_of
 from stable_baselines3.common.callbacks import CallbackList
 from transformers import DynamicCache
 
 from agents.algorithms.ppo import PPO
+from agents.algorithms.snapshot import Snapshot
 from agents.models.transfers import to_device
 from agents.rollouts.collector import Interrupted, collect_episodes
 from agents.rollouts.episode_buffer import EpisodeBuffer
@@ -171,3 +172,46 @@ def test_a_token_launches_few_kernels_more_than_the_bare_model(
     ours, theirs = totals[5] - totals[4], sum(bare.kernels.values())
     print(f"{kind}: {ours} kernels a token, {theirs} of the bare model")
     assert ours <= (1 + share) * theirs
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("n_layers", [2, 6])
+def test_a_step_of_the_update_launches_116_kernels_more_than_bare_passes_however_deep_the_model(
+    kind: str, n_layers: int, accelerator: torch.device
+) -> None:
+    """Loss, statistics, clipping, the optimiser: whatever isn't the forward and the backward pass of the model."""
+    shape = make_model(kind, num_hidden_layers=n_layers)
+    model = make_ppo(
+        endless_env(),
+        model=shape,
+        device=accelerator,
+        batch_size=8,
+        n_epochs=1,
+        policy_kwargs={"separate_critic": False},
+    ).learn(1)
+    samples = model.buffer.pack(np.arange(8))
+    observations = samples.observations
+    with counted() as ours:
+        model.train()
+    bare_model = model.policy.lm.model
+    bare_model.zero_grad()
+    with counted() as bare:
+        log_probs = bare_model(observations["input_ids"], use_cache=False).logits.log_softmax(dim=-1)
+        log_probs[observations["action_mask"]].gather(-1, samples.actions[:, None]).mean().backward()
+    assert sum(ours.kernels.values()) - sum(bare.kernels.values()) == 116
+
+
+def test_what_an_update_might_have_to_take_back_is_copied_by_a_launch_a_kind(accelerator: torch.device) -> None:
+    model = after_a_rollout(accelerator)
+    with counted() as counts:
+        before = Snapshot(model.policy)
+    assert counts.kernels == {"_foreach_copy_.default": 2}  # the weights, and the optimiser's state
+    was = weights_of(model.policy)
+    model.train()
+    assert largest_difference(*on_the_host(was, weights_of(model.policy))) > 0
+    before.restore()
+    assert largest_difference(*on_the_host(was, weights_of(model.policy))) == 0
+
+
+def on_the_host(*many: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    return [{name: tensor.cpu() for name, tensor in tensors.items()} for tensors in many]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from learners import EOS, PROMPTS, length_of, make_env, make_model, make_policy,
 from agents.models.reference import Reference
 from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.collector import collect_episodes
-from agents.rollouts.episode_buffer import EpisodeBuffer
+from agents.rollouts.episode_buffer import EpisodeBuffer, cheapest_split
 from agents.rollouts.sb3_vec_env import TextVecEnv
 
 
@@ -233,11 +234,43 @@ def test_minibatches_hold_every_token_once_whatever_their_size(buffer: EpisodeBu
 @given(filled_buffers(), st.integers(1, 60))
 @settings(max_examples=50, deadline=None)
 def test_micro_batches_hold_every_episode_once_and_keep_to_their_budget(buffer: EpisodeBuffer, budget: int) -> None:
-    parts = list(buffer.batches(np.arange(buffer.n_episodes), budget))
+    parts = buffer.batches(np.arange(buffer.n_episodes), budget)
     assert sorted(np.concatenate(parts).tolist()) == list(range(buffer.n_episodes))
     for part in parts:
         columns = buffer.pack(part).observations["input_ids"].shape[1]
         assert len(part) == 1 or len(part) * columns <= budget
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(1, 120), st.integers(0, 60))
+@settings(max_examples=100, deadline=None)
+def test_no_split_of_texts_costs_less_than_the_one_that_is_found(
+    lengths: list[int], budget: int, overhead: int
+) -> None:
+    size = np.array(sorted(lengths, reverse=True))
+
+    def cost(starts: Any) -> float:
+        parts = np.split(size, starts)
+        fits = all(len(part) == 1 or len(part) * part[0] <= budget for part in parts)
+        return sum(len(part) * int(part[0]) + overhead for part in parts) if fits else np.inf
+
+    places = range(1, len(size))
+    every = (starts for n in range(len(size)) for starts in itertools.combinations(places, n))
+    found = cheapest_split(size, budget, overhead)
+    assert cost(found) == min(map(cost, map(list, every))) < np.inf
+
+
+def test_on_a_cpu_padding_is_saved_and_on_an_accelerator_launches() -> None:
+    buffer = make_buffer(1)
+    for prompt in ([[5]], [[5] * 14]):
+        for _ in range(20):
+            buffer.add(
+                arrays(prompt, [len(prompt[0])]), np.array([7]), [0.0], [True], np.array([0.0]), np.array([-1.0])
+            )
+    buffer.finalize()
+    episodes = np.random.default_rng(0).permutation(40)
+    assert [sorted(part) for part in buffer.batches(episodes)] == [[*range(20, 40)], [*range(20)]]
+    buffer.device = torch.device("cuda")
+    assert [sorted(part) for part in buffer.batches(episodes)] == [[*range(40)]]
 
 
 def test_minibatches_come_in_a_new_order_every_time() -> None:

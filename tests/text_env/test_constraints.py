@@ -29,7 +29,7 @@ from tiny import tiny_tokenizer
 from torch.distributions import kl_divergence
 from transformers import LogitsProcessor, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-import agents.models.causal_lm
+import agents.models.sizes
 from agents.algorithms.ppo import PPO
 from agents.models.contexts import contexts_of
 from agents.models.distribution import LogProbAndEntropy
@@ -346,7 +346,7 @@ def test_rollout_update_and_reference_ask_about_the_same_contexts() -> None:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        patch.setattr(agents.models.causal_lm, "CHUNK_ELEMENTS", 5 * V)
+        patch.setattr(agents.models.sizes, "CPU", agents.models.sizes.CPU._replace(chunk_elements=5 * V))
         yield
 
 
