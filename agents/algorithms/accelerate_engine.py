@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
-from agents.algorithms.engine import Engine, launched
+from agents.algorithms.engine import Engine, RankLost, launched
 from agents.policies.causal_lm_policy import CausalLMPolicy
 
 T = TypeVar("T")
@@ -31,10 +31,6 @@ T = TypeVar("T")
 TIMEOUT_VARIABLE, TIMEOUT = "TEXTRLHF_RANK_TIMEOUT", 1800.0
 # How many numbers of the gradient are reduced at once.
 BUCKET = 2**23
-
-
-class RankLost(ConnectionError):
-    """Another process of the training has ended, or does not answer in time."""
 
 
 class AccelerateEngine(Engine):
@@ -69,7 +65,10 @@ class AccelerateEngine(Engine):
     def seed(cls, seed: int | None) -> int | None:
         _connect()  # from here on "cuda" is the device of this process
         rank, _ = launched()
-        return seed if seed is None or rank == 0 else int(np.random.SeedSequence((seed, rank)).generate_state(1)[0])
+        if rank == 0:
+            return seed
+        # PyTorch's generator begins with the same state in every process, so it is seeded in any case.
+        return int(np.random.SeedSequence(None if seed is None else (seed, rank)).generate_state(1)[0])
 
     def share(self, n: int, of: int = 1) -> int:
         if n % (self._n * of):

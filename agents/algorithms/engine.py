@@ -31,6 +31,10 @@ def launched() -> tuple[int, int]:
     return (int(os.environ.get("RANK", 0)), n) if n > 1 else (0, 1)
 
 
+class RankLost(ConnectionError):
+    """Another process of the training has ended, or does not answer in time."""
+
+
 class Engine:
     """The engine of a single process. An engine of several processes overrides its methods as they are documented.
 

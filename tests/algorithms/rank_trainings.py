@@ -53,6 +53,18 @@ class SharedPPO(OfWholeRollout, PPO):
     pass
 
 
+class OutOfMemoryOnce(SharedPPO):
+    """The second process fails at the second part of its first minibatch, when the others wait for its gradient."""
+
+    parts = 0
+
+    def loss(self, *args: Any) -> Any:
+        self.parts += 1
+        if launched()[0] == 1 and self.parts == 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return super().loss(*args)
+
+
 class SharedA2C(OfWholeRollout, A2C):
     pass
 
@@ -64,6 +76,7 @@ class SharedGRPO(OfWholeRollout, GRPO):
 KINDS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "ppo": (SharedPPO, {"n_epochs": 2, "normalize_advantage": True, "kl_target": 0.5}, {}),
     "ppo that stops early": (SharedPPO, {"n_epochs": 4, "target_kl": 1e-4}, {}),
+    "ppo that runs out of memory": (OutOfMemoryOnce, {"n_epochs": 2}, {}),
     "a2c": (SharedA2C, {"normalize_advantage": True, "loss_weighting": "sequence"}, {}),
     "grpo": (SharedGRPO, {"n_epochs": 2, "mask_truncated": True}, {"group_size": 4}),
 }
@@ -83,7 +96,7 @@ def trained(kind: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]
         n_episodes=N_EPISODES,
         batch_size=BATCH_SIZE,
         learning_rate=1e-4,
-        micro_batch_tokens=40,
+        micro_batch_tokens=48,
         seed=3,
         device="cpu",
         **kwargs,

@@ -32,7 +32,7 @@ def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[Tree]]:
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr
     return [[checkpoint.load(directory / f"{n}_of_{rank}") for rank in range(RANKS)] for n in range(len(KINDS))]
