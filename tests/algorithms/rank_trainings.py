@@ -115,8 +115,8 @@ def trained(kind: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]
     model._dump_logs = keep_then_dump
     while len(logged) < UPDATES:
         model.learn(1, reset_num_timesteps=not logged)
-    lengths = model.buffer.lengths.tolist()
-    return before, weights_of(model.policy), [{**row, "lengths": lengths} for row in logged]
+    last = {"lengths": model.buffer.lengths.tolist(), "micro_batch_tokens": model.micro_batch_tokens}
+    return before, weights_of(model.policy), [{**row, **last} for row in logged]
 
 
 def main(directory: Path) -> None:
