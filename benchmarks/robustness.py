@@ -215,7 +215,7 @@ def train(setting: Setting, tokens: int, episodes: int) -> dict[str, Any]:
         policy_kwargs=kwargs,
     )
     env = environment(task, held_out=True).unwrapped
-    reference = Reference(model.policy.lm)
+    reference = Reference.of(model.policy)
     unit = PROBES[task].optimal_score if task in PROBES else 1.0
 
     def measure() -> tuple[float, float, float]:
@@ -296,7 +296,10 @@ def table(rows: list[dict[str, Any]]) -> Table:
         figures = (
             ("failed", "")
             if row["after"] is None
-            else (f"{row['after'] - row['before']:+.3f} ± {2 * error_of(row):.3f}", f"{row['kl']:.2f}")
+            else (
+                f"{row['after'] - row['before']:+.3f} ± {2 * error_of(row):.3f}",
+                "" if row["kl"] is None else f"{row['kl']:.2f}",
+            )
         )
         name = f"{row['task']}: lr {row['learning_rate']:.2g}, head {row['head_scale']:g}, β {row['kl_coef']:g}"
         below = "yes" if is_below(row) else "no"
