@@ -70,11 +70,9 @@ def test_what_can_not_be_shared_is_refused() -> None:
     engine._n = 4
     assert engine.share(24) == 6
     assert engine.share(24, of=3) == 6
-    with pytest.raises(
-        ValueError, match="divisible into 4 equal shares, one for each process, got 18: .* multiple of 4"
-    ):
+    with pytest.raises(ValueError, match=r"divisible into 4 equal shares, one .* got 18: .* multiple of 4"):
         engine.share(18)
-    with pytest.raises(ValueError, match="4 equal shares of whole groups of 4, .* got 24: take a multiple of 16"):
+    with pytest.raises(ValueError, match=r"4 equal shares of whole groups of 4, .* got 24: take a multiple of 16"):
         engine.share(24, of=4)
 
 
@@ -87,8 +85,6 @@ def test_gradients_are_bundled_in_order_up_to_the_limit() -> None:
 
 
 def test_a_lost_process_is_named_in_words_that_help() -> None:
-    with pytest.raises(
-        RankLost, match=r"Process 0 of 1 has lost another one: .* for 1800 s .* Here: Connection closed"
-    ):
-        with _together():
-            raise RuntimeError("Connection closed by peer\nand more")
+    said = r"Process 0 of 1 has lost another one: .* for 1800 s .* Here: Connection closed by peer$"
+    with pytest.raises(RankLost, match=said), _together():
+        raise RuntimeError("Connection closed by peer\nand more")
