@@ -239,6 +239,10 @@ def run_resume(config: ResumeConfig) -> int:
 
 
 def _print_written(directory: Path | None) -> None:
+    from agents.algorithms.engine import launched
+
+    if launched()[0]:  # another process has written
+        return
     files = "policy/, learning_curve.png, progress.csv, samples.jsonl, episodes.jsonl, config.yaml"
     console.print(f"Wrote {directory}/: {files}. `textrlhf report {directory}` makes a page of them.", soft_wrap=True)
 

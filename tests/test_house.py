@@ -83,6 +83,12 @@ def test_imports_never_run_in_a_circle() -> None:
     assert [name for name in edges if name in reaches(edges, name)] == []
 
 
+def test_an_engine_of_several_processes_is_not_imported_unless_several_were_launched() -> None:
+    reached = reaches(graph(), "agents.runs.train")
+    assert "agents.algorithms.engine" in reached
+    assert "agents.algorithms.accelerate_engine" not in reached
+
+
 def test_the_environment_knows_nothing_of_the_learners() -> None:
     for name, path in NAMES.items():
         if name.startswith("text_env"):

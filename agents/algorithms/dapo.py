@@ -45,18 +45,19 @@ class DAPO(GroupRelative):
     def sample(self, collect: Collect) -> list[dict[str, Any]]:
         """Sample groups until the rollout is full of those whose scores differ."""
         self.buffer.reset()
+        n_episodes = self.engine.share(self.n_episodes)
         rollout: list[dict[str, Any]] = []
         scores: list[float] = []  # of all texts, also of those that are left out
         for round_number in range(1, self.max_sampling_rounds + 1):
             sampled = self.new_buffer()
-            episodes = collect(self.n_episodes - len(rollout), sampled)
+            episodes = collect(n_episodes - len(rollout), sampled)
             scores += [episode["score"] for episode in episodes]
             kept = informative_groups(np.array(scores[-len(episodes) :]), self.vector_env.group_size)
             if round_number == self.max_sampling_rounds:
                 kept[:] = True
             self.buffer.extend(sampled, np.flatnonzero(kept))
             rollout += [episodes[number] for number in np.flatnonzero(kept)]
-            if len(rollout) == self.n_episodes:
+            if len(rollout) == n_episodes:
                 break
         self.logger.record("objective/sampled_scores", self.engine.mean(np.array(scores)))
         self.logger.record("rollout/sampled_episodes", self.engine.total(len(scores)))

@@ -10,12 +10,29 @@ decisions, and the loop needs no special case for a single process.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from agents.policies.causal_lm_policy import CausalLMPolicy
+
+T = TypeVar("T")
+
+
+def launched() -> tuple[int, int]:
+    """What ``torchrun`` and ``accelerate launch`` tell each process that they start.
+
+    :return: the rank of this process, and the number of processes; (0, 1) if there is only this one.
+    """
+    n = int(os.environ.get("WORLD_SIZE", 1))
+    return (int(os.environ.get("RANK", 0)), n) if n > 1 else (0, 1)
+
+
+class RankLost(ConnectionError):
+    """Another process of the training has ended, or does not answer in time."""
 
 
 class Engine:
@@ -27,12 +44,40 @@ class Engine:
     :param policy: the policy that is trained, with its optimiser.
     """
 
+    rank: int = 0  # the number of this process; the one with 0 writes whatever is written
+
     def __init__(self, policy: CausalLMPolicy) -> None:
         self._policy = policy
         self._norm = 0.0  # the norm of the gradient that `step` would apply
         self._measured = torch.zeros(())  # the same on the gradient's device
 
+    # ---- who does what --------------------------------------------------------------------------------------------
+
+    @classmethod
+    def seed(cls, seed: int | None) -> int | None:
+        """
+        :param seed: the seed of a training.
+        :return: the seed of the random generators of this process. Other processes draw other numbers.
+        """
+        return seed
+
+    def share(self, n: int, of: int = 1) -> int:
+        """
+        :param n: a number of episodes.
+        :param of: the number of episodes that belong together.
+        :return: how many of them are this process's.
+        :raises ValueError: if ``n`` can't be divided into equal shares of whole groups.
+        """
+        return n
+
     # ---- what all processes agree on ------------------------------------------------------------------------------
+
+    def gather(self, value: T) -> list[T]:
+        """
+        :param value: a value of this process, which can be pickled.
+        :return: the values of all processes, in the order of their ranks.
+        """
+        return [value]
 
     def total(self, value: float) -> float:
         """

@@ -25,7 +25,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from stable_baselines3.common.vec_env import VecEnv
 
 from agents.algorithms.bad_updates import save_for_inspection
-from agents.algorithms.engine import Engine
+from agents.algorithms.engine import Engine, launched
 from agents.algorithms.environments import as_vec_env, check_groups
 from agents.algorithms.gradient import Sums, add_up, to_host
 from agents.algorithms.progress_bar import ProgressBar
@@ -120,8 +120,9 @@ class OnPolicyAlgorithm(Resumable):
     # False: the KL penalty is a term of the loss and not of the reward.
     kl_in_reward: ClassVar[bool] = True
     state_attributes: ClassVar[tuple[str, ...]] = ("step_factor",)
-    # The engine decides how gradients are applied, and what several processes agree on.
-    engine_class: ClassVar[type[Engine]] = Engine
+    # The engine decides how gradients are applied, and what several processes agree on. None: that of a single process,
+    # unless several were launched.
+    engine_class: ClassVar[type[Engine] | None] = None
 
     def __init__(
         self,
@@ -210,6 +211,7 @@ class OnPolicyAlgorithm(Resumable):
         self._setup_model()
 
     def _setup_model(self) -> None:
+        self._engine_class = self.engine_class or _engine_of_launch()
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         env = self.vector_env
@@ -222,7 +224,11 @@ class OnPolicyAlgorithm(Resumable):
         policy_kwargs = {**known, **self.policy_kwargs}
         self.policy = self.policy_class(self.observation_space, self.action_space, self.lr_schedule, **policy_kwargs)  # type: ignore[assignment]
         self.policy.to(self.device)
-        self.engine = self.engine_class(self.policy)
+        self.engine = self._engine_class(self.policy)
+        self.engine.share(self.n_episodes, env.group_size)  # raises now if a share would not be whole
+        self.engine.share(self.batch_size)
+        if self.engine.rank:
+            self.verbose, self.tensorboard_log = 0, None
         self.policy.distribution.check_environment(env)
         if self.reference is None:
             self.reference = Reference.of(self.policy)
@@ -230,6 +236,13 @@ class OnPolicyAlgorithm(Resumable):
         check_tokenizers(self.policy.tokenizer, self.reference.tokenizer, "of the reference")
         self.buffer = self.new_buffer()
         self._tell(self.buffer)
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """As SB3's. Each of several processes draws random numbers of its own.
+
+        :param seed: the seed; None: the generators are not seeded.
+        """
+        super().set_random_seed(self._engine_class.seed(seed))
 
     def new_buffer(self) -> EpisodeBuffer:
         """An empty buffer for whole episodes of the environment."""
@@ -326,14 +339,15 @@ class OnPolicyAlgorithm(Resumable):
         return 1.0 / lengths if self.loss_weighting == "sequence" else np.ones(len(lengths))
 
     def sample(self, collect: Collect) -> list[dict[str, Any]]:
-        """Fill ``buffer`` with the episodes of a rollout. By default they are the next ``n_episodes``, whatever they
-        are; an algorithm may collect more and choose (``EpisodeBuffer.extend``).
+        """Fill ``buffer`` with the episodes of a rollout. By default they are the next ``n_episodes``, or this
+        process's share of so many, whatever they are; an algorithm may collect more and choose
+        (``EpisodeBuffer.extend``).
 
         :param collect: a function that samples as many episodes as its first argument says into a buffer, which it
             empties before; see ``agents.rollouts.collector.collect_episodes``. All of them count as timesteps.
-        :return: the final infos of the ``n_episodes`` in the buffer, in their order.
+        :return: the final infos of the episodes in the buffer, in their order.
         """
-        return collect(self.n_episodes, self.buffer)
+        return collect(self.engine.share(self.n_episodes), self.buffer)
 
     def stop_early(self, means: dict[str, float]) -> bool:
         """Whether to skip this step and the rest of the update. By default never.
@@ -558,9 +572,9 @@ class OnPolicyAlgorithm(Resumable):
 
     def _epochs(self, n_epochs: int) -> Iterator[list[np.ndarray]]:
         """For each pass over the rollout its minibatches, each the int [E] numbers of its episodes."""
+        n_episodes, batch_size = self.engine.share(self.n_episodes), self.engine.share(self.batch_size)
         for _ in range(n_epochs):
-            order = np.random.permutation(self.n_episodes)
-            yield np.split(order, range(self.batch_size, self.n_episodes, self.batch_size))
+            yield np.split(np.random.permutation(n_episodes), range(batch_size, n_episodes, batch_size))
 
     def _backward(self, minibatch: np.ndarray) -> dict[str, float]:
         """:meth:`gradient` of the algorithm's own loss, which also measures how far the first ratios are from 1."""
@@ -691,7 +705,8 @@ class OnPolicyAlgorithm(Resumable):
         kl = buffer.episode_sums(buffer.log_ratio)
         assert self.ep_info_buffer is not None
         elapsed = (time.time_ns() - self.start_time) / 1e9
-        self.ep_info_buffer.extend({"r": e["score"], "l": e["length"], "t": elapsed} for e in episodes)
+        for infos in self.engine.gather([{"r": e["score"], "l": e["length"], "t": elapsed} for e in episodes]):
+            self.ep_info_buffer.extend(infos)
         record, mean = self.logger.record, self.engine.mean
         record("objective/scores", mean(scores))
         record("objective/scores_std", math.sqrt(variance(scores, mean)))
@@ -735,10 +750,19 @@ class OnPolicyAlgorithm(Resumable):
         elapsed = max((time.time_ns() - self.start_time) / 1e9, 1e-9)
         record = self.logger.record
         if len(self.ep_info_buffer):
-            record("rollout/ep_rew_mean", self.engine.mean(np.array([info["r"] for info in self.ep_info_buffer])))
-            record("rollout/ep_len_mean", self.engine.mean(np.array([info["l"] for info in self.ep_info_buffer])))
+            record("rollout/ep_rew_mean", float(np.mean([info["r"] for info in self.ep_info_buffer])))
+            record("rollout/ep_len_mean", float(np.mean([info["l"] for info in self.ep_info_buffer])))
         record("time/iterations", iteration, exclude="tensorboard")
         record("time/fps", int((self.num_timesteps - self._num_timesteps_at_start) / elapsed))
         record("time/time_elapsed", elapsed, exclude="tensorboard")
         record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
         self.logger.dump(step=self.num_timesteps)
+
+
+def _engine_of_launch() -> type[Engine]:
+    """The engine for the number of processes that were launched."""
+    if launched()[1] == 1:
+        return Engine
+    from agents.algorithms.accelerate_engine import AccelerateEngine
+
+    return AccelerateEngine

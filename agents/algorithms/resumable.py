@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 
 from stable_baselines3.common.base_class import BaseAlgorithm
 
+from agents.algorithms.engine import Engine
 from agents.algorithms.environments import check_facts, environment_facts, spaces_of
 from agents.algorithms.found import check_found
 from agents.models.reference import Reference
@@ -50,11 +51,13 @@ class Resumable(BaseAlgorithm):
     reference: Reference | None
     reference_was_given: bool
     kl: KLController
+    engine: Engine
 
     state_attributes: ClassVar[tuple[str, ...]] = ()
 
     def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
-        """Write :meth:`state` to a directory of safetensors and JSON files, none of which holds code.
+        """Write :meth:`state` to a directory of safetensors and JSON files, none of which holds code. Of several
+        processes all must call this, and the first writes.
 
         :param path: the directory; an ending ``.zip``, which SB3's callbacks add, is dropped. It is replaced as a
             whole, so that a process that is killed at any moment leaves either the old one or the new one.
@@ -63,7 +66,9 @@ class Resumable(BaseAlgorithm):
         :raises FloatingPointError: if a weight, or another number of the state, is NaN or infinite.
         :raises OSError: if the files can't be written; the checkpoint that was there is as it was.
         """
-        checkpoint.save(path, self.state(), finite=True)
+        state = self.state()
+        if self.engine.rank == 0:
+            checkpoint.save(path, state, finite=True)
 
     @classmethod
     def load(  # type: ignore[override]
@@ -167,11 +172,13 @@ class Resumable(BaseAlgorithm):
         super().set_env(env, force_reset)
 
     def state(self) -> dict[str, Any]:
-        """The state of the algorithm. In the middle of a rollout, it is the state in which this rollout is lost.
+        """The state of the algorithm. In the middle of a rollout, it is the state in which this rollout is lost. Of
+        several processes all must call this at the same time, since it holds the generators of each.
 
         :return: a tree for :mod:`agents.state.checkpoint`. Its tensors are not copies, so training changes them.
         """
         facts = environment_facts(self._text_env.vector_env)
+        generators, *others = self.engine.gather(generator_states(self._text_env.vector_env.np_random))
         arguments = kept_arguments(self, set(argument_defaults(type(self))) - NOT_KEPT)
         arguments["stats_window_size"] = self._stats_window_size
         if isinstance(self.learning_rate, LearningRate):
@@ -196,8 +203,10 @@ class Resumable(BaseAlgorithm):
                 "state": {str(index): moments for index, moments in optimizer["state"].items()},
                 "param_groups": [{k: v for k, v in g.items() if is_plain(v)} for g in optimizer["param_groups"]],
             },
-            "generators": generator_states(self._text_env.vector_env.np_random),
+            "generators": generators,
         }
+        if others:
+            state["other_generators"] = {str(rank): states for rank, states in enumerate(others, 1)}
         assert self.reference is not None
         if not self.reference.shares_base:  # otherwise its weights are among the policy's
             state["reference"] = self.reference.lm.state_dict()
@@ -205,7 +214,8 @@ class Resumable(BaseAlgorithm):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Set the state of an algorithm of the same class with the same arguments. Nothing is set but the attributes
-        that this class lists, whatever the state contains.
+        that this class lists, whatever the state contains. Where the number of processes is another than it was,
+        processes that are new keep the random generators that they have.
 
         :param state: what :meth:`state` returned, copied or read from a checkpoint.
         :raises ValueError: if its counters are others, or if its environment had other settings or another number of
@@ -237,7 +247,9 @@ class Resumable(BaseAlgorithm):
         self.ep_info_buffer = deque(state["latest_episodes"], maxlen=self._stats_window_size)
         # Otherwise `learn` would reset the environment, and seed its generators again.
         self._last_obs = self._text_env.reset()
-        set_generator_states(state["generators"], self._text_env.vector_env.np_random)
+        generators = {"0": state["generators"], **state.get("other_generators", {})}
+        if (own := generators.get(str(self.engine.rank))) is not None:  # more processes than before have new ones
+            set_generator_states(own, self._text_env.vector_env.np_random)
 
     @property
     def _text_env(self) -> TextVecEnv:

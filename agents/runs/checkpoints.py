@@ -85,3 +85,18 @@ class Checkpoints(BaseCallback):
         self.timesteps = timesteps
         self._since = time.monotonic()
         self._seconds = self._since - start
+
+
+class TakePart(BaseCallback):
+    """Of several processes one writes the checkpoints. This is for the others, whose random generators they hold: it
+    takes the state whenever :class:`Checkpoints` does.
+    """
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        cast(OnPolicyAlgorithm, self.model).state()
+
+    def _on_training_end(self) -> None:
+        cast(OnPolicyAlgorithm, self.model).state()

@@ -11,6 +11,8 @@ from typing import Any, Self
 
 from stable_baselines3.common.callbacks import BaseCallback
 
+from agents.algorithms.engine import RankLost
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -48,6 +50,11 @@ class StopOnSignal(BaseCallback):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._give_back()
+        if self._number is not None and isinstance(error, RankLost):  # the other was stopped as well, and ended first
+            stopped = Stopped(self._number)
+            for note in getattr(error, "__notes__", ()):
+                stopped.add_note(note)
+            raise stopped from error
 
     def _received(self, number: int, frame: FrameType | None) -> None:
         if self._number is not None:

@@ -2,7 +2,8 @@
 
 The directory holds ``config.yaml``, ``progress.csv``, TensorBoard events, ``samples.jsonl`` (texts for fixed held-out
 prompts, every few iterations), ``episodes.jsonl`` (a few episodes of the training, token by token), ``checkpoints/``,
-``learning_curve.png`` and ``policy/`` (a plain Hugging Face directory).
+``learning_curve.png`` and ``policy/`` (a plain Hugging Face directory). Of several processes (``torchrun``,
+``accelerate launch``) the first writes all of it.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from typing import Any, cast
 
 from stable_baselines3.common.callbacks import BaseCallback
 
+from agents.algorithms.engine import launched
 from agents.algorithms.environments import default_rows
 from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.models.pretrained import resolve_dtype
 from agents.runs.algorithms import OWN_OPTIONS, algorithm_named, discount, resolved
-from agents.runs.checkpoints import Checkpoints
+from agents.runs.checkpoints import Checkpoints, TakePart
 from agents.runs.commands import ResumeConfig
 from agents.runs.config import (
     TrainConfig,
@@ -68,6 +70,8 @@ def train(config: TrainConfig) -> OnPolicyAlgorithm:
     config = resolved(config)
     directory = config.run_dir
     assert directory is not None
+    if launched()[0]:
+        return _learn_along(config, new_algorithm(config))
     check_directory(directory)
     model = new_algorithm(config)
     directory.mkdir(parents=True, exist_ok=True)
@@ -109,13 +113,16 @@ def resume(options: ResumeConfig) -> OnPolicyAlgorithm:
             f"Expected a run with checkpoints; {directory} was trained with --checkpoint-every 0. Start it again, or "
             f"go on from its weights in a new run: textrlhf train --model {directory / 'policy'}."
         )
-    with locked(directory), names_from_run(path, config, options):
+    rank, _ = launched()
+    with contextlib.nullcontext() if rank else locked(directory), names_from_run(path, config, options):
         config = resolved(config)
         history = CheckpointHistory(directory / CHECKPOINTS, config.keep)
         state = history.newest()[1] if history.timesteps() else None
         for _, reason in history.damaged:
             warnings.warn(f"{reason} The checkpoint before it is taken.", stacklevel=2)
         config = dataclasses.replace(config, total_timesteps=total)
+        if rank:
+            return _learn_along(config, new_algorithm(config), state)
         return _learn(config, directory, new_algorithm(config), resumed=True, state=state)
 
 
@@ -198,11 +205,7 @@ def _learn(
     config = dataclasses.replace(config, critic=critic_name(model.policy_kwargs.get("separate_critic", False)))
     samples = SampleTexts(directory / "samples.jsonl", config)
     episodes = RecordEpisodes(directory / "episodes.jsonl", config)
-    if state is not None:
-        if (saved := state["algorithm"]) != (ours := class_name(type(model))):
-            raise ValueError(f"Expected {directory / 'config.yaml'} to name the run's algorithm {saved}, got {ours}.")
-        model.load_state(state)  # now, since making whatever was made before may have drawn random numbers
-    done = model.num_timesteps
+    done = _go_on(model, state)  # now, since making whatever was made before may have drawn random numbers
     replace_text(directory / "config.yaml", dump_config(config))  # from here on there is a run that can be resumed
     model.set_logger(run_logger(directory, done if resumed else None))
     # The texts at a checkpoint are written after it, and so once more.
@@ -242,3 +245,36 @@ def _learn(
             raise
         write_down()
     return model
+
+
+def _learn_along(config: TrainConfig, model: OnPolicyAlgorithm, state: Tree | None = None) -> OnPolicyAlgorithm:
+    """What :func:`_learn` is for a process that writes nothing.
+
+    :param config: the configuration.
+    :param model: the algorithm, before any training.
+    :param state: the state that the algorithm goes on from; None: it begins.
+    """
+    done = _go_on(model, state)
+    with StopOnSignal() as stop:
+        callbacks: list[BaseCallback] = [stop] if config.checkpoint_every == 0 else [TakePart(), stop]
+        model.learn(max(0, config.total_timesteps - done), callbacks, reset_num_timesteps=state is None)
+    return model
+
+
+def _go_on(model: OnPolicyAlgorithm, state: Tree | None) -> int:
+    """
+    :param model: the algorithm, before any training.
+    :param state: the state that it goes on from; None: it begins.
+    :return: the tokens that it has seen.
+    """
+    if state is not None:
+        if (saved := state["algorithm"]) != (ours := class_name(type(model))):
+            raise ValueError(f"Expected the config.yaml of the run to name its algorithm {saved}, got {ours}.")
+        model.load_state(state)
+    done = model.engine.gather(model.num_timesteps)
+    if len(set(done)) > 1:
+        raise ValueError(
+            f"Expected all processes to go on from the same checkpoint, got one after {done} tokens: let all of them "
+            "see the same directory."
+        )
+    return done[0]
