@@ -1,5 +1,5 @@
 """The command line: ``textrlhf train | evaluate | critic | sample | doctor | reward-model | demo``, and to look at runs
-``textrlhf report | watch | play``.
+``textrlhf report | watch | play``, and ``push``.
 
 This module only parses options and prints results. The work is done by ``agents.runs``, ``agents.evaluation`` and
 ``agents.reward_models``.
@@ -38,7 +38,7 @@ from agents.runs.commands import (
 )
 from agents.runs.config import EnvConfig, TrainConfig, load_config, names_from_run
 from agents.runs.errors import described
-from agents.runs.look_commands import PlayConfig, ReportConfig, WatchConfig
+from agents.runs.look_commands import PlayConfig, PushConfig, ReportConfig, WatchConfig
 from agents.runs.usage import usage
 
 if TYPE_CHECKING:
@@ -134,6 +134,20 @@ def _sample(config: SampleConfig, env_config: EnvConfig) -> None:
     for info in sample_texts(policy, env, prompts, config.greedy):
         score = "" if env_config.has_task else f" [dim]({info['score']:+.2f})[/dim]"
         console.print(f"[bold]{escape(info['prompt'])}[/bold]{escape(info['completion'])}{score}", soft_wrap=True)
+
+
+def run_push(config: PushConfig) -> int:
+    """Run ``textrlhf push``.
+
+    :param config: the options.
+    :return: the exit status.
+    """
+    config.check()
+    from agents.runs.push import push
+
+    address = push(config.run, config.repo, config.private, config.message)
+    console.print(f"Pushed to {address}", soft_wrap=True, highlight=False, markup=False)
+    return 0
 
 
 def run_report(config: ReportConfig) -> int:
@@ -415,6 +429,7 @@ FUNCTIONS: dict[str, Callable[[Any], int]] = {
     "report": run_report,
     "watch": run_watch,
     "play": run_play,
+    "push": run_push,
     "demo": run_demo,
 }
 

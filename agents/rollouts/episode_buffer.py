@@ -195,6 +195,7 @@ class EpisodeBuffer(RolloutBuffer):
         self._n_segments = 0
         self._open = np.full(self.n_envs, -1, dtype=np.int64)  # the segment of each row; −1: none
         self._written = np.zeros(self.n_envs, dtype=np.int64)  # the number of tokens in each row's stream so far
+        self._latest = np.zeros(self.n_envs, dtype=np.int64)  # the latest action of each row
         self._prompt_lengths: list[int] = []
         self.prompts: list[Prompt] = []  # of each episode, if whoever fills the buffer says so
         self._stream = {
@@ -226,7 +227,8 @@ class EpisodeBuffer(RolloutBuffer):
         :param value: the values of the observations, [B] or [B, 1].
         :param log_prob: the log-probabilities of the actions, [B].
         :param rows: int [B], the numbers of the environment rows; None: all of them.
-        :raises ValueError: if a context does not extend the previous one of its row, though no episode starts there.
+        :raises ValueError: if a context does not extend the previous one of its row, or not by the action that was
+            chosen there, though no episode starts there.
         """
         rows = np.arange(self.n_envs) if rows is None else rows
         for row in rows[np.asarray(episode_start, dtype=bool) | (self._open[rows] < 0)]:
@@ -234,8 +236,10 @@ class EpisodeBuffer(RolloutBuffer):
             self._n_segments += 1
             self._written[row] = 0
         self._add_context(obs, rows)
-        self._extend_stream(self._open[rows], np.asarray(action).reshape(-1), True)
+        action = np.asarray(action).reshape(-1)
+        self._extend_stream(self._open[rows], action, True)
         self._written[rows] += 1
+        self._latest[rows] = action
         self._logged["rewards"].extend(reward)
         self._logged["values"].extend(_flat(value))
         self._logged["log_probs"].extend(_flat(log_prob))
@@ -250,6 +254,15 @@ class EpisodeBuffer(RolloutBuffer):
             raise ValueError(
                 f"Expected every context to go on from the one before it; those of rows {rows[shorter].tolist()} "
                 "became shorter, though no episode started there."
+            )
+        input_ids = obs.input_ids if isinstance(obs, Contexts) else obs["input_ids"]
+        read = input_ids[np.arange(len(rows)), np.maximum(written, 1) - 1]
+        if (other := (written > 0) & (read != self._latest[rows])).any():
+            first = int(other.argmax())
+            raise ValueError(
+                f"Expected every context to go on with the action that was chosen, got token {int(read[first])} after "
+                f"action {int(self._latest[rows[first]])} in row {rows[first]}: a wrapper writes other tokens than the "
+                "policy chooses, so that its log-probabilities are not those of the text. Leave it out."
             )
         longer = np.flatnonzero(lengths > written)
         if len(longer) == 0:

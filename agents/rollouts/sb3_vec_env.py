@@ -9,7 +9,8 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv, VectorObservationWrapper, VectorWrapper
+from gymnasium.wrappers.vector import DictInfoToList
 from stable_baselines3.common.vec_env import VecEnv
 
 import text_env  # noqa: F401  registers TextRLHF-v0
@@ -23,16 +24,17 @@ class TextVecEnv(VecEnv):
     """The vector environment as an SB3 ``VecEnv``. The infos of finished episodes have ``terminal_observation``, and
     ``episode`` with the statistics of SB3's ``Monitor``.
 
-    :param vector_env: the environment, or an action wrapper around it (``TextRLHFContinuous-v0``). It is switched to
-        ``AutoresetMode.SAME_STEP``, the only mode that SB3 supports.
-    :raises ValueError: if it is no text environment.
+    :param vector_env: the environment, or wrappers of its actions or rewards around it (``TextRLHFContinuous-v0``). It
+        is switched to ``AutoresetMode.SAME_STEP``, the only mode that SB3 supports.
+    :raises ValueError: if it is no text environment, or in a wrapper that does not work in that mode.
     """
 
     def __init__(self, vector_env: VectorEnv[Any, Any, Any]) -> None:
         if not isinstance(vector_env.unwrapped, TextVectorEnv):
             raise ValueError(f"Expected a text environment, for example gym.make_vec('TextRLHF-v0'), got {vector_env}.")
+        _check_wrappers(vector_env)
         self.vector_env = vector_env.unwrapped
-        self.outermost = vector_env  # with the action wrapper, if there is one
+        self.outermost = vector_env  # with its wrappers, if it has any
         self.render_mode = vector_env.render_mode
         super().__init__(vector_env.num_envs, vector_env.single_observation_space, vector_env.single_action_space)
         self.vector_env.autoreset_mode = AutoresetMode.SAME_STEP
@@ -63,7 +65,8 @@ class TextVecEnv(VecEnv):
         return observation
 
     def step_async(self, actions: np.ndarray) -> None:
-        self._actions = np.asarray(actions).reshape(self.num_envs, *(self.action_space.shape or ()))
+        # A copy: SB3 stores these actions afterwards, and some of Gymnasium's wrappers change them in place.
+        self._actions = np.array(actions).reshape(self.num_envs, *(self.action_space.shape or ()))
 
     def step_wait(self) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, list[dict[str, Any]]]:
         self._about_to_play()
@@ -149,6 +152,24 @@ def make_vec_env(
     env = TextVecEnv(gym.make_vec(env_id, num_envs=n_envs, **(env_kwargs or {})))
     env.seed(seed)
     return env
+
+
+def _check_wrappers(env: VectorEnv[Any, Any, Any]) -> None:
+    """Refuse the wrappers that would see some of what they are for, and the rest would pass them by."""
+    inner = env
+    while isinstance(inner, VectorWrapper):
+        if isinstance(inner, VectorObservationWrapper):
+            raise ValueError(
+                f"Expected no wrapper of observations, got {type(inner).__name__}: SB3 resets a row in the step that "
+                "ends its episode, and Gymnasium's vector wrappers leave the last observation of an episode as it was. "
+                "Wrap single environments, in SB3's make_vec_env('TextRLHF-v0', wrapper_class=...)."
+            )
+        if isinstance(inner, DictInfoToList):
+            raise ValueError(
+                "Expected infos as a dict of arrays, got them from DictInfoToList: leave it out, since SB3 gets a list "
+                "of infos anyway."
+            )
+        inner = inner.env
 
 
 def _rows_of(infos: dict[str, Any], num_envs: int) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """The commands of the command line: their options, and how ``--help`` shows them.
 
 The options of ``train`` are in ``config.py``, those of ``reward-model`` beside the training that they are for, those of
-``report``, ``watch`` and ``play`` in ``look_commands.py``.
+``report``, ``watch``, ``play`` and ``push`` in ``look_commands.py``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tyro
 from agents.evaluation.right_answers import check_samples
 from agents.reward_models.config import RewardModelConfig
 from agents.runs.config import EnvConfig, TrainConfig
-from agents.runs.look_commands import PlayConfig, ReportConfig, WatchConfig, check_writable
+from agents.runs.look_commands import PlayConfig, PushConfig, ReportConfig, WatchConfig, check_writable
 from agents.state.arguments import check_number
 from text_env.settings import check_integer
 
@@ -417,6 +417,11 @@ COMMANDS = {
             'textrlhf play runs/mine/policy --prompt "The movie"',
             "textrlhf play builtin:arithmetic --task arithmetic",
         ),
+    ),
+    "push": Command(
+        PushConfig,
+        {"What is sent, and where": ("run", "repo", "private", "message")},
+        ("textrlhf push runs/mine my-name/film-critic",),
     ),
     "demo": Command(
         DemoConfig,

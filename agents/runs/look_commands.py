@@ -1,9 +1,10 @@
-"""The options of the commands by which a run or a model is looked at: ``report``, ``watch`` and ``play``."""
+"""The options of the commands for what is trained already: ``report``, ``watch``, ``play`` and ``push``."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,3 +133,28 @@ class PlayConfig:
         check_number("temperature", self.temperature, above=0)
         if self.max_new_tokens is not None:
             check_integer("max_new_tokens", self.max_new_tokens, 1)
+
+
+@dataclass
+class PushConfig:
+    """Send a policy with its model card to the Hugging Face Hub.
+
+    Of a run, only the directory `policy` is sent. Its README.md, the card, is written anew before that: with an
+    evaluation, if `textrlhf evaluate --json` has written one to evaluation.json in the run's directory.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """The directory of a run, or of a policy."""
+    repo: tyro.conf.Positional[str]
+    """The repository, as owner/name. It is made if there is none."""
+    private: bool = False
+    """Make a private repository."""
+    message: str | None = None
+    """The message of the commit."""
+
+    def check(self) -> None:
+        """
+        :raises ValueError: if the repository has no such name.
+        """
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.repo):
+            raise ValueError(f"Expected the repository as owner/name, got {self.repo!r}.")

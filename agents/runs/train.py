@@ -2,8 +2,8 @@
 
 The directory holds ``config.yaml``, ``progress.csv``, TensorBoard events, ``samples.jsonl`` (texts for fixed held-out
 prompts, every few iterations), ``episodes.jsonl`` (a few episodes of the training, token by token), ``checkpoints/``,
-``learning_curve.png`` and ``policy/`` (a plain Hugging Face directory). Of several processes (``torchrun``,
-``accelerate launch``) the first writes all of it.
+``learning_curve.png`` and ``policy/`` (a plain Hugging Face directory with a model card). Of several processes
+(``torchrun``, ``accelerate launch``) the first writes all of it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from agents.runs.config import (
     separate_critic,
 )
 from agents.runs.logs import ProgressTable, keep_lines, replace_text, run_logger
+from agents.runs.model_card import write_card
 from agents.runs.recording import (
     CHECKPOINTS,
     SampleTexts,
@@ -228,7 +229,7 @@ def _learn(
         if cause is None or model._n_updates or len(table):
             saved = [] if checkpoints is None else [checkpoints.save]
             policy, picture = lambda: save_policy(model, directory / "policy"), lambda: plot_learning_curve(directory)
-            steps = [*saved, policy, *steps, picture]
+            steps = [*saved, policy, *steps, picture, lambda: write_card(directory)]
         elif not resumed:
             steps.append(lambda: remove_start(directory))
         take_every(steps, cause)

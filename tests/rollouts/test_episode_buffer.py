@@ -296,7 +296,7 @@ def test_a_generated_token_takes_at_most_64_bytes_whatever_the_length(response: 
         mask = np.broadcast_to(np.arange(8 + response) < 8 + step, context.shape)
         observation = {"input_ids": context, "attention_mask": mask, "prompt_length": np.array([[8], [8]])}
         zeros = np.zeros(2)
-        buffer.add(observation, np.array([5, 6]), zeros, [step == 0] * 2, zeros, zeros)
+        buffer.add(observation, np.array([7, 7]), zeros, [step == 0] * 2, zeros, zeros)
     buffer.finalize()
     assert buffer.n_tokens == 2 * response
     assert buffer.nbytes / buffer.n_tokens <= 64
