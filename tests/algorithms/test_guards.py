@@ -329,6 +329,8 @@ def test_memory_that_is_not_enough_in_one_process_makes_the_parts_of_all_smaller
     models, expected = two_processes(), collected()
     expected._backward(np.arange(8))
     evaluate = models[1].policy.evaluate
+    for model in models:
+        model.micro_batch_tokens = 4096  # all of a process's texts at once
 
     def limited(obs: Any, *args: Any, **kwargs: Any) -> Any:
         if obs["input_ids"].numel() > 25:
