@@ -51,15 +51,15 @@ def soak(work: Path, minutes: float, start_minute: float = 3.0, options: Sequenc
             f"Expected SIGTERM to end the run with {TERMINATED}, got {status}: {output.read_text()[-2000:]}"
         )
     window = min(60.0, 6 * minutes)
-    first = _median(read, 60 * start_minute, 60 * start_minute + window)
-    last = _median(read, 60 * minutes - window, 60 * minutes)
+    first = round(_median(read, 60 * start_minute, 60 * start_minute + window), 1)
+    last = round(_median(read, 60 * minutes - window, 60 * minutes), 1)
     with (run / "progress.csv").open(newline="") as progress:
         rows = list(csv.DictReader(progress))
     return {
         "minutes": minutes,
         "start_minute": start_minute,
-        "first_mib": round(first, 1),
-        "last_mib": round(last, 1),
+        "first_mib": first,
+        "last_mib": last,
         "growth": round(last / first - 1, 4),
         "mib_each_minute": [round(_median(read, 60 * minute, 60 * (minute + 1)), 1) for minute in range(int(minutes))],
         "iterations": len(rows),

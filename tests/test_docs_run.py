@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import importlib
 import io
 import json
 import re
@@ -63,6 +64,8 @@ OPTIONS = {
     "sample": {"--max-new-tokens": "4"},
     "doctor": {},
 }
+# What these do is tested with the runs and answers that they need: tests/runs/test_looking.py, test_push.py.
+RUN_ELSEWHERE = {"report", "watch", "play", "push"}
 FLAGS = {"train": ["--no-progress"], "reward-model": ["--no-progress"]}
 
 
@@ -141,6 +144,10 @@ def run_command(line: str) -> None:
 
 
 def run_textrlhf(command: str, arguments: list[str]) -> None:
+    if command in RUN_ELSEWHERE:
+        shown = help_of("agents.cli", [command])
+        assert [word for word in arguments if word.startswith("--") and word not in shown] == [], (command, arguments)
+        return
     if "--policy" in arguments and command != "reward-model":
         run = Path(arguments[arguments.index("--policy") + 1].removesuffix("/policy"))
         if not run.exists() and run.parent.name == "runs":  # a page may speak of a run that the reader has already
@@ -160,7 +167,7 @@ def run_textrlhf(command: str, arguments: list[str]) -> None:
 def check_options(module: str, arguments: list[str]) -> None:
     """Ask a program for its help, and look for the options in it."""
     if not (options := [word for word in arguments if word.startswith("--")]):
-        runpy.run_module(module, run_name="not_main")
+        importlib.import_module(module)
         return
     shown = help_of(module, [word for word in arguments[:1] if not word.startswith("-")])
     assert [option for option in options if option not in shown] == [], module
@@ -169,11 +176,14 @@ def check_options(module: str, arguments: list[str]) -> None:
 def help_of(module: str, subcommand: list[str]) -> str:
     printed, before = io.StringIO(), sys.argv
     sys.argv = [module, *subcommand, "--help"]
+    # A test may have imported it already, of which runpy would warn.
+    imported = {name: sys.modules.pop(name) for name in (module, f"{module}.__main__") if name in sys.modules}
     try:
         with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
             runpy.run_module(module, run_name="__main__")
     finally:
         sys.argv = before
+        sys.modules.update(imported)
     assert "usage" in printed.getvalue(), module
     return printed.getvalue()
 
