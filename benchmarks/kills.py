@@ -86,6 +86,7 @@ def differences(directory: Path, whole: Path) -> list[str]:
     """
     found = []
     names = {path.name for path in [*(directory / "policy").iterdir(), *(whole / "policy").iterdir()]}
+    names -= {"README.md"}  # the model card bears the name of the run
     for name in (*(f"policy/{name}" for name in sorted(names)), "samples.jsonl", "episodes.jsonl"):
         if not (directory / name).exists() or (directory / name).read_bytes() != (whole / name).read_bytes():
             found.append(name)

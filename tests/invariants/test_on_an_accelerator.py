@@ -17,10 +17,17 @@ from tiny import KINDS, tiny_model
 from agents.algorithms.grpo import GRPO
 from agents.algorithms.ppo import PPO
 from agents.algorithms.vineppo import VinePPO
+from agents.models import sizes
 from agents.models.reference_constraints import ReferenceTopP
 from agents.rollouts.sampling import collect_texts, sample_texts
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def batches_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much is computed at once as on the CPU: sums in another order would differ in the last bits."""
+    monkeypatch.setattr(sizes, "ACCELERATOR", sizes.CPU)
 
 
 def trained(device: torch.device, tokens: int = 60, **kwargs: Any) -> PPO:

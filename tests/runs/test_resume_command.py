@@ -78,7 +78,9 @@ def resume(directory: Path, *more: str) -> int:
 
 
 def weights(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((directory / "policy").iterdir())}
+    # The model card bears the name of the run.
+    files = [path for path in sorted((directory / "policy").iterdir()) if path.name != "README.md"]
+    return {path.name: path.read_bytes() for path in files}
 
 
 def rows(directory: Path) -> list[dict[str, str]]:
