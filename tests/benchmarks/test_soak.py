@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def test_a_run_that_ends_by_itself_is_no_soak(tmp_path: Path) -> None:
 
 
 def test_the_resident_memory_of_a_process_grows_by_what_it_fills() -> None:
-    before = resident_bytes(os.getpid())
-    filled = bytearray(os.urandom(1)) * (50 * 2**20)
-    assert resident_bytes(os.getpid()) - before > 40 * 2**20
-    del filled
+    with mmap.mmap(-1, 50 * 2**20) as fresh:  # memory that the process cannot have had before
+        before = resident_bytes(os.getpid())
+        fresh.write(b"x" * len(fresh))
+        assert resident_bytes(os.getpid()) - before > 40 * 2**20
