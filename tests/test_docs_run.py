@@ -177,7 +177,8 @@ def help_of(module: str, subcommand: list[str]) -> str:
     printed, before = io.StringIO(), sys.argv
     sys.argv = [module, *subcommand, "--help"]
     # A test may have imported it already, of which runpy would warn.
-    imported = {name: sys.modules.pop(name) for name in (module, f"{module}.__main__") if name in sys.modules}
+    program = f"{module}.__main__" if hasattr(sys.modules.get(module), "__path__") else module
+    imported = {name: sys.modules.pop(name) for name in (program,) if name in sys.modules}
     try:
         with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
             runpy.run_module(module, run_name="__main__")
