@@ -21,9 +21,8 @@ Layers = list[tuple[torch.Tensor, torch.Tensor]]
 """The keys and values of each attention layer, [rows, heads, columns, head_dim] each."""
 
 
-class CacheLayer(CacheLayerMixin):
-    """The keys and values of one attention layer, in storage that is allocated in advance. Its first ``rows`` rows and
-    ``columns`` columns are in use.
+class AllocatedLayer(CacheLayerMixin):
+    """The keys and values of one attention layer, in storage that is there before the model is called.
 
     :param keys: storage for keys, [rows, heads, columns, head_dim].
     :param values: storage for values, [rows, heads, columns, head_dim]; its head_dim may differ from that of the keys.
@@ -37,6 +36,38 @@ class CacheLayer(CacheLayerMixin):
         self.keys = keys
         self.values = values
         self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Do nothing: the storage is allocated already.
+
+        :param key_states: not used.
+        :param value_states: not used.
+        """
+
+    def get_max_length(self) -> int:
+        """
+        :return: −1: there is no maximum.
+        """
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """The name of :meth:`get_max_length` before transformers 5.14.
+
+        :return: −1: there is no maximum.
+        """
+        return self.get_max_length()
+
+
+class CacheLayer(AllocatedLayer):
+    """The keys and values of one attention layer, in storage that is allocated in advance. Its first ``rows`` rows and
+    ``columns`` columns are in use.
+
+    :param keys: storage for keys, [rows, heads, columns, head_dim].
+    :param values: storage for values, [rows, heads, columns, head_dim]; its head_dim may differ from that of the keys.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        super().__init__(keys, values)
         self.rows = 0
         self.columns = 0
 
@@ -57,31 +88,11 @@ class CacheLayer(CacheLayerMixin):
         self.columns = new.stop
         return self.keys[: self.rows, :, : new.stop], self.values[: self.rows, :, : new.stop]
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Do nothing: the storage is allocated already.
-
-        :param key_states: not used.
-        :param value_states: not used.
-        """
-
     def get_seq_length(self) -> int:
         """
         :return: the number of columns in use.
         """
         return self.columns
-
-    def get_max_length(self) -> int:
-        """
-        :return: −1: there is no maximum.
-        """
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        """The name of :meth:`get_max_length` before transformers 5.14.
-
-        :return: −1: there is no maximum.
-        """
-        return self.get_max_length()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """

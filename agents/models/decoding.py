@@ -1,11 +1,11 @@
 """One decode step: the new token of each row of a block, read on top of the keys and values that the block holds.
 
-A step is launched in one of three ways, which compute the same (:class:`Launch`):
+A step is launched in one of three ways, which compute the same (:data:`Launch`):
 
-- plainly, as the model's code stands: every operation is launched by itself, and in small models and on GPUs launching
+- eagerly, as the model's code stands: every operation is launched by itself, and in small models and on GPUs launching
   takes longer than computing;
 - compiled by ``torch.compile``, which fuses operations. One compilation serves every number of rows and columns;
-- captured into a graph of the device (a CUDA graph), compiled or not. A graph is launched as a whole, but it is bound
+- captured into a graph of the device (a CUDA graph). A graph is launched as a whole, but it is bound
   to its shapes and to the addresses of everything that it reads. So numbers of rows and columns are rounded up to few
   sizes, inputs are copied to where the graph expects them, and the block keeps its storage from rollout to rollout.
   Weights may change their contents, but not their places.
@@ -21,17 +21,16 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 from torch.fx.experimental import _config as symbolic_shapes
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from agents.models.cache_storage import Block
+from agents.models.cache_storage import AllocatedLayer, Block
 from agents.models.weights import WeightsWatch
 
 DECODE_MODES = ("auto", "eager", "compiled")
@@ -43,19 +42,8 @@ ATTENTION = "one_query_a_row"
 # there are a dozen graphs for 4,096 columns, and none reads more than a quarter of its columns in vain.
 COLUMNS_STEP = 128
 
-
-class Launch(NamedTuple):
-    """How a step is launched.
-
-    :param compiled: whether it goes through ``torch.compile``.
-    :param captured: whether it is captured into a graph of the device.
-    """
-
-    compiled: bool
-    captured: bool
-
-
-EAGER = Launch(compiled=False, captured=False)
+Launch = Literal["eager", "compiled", "captured"]
+"""How a step is launched."""
 
 Step = Callable[[], torch.Tensor]
 
@@ -104,16 +92,13 @@ CAPTURES: dict[str, Callable[[Step], Step]] = {"cuda": cuda_graph}
 """How steps are captured, by the type of the device. On other devices there are no graphs."""
 
 
-def launches(device: torch.device) -> tuple[Launch, ...]:
+def launch_for(device: torch.device) -> Launch:
     """
     :param device: the device of the model.
-    :return: the ways to launch a step there for ``decode="compiled"``, the best one first.
+    :return: how a step is launched there for ``decode="compiled"``. A GPU waits for launches most of the time, and a
+        graph is one launch. To fuse operations as well would take minutes of compiling for a model of 30 layers.
     """
-    if device.type in CAPTURES:
-        # A GPU waits for launches most of the time, and a graph is one launch. Fusing operations as well would take
-        # minutes of compiling for a model of 30 layers.
-        return (Launch(compiled=False, captured=True),)
-    return (Launch(compiled=True, captured=False),)
+    return "captured" if device.type in CAPTURES else "compiled"
 
 
 class Decoder:
@@ -126,7 +111,7 @@ class Decoder:
     def __init__(self, backbone: nn.Module, weights: WeightsWatch) -> None:
         self._backbone = backbone
         self._weights = weights
-        self.launch = EAGER
+        self.launch: Launch = "eager"
         self.ready_masks = True  # the model takes masks as the attention needs them
 
     def storage_columns(self, width: int) -> int:
@@ -135,7 +120,7 @@ class Decoder:
         :return: the number of columns that a new block must have at least, so that its storage can stay where it is; 0
             if it need not stay.
         """
-        return _round_up(width + COLUMNS_STEP // 2, COLUMNS_STEP) if self.launch.captured else 0
+        return _round_up(width + COLUMNS_STEP // 2, COLUMNS_STEP) if self.launch == "captured" else 0
 
     def __call__(self, block: Block, tokens: np.ndarray, positions: np.ndarray) -> torch.Tensor:
         """Read one token of each of the first R rows of a block, whose keys and values are written into the next
@@ -146,18 +131,19 @@ class Decoder:
         :param positions: int64 [R], the position of each token in its context.
         :return: last hidden states, [R, H]; valid until the next call.
         """
-        if self.launch == EAGER:
+        if self.launch == "eager":
             return self._eager(block, tokens, positions)
         n, column = len(tokens), block.columns
         # One row would be a special case to the compiler.
-        rows = _rows_of_a_graph(n, block.known.n_slots) if self.launch.captured else min(max(n, 2), block.known.n_slots)
+        captured, slots = self.launch == "captured", block.known.n_slots
+        rows = _rows_of_a_graph(n, slots) if captured else min(max(n, 2), slots)
         # Rows that hold nothing are read too. Each must see a column, or its attention would be a division by zero.
         block.visible[n:rows, column] = True
         inputs = np.zeros(2 * rows + 1, dtype=np.int64)
         inputs[:n], inputs[rows : rows + n], inputs[-1] = tokens, positions, column
         [moved] = block.to_torch(inputs)
         with _own_attention(self._backbone):
-            if self.launch.captured:
+            if captured:
                 hidden = self._replayed(block, moved, rows, column)
             else:
                 hidden = self._step(block, moved, rows, column + 1)
@@ -200,7 +186,7 @@ class Decoder:
         """
         :param inputs: int64 [2 · rows + 1]: tokens, positions, and the column that is written.
         """
-        step = _compiled_step() if self.launch.compiled else decode_step
+        step = _compiled_step() if self.launch == "compiled" else decode_step
         # As tensors of their own: a compiled function would also be specialised for the tensors that they are views of.
         return step(
             self._backbone,
@@ -214,7 +200,7 @@ class Decoder:
 
     def _replayed(self, block: Block, inputs: torch.Tensor, rows: int, column: int) -> torch.Tensor:
         columns = _columns_of_a_graph(column + 1, block.capacity)
-        graphs: dict[Any, tuple[torch.Tensor, Step]] = block.graphs.of((self.launch, self._weights.places))
+        graphs: dict[Any, tuple[torch.Tensor, Step]] = block.graphs.of(self._weights.places)
         if (rows, columns) not in graphs:
             static = inputs.clone()
             with _without_cached_casts(static.device.type):
@@ -256,7 +242,7 @@ def decode_step(
     return hidden
 
 
-class StepLayer(CacheLayerMixin):
+class StepLayer(AllocatedLayer):
     """The keys and values of one attention layer during a step. All columns exist from the beginning, and the mask of
     the step tells which of them are in use.
 
@@ -265,17 +251,12 @@ class StepLayer(CacheLayerMixin):
     :param column: int64 [1], the column that is written.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
     is_compileable = True
     is_sliding = False
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, column: torch.Tensor) -> None:
-        super().__init__()
-        self.keys = keys
-        self.values = values
+        super().__init__(keys, values)
         self.column = column
-        self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -292,31 +273,11 @@ class StepLayer(CacheLayerMixin):
         self.values.index_copy_(2, self.column, value_states.to(self.values.dtype))
         return self.keys, self.values
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Do nothing: the storage is allocated already.
-
-        :param key_states: not used.
-        :param value_states: not used.
-        """
-
     def get_seq_length(self) -> int:
         """
         :return: 0. Positions and mask are given to the model, which need not work them out.
         """
         return 0
-
-    def get_max_length(self) -> int:
-        """
-        :return: −1: there is no maximum.
-        """
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        """The name of :meth:`get_max_length` before transformers 5.14.
-
-        :return: −1: there is no maximum.
-        """
-        return self.get_max_length()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """

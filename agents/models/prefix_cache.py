@@ -30,7 +30,7 @@ from agents.models.cache_storage import Beginning, Block, CacheLayer, Reading
 from agents.models.causal_lm import Positions
 from agents.models.context_matching import common_prefix, distinct
 from agents.models.contexts import Contexts, maximal_sequences, share_prefixes
-from agents.models.decoding import CAPTURES, DECODE_MODES, EAGER, Decoder, Launch, launches, sizes_told_apart
+from agents.models.decoding import CAPTURES, DECODE_MODES, Decoder, Launch, launch_for, sizes_told_apart
 from agents.models.transfers import to_device
 from agents.models.weights import WeightsWatch
 
@@ -81,7 +81,7 @@ class PrefixCache:
 
     def _drop(self, blocks: list[Block]) -> None:
         """Let go of blocks, but not of storage that must stay where it is."""
-        if self._decoder.launch.captured:
+        if self._decoder.launch == "captured":
             self._unused = [*blocks, *self._unused][: self._max_blocks]
 
     def _new_block(self, n_rows: int, width: int, like: Reading) -> Block:
@@ -336,30 +336,22 @@ class PrefixCache:
         return not reason
 
     def _choose_launch(self) -> None:
-        """Find the best way to launch decode steps that works with this device and precision, and is right."""
+        """Launch decode steps as suits the device, if that works in this precision and is right."""
         where = (self._weights.device, self._weights.dtype, self._weights.autocast)
         if where not in self._launches:
             blocks, self._blocks = self._blocks, []
-            reasons = []
-            for launch in launches(self._weights.device):
-                self._decoder.launch = launch
-                with sizes_told_apart(), warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # the compiler warns of its own modules
-                    reason = self._fault()
-                self._blocks, self._unused = [], []
-                if not reason:
-                    self._launches[where] = launch
-                    break
-                reasons.append(f"{launch}: {reason}")
-            else:
-                self._launches[where] = EAGER
-            if reasons:
+            self._decoder.launch = launch = launch_for(self._weights.device)
+            with sizes_told_apart(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the compiler warns of its own modules
+                reason = self._fault()
+            self._blocks, self._unused = blocks, []
+            self._launches[where] = "eager" if reason else launch
+            if reason:
                 warnings.warn(
-                    f"{type(self._backbone).__name__} can't decode as decode='compiled' asks for, so it decodes by "
-                    f"{self._launches[where]}. {'; '.join(reasons)}. Results are the same, generation is slower.",
+                    f"{type(self._backbone).__name__} can't decode as decode='compiled' asks for, and does so as with "
+                    f"'eager': {reason}. Results are the same, generation is slower.",
                     stacklevel=6,
                 )
-            self._blocks = blocks
         self._decoder.launch = self._launches[where]
 
     def _fault(self) -> str:

@@ -55,13 +55,10 @@ def launches_of(policy: CausalLMPolicy) -> set[Launch]:
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", "gpt_neox", "opt"])
-@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
-def test_graphs_give_the_eager_log_probs(kind: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "launches", lambda device: (Launch(compiled, captured=True),))
-    monkeypatch.setattr("agents.models.prefix_cache.launches", decoding.launches)
+def test_graphs_give_the_eager_log_probs(kind: str) -> None:
     graphs, eager = pair(kind)
     torch.testing.assert_close(write(graphs), write(eager), rtol=1e-4, atol=1e-4)
-    assert launches_of(graphs) == {Launch(compiled, captured=True)}
+    assert launches_of(graphs) == {"captured"}
 
 
 @pytest.mark.parametrize(
