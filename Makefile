@@ -28,7 +28,7 @@ peers:  ## the environment of the benchmarks' peers
 	benchmarks/peers/install.sh $(PYTHON)
 
 throughput: $(INSTALLED)  ## how fast this is, beside its peers (keep the machine idle)
-	$(BIN)/python -m benchmarks.throughput --quick --json benchmarks/results/throughput.json
+	$(BIN)/python -m benchmarks.throughput --quick
 
 # With GPU_PYTHON=python3 in an environment that is there already, of which nothing is installed or changed.
 gpu: $(if $(GPU_PYTHON),,$(INSTALLED))  ## what this machine's GPU makes of it all (under ten minutes; keep the machine idle)

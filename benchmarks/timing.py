@@ -12,6 +12,7 @@ import gc
 import importlib.metadata
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -131,6 +132,16 @@ def versions() -> dict[str, str]:
     """Of everything that the figures depend on."""
     names = ("torch", "transformers", "tokenizers", "stable-baselines3", "gymnasium", "numpy")
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+
+
+def commit() -> str | None:
+    """
+    :return: the hash of the commit that is measured; None where there is no repository.
+    """
+    asked = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return asked.stdout.strip() or None
 
 
 def today() -> str:

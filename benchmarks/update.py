@@ -24,9 +24,10 @@ EPOCHS = 2
 LEARNING_RATE = 1e-5  # small, so that the hundredth update sees the model of the first
 
 
-def own_ppo(subject: Subject) -> PPO:
+def own_ppo(subject: Subject, separate_critic: bool = False) -> PPO:
     """
     :param subject: of which a copy is trained.
+    :param separate_critic: whether the critic is a decoder of its own, another copy; otherwise it is a head.
     :return: our PPO after one iteration.
     """
     subject = subject.own_copy()
@@ -39,7 +40,7 @@ def own_ppo(subject: Subject) -> PPO:
         n_epochs=EPOCHS,
         seed=0,
         device=subject.model.device,
-        policy_kwargs={"model": subject.model},
+        policy_kwargs={"model": subject.model, "separate_critic": separate_critic},
     )
     return algorithm.learn(subject.episodes * subject.response)
 
@@ -55,11 +56,13 @@ def update(algorithm: PPO) -> Callable[[], int]:
 
 
 def bare_passes(algorithm: PPO, subject: Subject) -> Callable[[], int]:
-    """Forward and backward of log-probabilities, and nothing else: no packing, no loss, no optimiser step.
+    """Forward and backward of log-probabilities, and nothing else: no packing, no loss, no optimiser step. Where the
+    critic has a decoder, another one reads and learns from the same sequences.
 
     :param algorithm: whose rollout it is; the sequences are packed before the clock starts.
     """
     model = subject.model
+    critic = subject.own_copy().model.base_model if not algorithm.policy.share_features_extractor else None
     parts = np.split(np.arange(subject.episodes), MINIBATCHES)
     batches = []
     for part in parts:
@@ -74,6 +77,9 @@ def bare_passes(algorithm: PPO, subject: Subject) -> Callable[[], int]:
                 model.zero_grad()
                 log_probs = model(input_ids, use_cache=False).logits.log_softmax(dim=-1)
                 log_probs[mask].gather(-1, actions[:, None]).mean().backward()
+                if critic is not None:
+                    critic.zero_grad()
+                    critic(input_ids, use_cache=False).last_hidden_state[mask].mean().backward()
                 tokens += len(actions)
         return tokens
 

@@ -363,17 +363,20 @@ class PrefixCache:
         except Exception as problem:  # whatever an unknown architecture raises, it can be run without the cache
             return f"the memo's probe failed ({type(problem).__name__}: {problem})"
         rough = self._weights.dtype not in (torch.float32, torch.float64) or self._weights.autocast is not None
-        tolerance = 0.1 if rough else 1e-3
+        tolerance = 0.05 if rough else 1e-3
         return "" if error <= tolerance else f"memoised and plain hidden states differ by {error:.1e}"
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def _probe(self) -> float:
         """The largest relative difference between cached and plain hidden states over a few calls, among them a
-        restart, a row that grows by several tokens, and rows that share the beginning of another one.
+        restart, a row that grows by several tokens, and rows that share the beginning of another one. The states of a
+        call are compared as one vector, since single units of a large model in 16 bits differ by a tenth by rounding
+        alone. (SmolLM2-135M in bfloat16: at most 0.02; with positions that are off by one, at least 0.15.)
         """
         vocabulary: int = self._backbone.config.get_text_config().vocab_size  # type: ignore[operator,union-attr]
-        tokens = (np.arange(3 * 8).reshape(3, 8) * 5 + 1) % min(11, vocabulary)
+        # From the whole vocabulary: texts of special tokens alone make more of rounding than a mistake makes elsewhere.
+        tokens = np.random.default_rng(0).integers(vocabulary, size=(3, 8))
         branches = np.repeat(tokens[:1], 3, axis=0)
         branches[1:, 4] = [(tokens[0, 4] + 1) % vocabulary, (tokens[0, 4] + 2) % vocabulary]
         worst = 0.0
@@ -383,12 +386,11 @@ class PrefixCache:
         ):
             whole = torch.from_numpy(input_ids[:, :5].copy()).to(self._weights.device)
             expected = self._backbone(input_ids=whole, use_cache=False).last_hidden_state.float()
-            scale = expected.abs().max().clamp(min=1e-6)
             for lengths in calls:
                 length = np.array(lengths)
                 actual = self._memoised(Contexts(input_ids, length, length)).float()
-                difference = actual - expected[torch.arange(3), torch.from_numpy(length - 1)]
-                worst = max(worst, float(difference.abs().max() / scale))
+                plain = expected[torch.arange(3), torch.from_numpy(length - 1)]
+                worst = max(worst, float((actual - plain).norm() / plain.norm().clamp(min=1e-6)))
         return worst
 
 

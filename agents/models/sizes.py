@@ -26,7 +26,7 @@ class Sizes(NamedTuple):
     pass_overhead: int
 
 
-CPU = Sizes(chunk_elements=2**22, pass_tokens=2**12, pass_overhead=48)
+CPU = Sizes(chunk_elements=2**21, pass_tokens=2**12, pass_overhead=48)
 ACCELERATOR = Sizes(chunk_elements=2**27, pass_tokens=2**14, pass_overhead=2**13)
 
 

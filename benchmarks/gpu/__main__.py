@@ -33,21 +33,13 @@ from rich.console import Console
 
 from benchmarks.gpu.options import Options, Stage
 from benchmarks.gpu.report import as_markdown, tables
-from benchmarks.timing import machine, today, versions
+from benchmarks.timing import commit, machine, today, versions
 
 ROOT = Path(__file__).parents[2]
 GRACE = 5.0
 """Seconds after which a stage that should have ended is ended."""
 LEAST_OF_ALL = 20.0
 """Seconds with which no process is started: its imports alone take that long on a slow disk."""
-
-
-def commit() -> str | None:
-    """
-    :return: the hash of the commit that is measured; None where there is no repository.
-    """
-    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return asked.stdout.strip() or None
 
 
 def driver() -> str | None:

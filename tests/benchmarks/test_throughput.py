@@ -57,3 +57,13 @@ def test_every_figure_is_measured_also_on_an_instruct_model(
     shown = capsys.readouterr().out
     assert "rollout_vs_generate_smollm2" in shown
     assert [line for line in shown.splitlines() if not line.strip()] == []  # nobody watches a bar that isn't there
+
+    main([*small, "--only", "buffer_bytes_per_token", "--json", str(path)])
+    again = json.loads(path.read_text())["figures"]
+    assert set(again) == set(WITHOUT_TRL), "what was not measured again stays, with its own command and commit"
+    assert again["env_share"] == report["figures"]["env_share"]
+    assert again["buffer_bytes_per_token"]["command"] != report["figures"]["buffer_bytes_per_token"]["command"]
+
+    path.write_text(json.dumps({**report, "machine": {**report["machine"], "cpu": "another"}}))
+    with pytest.raises(SystemExit, match=r"figures of this machine .*, got some of another, cpu: take another name"):
+        main([*small, "--only", "buffer_bytes_per_token", "--json", str(path)])

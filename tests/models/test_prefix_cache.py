@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -244,14 +245,18 @@ def test_a_state_space_model_falls_back_says_so_once_and_is_right(recwarn: pytes
     assert "MambaModel is run without prefix cache" in said[0]
 
 
-def test_a_model_whose_memo_gives_other_answers_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrong", [torch.zeros_like, lambda position_ids: position_ids + 1], ids=["none", "off by one"])
+def test_a_model_whose_memo_gives_other_answers_is_found_out(
+    wrong: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The probe at construction: an architecture that ignores position ids, say, is not trusted."""
-    model = make_model("gpt2")
+    model = make_model("gpt2").to(dtype)
     forward = type(model.base_model).forward
 
     def deaf(self: Any, position_ids: Any = None, **kwargs: Any) -> Any:
         if position_ids is not None:
-            position_ids = torch.zeros_like(position_ids)
+            position_ids = wrong(position_ids)
         return forward(self, position_ids=position_ids, **kwargs)
 
     deaf.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
