@@ -25,8 +25,8 @@ from agents.rollouts.episode_buffer import EpisodeBuffer
 from agents.rollouts.source import RolloutSource
 from text_env.vector_env import TextVectorEnv
 
-# A mean |log π_old − log μ| that no rounding explains: a model in bfloat16 has about a tenth of this.
-MISMATCH_BOUND = 0.2
+# A mean |log π_old − log μ| that no rounding explains: a model in bfloat16 has about a fifth of this.
+MISMATCH_BOUND = 0.05
 
 
 class RemoteRollouts(RolloutSource):

@@ -15,6 +15,7 @@ back, and given the weights before they write again. If nobody comes back in tim
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -25,14 +26,16 @@ import urllib.error
 import urllib.request
 import uuid
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors.torch import save_file
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
+from transformers.utils import logging as transformers_logging
 
 from agents.models.adapter import ADAPTER
 from agents.policies.causal_lm_policy import CausalLMPolicy
@@ -224,11 +227,35 @@ def _saved(policy: CausalLMPolicy, version: int, directory: Path) -> _Weights:
     """Write the weights of a policy to a new directory."""
     directory.mkdir(parents=True)
     adapter = policy.lm.adapter
-    if adapter is None:
-        policy.lm.model.save_pretrained(directory)
-        return _Weights(directory, version, None)
-    adapter.wrapper.save_pretrained(str(directory), selected_adapters=[ADAPTER])
-    return _Weights(directory, version, directory.name)
+    if adapter is not None:
+        adapter.wrapper.save_pretrained(str(directory), selected_adapters=[ADAPTER])
+        return _Weights(directory, version, directory.name)
+    model = policy.lm.model
+    with _no_progress_bar():
+        model.save_pretrained(directory)
+    head = model.get_output_embeddings()
+    if head.weight is model.get_input_embeddings().weight:
+        # Tied weights are saved once. A server whose head is a matrix of its own needs them twice.
+        name = next(name for name, module in model.named_modules() if module is head)
+        save_file({f"{name}.weight": head.weight.detach().clone()}, directory / "head.safetensors")
+        index = directory / "model.safetensors.index.json"
+        if index.exists():
+            content = json.loads(index.read_text())
+            content["weight_map"][f"{name}.weight"] = "head.safetensors"
+            index.write_text(json.dumps(content))
+    return _Weights(directory, version, None)
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Within it, transformers shows none: a file of weights is written in every iteration."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 class _Unreachable(ConnectionError):

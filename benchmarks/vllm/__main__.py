@@ -34,7 +34,7 @@ from agents.evaluation.intervals import bootstrap_interval
 from agents.policies.causal_lm_policy import load_policy
 from agents.rollouts.vllm_servers import VllmServers
 from agents.state.schedules import LearningRate
-from benchmarks.vllm.server import Server, running, version
+from benchmarks.vllm.server import Server, running, untied, version
 from benchmarks.whole_run import provenance
 from text_env.arithmetic import MODEL
 from text_env.builtin import ARITHMETIC_MODEL
@@ -270,7 +270,8 @@ def main(options: Options) -> int:
     origin = provenance("benchmarks.vllm")
     env = TextVectorEnv(1, **subject.env)
     length = env.max_prompt_tokens + env.max_new_tokens
-    server = Server(subject.served, (options.runs / "server.log").resolve(), length, subject.server)
+    model = untied(subject.served, options.runs / f"{options.subject}-untied")
+    server = Server(model, (options.runs / "server.log").resolve(), length, subject.server)
     rows = []
     with running(server):
         for seed in range(options.seeds):

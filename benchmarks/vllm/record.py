@@ -25,7 +25,7 @@ import tyro
 
 from benchmarks.timing import today
 from benchmarks.vllm import scenario
-from benchmarks.vllm.server import Server, running, version
+from benchmarks.vllm.server import Server, running, untied, version
 
 
 @dataclass
@@ -91,7 +91,8 @@ def main(options: Options) -> int:
     :return: the exit status, 0.
     """
     options.log.parent.mkdir(parents=True, exist_ok=True)
-    server = Server(scenario.MODEL, options.log.resolve(), scenario.MAX_MODEL_LEN, scenario.SERVER_OPTIONS)
+    model = untied(scenario.MODEL, options.log.parent / "untied")
+    server = Server(model, options.log.resolve(), scenario.MAX_MODEL_LEN, scenario.SERVER_OPTIONS)
     with running(server), tempfile.TemporaryDirectory() as directory:
         exchanges: list[dict[str, Any]] = []
         members = {"server_url": server.url, "exchanges": exchanges, "directory": directory}

@@ -86,10 +86,12 @@ def change(policy: CausalLMPolicy) -> None:
 
     :param policy: the policy, which is changed.
     """
-    for parameter in policy.lm.parameters():
+    for name, parameter in policy.lm.named_parameters():
         if parameter.requires_grad:
+            if "lora_" in name:  # which begins at random
+                parameter.zero_()
             count = torch.arange(parameter.numel(), dtype=torch.float64).reshape(parameter.shape)
-            parameter.add_(0.02 * torch.sin(count).to(parameter.dtype))
+            parameter.add_(0.05 * torch.sin(count).to(parameter.dtype))
 
 
 @torch.no_grad()

@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 """The interpreter that benchmarks/vllm/install.sh makes."""
@@ -88,6 +91,28 @@ class Server:
         if self.process is not None and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+
+
+def untied(model: Path, directory: Path) -> Path:
+    """Copy a model such that its head is a matrix of its own, if it shares that with the embedding.
+
+    On CPUs vLLM 0.32 packs the head's weights once, when it starts. ``reload_weights`` packs them again where the file
+    has a matrix for the head, and leaves a shared one as it was.
+
+    :param model: the directory of a model.
+    :param directory: where the copy goes, together with the tokenizer; left alone if it is there already.
+    :return: the directory of the model to serve.
+    """
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    head = loaded.get_output_embeddings()
+    if head.weight is not loaded.get_input_embeddings().weight:
+        return model
+    if not (directory / "tokenizer_config.json").exists():
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        loaded.config.tie_word_embeddings = False
+        loaded.save_pretrained(directory)
+        AutoTokenizer.from_pretrained(model).save_pretrained(directory)
+    return directory
 
 
 @contextmanager
