@@ -15,6 +15,7 @@ from text_env.vector_env import TextVectorEnv
 
 if TYPE_CHECKING:
     from agents.rollouts.backend import RolloutBackend
+    from agents.rollouts.vllm_servers import VllmServers
 
 LOCAL = "local"
 """The name of the policy itself as a source."""
@@ -91,7 +92,17 @@ def rollout_source(
             )
         return RolloutSource(policy)
     from agents.rollouts.remote import RemoteRollouts
+
+    backend = vllm_servers(rollouts) if isinstance(rollouts, str) else rollouts
+    return RemoteRollouts(backend, policy, env, n_episodes, max_lag, importance_cap, importance_bound)
+
+
+def vllm_servers(urls: str) -> VllmServers:
+    """
+    :param urls: the addresses of servers of vLLM, with commas in between.
+    :return: the servers.
+    :raises ValueError: if an address is none.
+    """
     from agents.rollouts.vllm_servers import VllmServers
 
-    backend = VllmServers(rollouts) if isinstance(rollouts, str) else rollouts
-    return RemoteRollouts(backend, policy, env, n_episodes, max_lag, importance_cap, importance_bound)
+    return VllmServers(urls)
