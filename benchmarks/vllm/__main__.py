@@ -42,6 +42,7 @@ from text_env.vector_env import TextVectorEnv
 
 WRITERS = ("local", "vllm", "vllm, max_lag=1", "vllm, killed")
 LAST = 3  # rollouts, over which the score at the end is taken
+KILLED_ROLLOUT = 4  # the one in which the server is killed, from 1
 
 
 class Subject(NamedTuple):
@@ -135,12 +136,11 @@ class _KillServer(BaseCallback):
     """Kills the server in the middle of a rollout, once, and starts it again.
 
     :param server: the server.
-    :param rollout: the number of the rollout, from 1.
     """
 
-    def __init__(self, server: Server, rollout: int = 4) -> None:
+    def __init__(self, server: Server) -> None:
         super().__init__()
-        self._server, self._rollout, self._starts = server, rollout, 0
+        self._server, self._starts = server, 0
         self.killed = False
 
     def _on_step(self) -> bool:
@@ -148,8 +148,8 @@ class _KillServer(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         self._starts += 1
-        if self._starts == self._rollout:
-            threading.Timer(0.5, self._kill).start()
+        if self._starts == KILLED_ROLLOUT:
+            threading.Timer(0.2, self._kill).start()
 
     def _kill(self) -> None:
         self._server.kill()
