@@ -78,7 +78,7 @@ def subjects(smollm2: Path) -> dict[str, Subject]:
             ARITHMETIC_MODEL,
             two_steps,
             {"task_kwargs": {"n_steps": 2, "split": "eval"}},
-            {"learning_rate": LearningRate(3e-4, "linear", 0.0), "kl_coef": 0.04},
+            {"n_episodes": 64, "batch_size": 16, "learning_rate": LearningRate(3e-4, "linear", 0.0), "kl_coef": 0.04},
             (),
         ),
         "smollm2": Subject(
@@ -87,6 +87,8 @@ def subjects(smollm2: Path) -> dict[str, Subject]:
             {"tokenizer": str(smollm2), **films},
             None,
             {
+                "n_episodes": 16,
+                "batch_size": 8,
                 "learning_rate": LearningRate(7e-4, "linear", 0.0),
                 "kl_coef": 0.05,
                 "n_epochs": 1,
@@ -167,16 +169,14 @@ def run(subject: Subject, writer: str, seed: int, server: Server | None, options
     :param options: the settings of the benchmark.
     :return: the figures of the training.
     """
-    env = TextVectorEnv(64, **subject.env)
     callback = None
     arguments = dict(subject.arguments)
     if server is not None:
         arguments |= {"rollouts": VllmServers(server.url, patience=900.0), "max_lag": int(writer.endswith("max_lag=1"))}
         callback = _KillServer(server) if writer.endswith("killed") else None
     policy_kwargs = {"model": subject.model, **arguments.pop("policy_kwargs", {})}
-    model = PPO(
-        "CausalLMPolicy", env, n_episodes=64, batch_size=16, seed=seed, policy_kwargs=policy_kwargs, **arguments
-    )
+    env = TextVectorEnv(arguments["n_episodes"], **subject.env)
+    model = PPO("CausalLMPolicy", env, seed=seed, policy_kwargs=policy_kwargs, **arguments)
     rows = _Rows()
     model.set_logger(Logger(None, [rows]))
     start = time.perf_counter()
@@ -188,7 +188,7 @@ def run(subject: Subject, writer: str, seed: int, server: Server | None, options
         "seed": seed,
         "tokens": model.num_timesteps,
         "rollouts": len(scores),
-        "episodes": 64 * len(scores),
+        "episodes": model.n_episodes * len(scores),
         "seconds": seconds,
         "score_at_start": scores[0],
         "score_at_end": float(np.mean(scores[-LAST:])),
