@@ -21,9 +21,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
+from vllm_stand_in import StandIn, served
 
 from agents.cli import main
-from text_env.builtin import REWARD_MODEL
+from text_env.builtin import LANGUAGE_MODEL, REWARD_MODEL
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -195,9 +197,22 @@ def test_the_pages_have_code_and_commands() -> None:
     assert len([page for page in PAGES if has_parts(page)]) >= 18
 
 
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Servers at the addresses that the pages name."""
+    model = AutoModelForCausalLM.from_pretrained(LANGUAGE_MODEL).eval()
+    with contextlib.ExitStack() as stack:
+        one, two = (stack.enter_context(served(StandIn(model, max_model_len=256))).url for _ in range(2))
+        monkeypatch.setitem(STANDS_FOR, "http://localhost:8000", one)
+        monkeypatch.setitem(STANDS_FOR, "http://one:8000,http://two:8000", f"{one},{two}")
+        yield
+
+
 @pytest.mark.filterwarnings("ignore:Module text_env was already imported")
 @pytest.mark.parametrize("page", [page for page in PAGES if has_parts(page)], ids=named)
-def test_what_a_page_tells_a_reader_to_type_runs(page: Path, desk: Path) -> None:
+def test_what_a_page_tells_a_reader_to_type_runs(page: Path, desk: Path, request: pytest.FixtureRequest) -> None:
+    if "--rollouts" in page.read_text():
+        request.getfixturevalue("engines")
     names: dict[str, object] = {"__name__": "page"}
     for language, block in FENCE.findall(page.read_text()):
         if language == "python":

@@ -89,6 +89,13 @@ def test_an_engine_of_several_processes_is_not_imported_unless_several_were_laun
     assert "agents.algorithms.accelerate_engine" not in reached
 
 
+def test_rollouts_of_other_programs_are_not_imported_unless_asked_for() -> None:
+    reached = reaches(graph(), "agents.runs.train")
+    assert "agents.rollouts.source" in reached
+    others = ("backend", "continuations", "remote", "vllm_servers")
+    assert not reached & {f"agents.rollouts.{name}" for name in others}
+
+
 def test_the_environment_knows_nothing_of_the_learners() -> None:
     for name, path in NAMES.items():
         if name.startswith("text_env"):
@@ -148,7 +155,7 @@ def test_the_pure_functions_import_no_machinery() -> None:
         ("agents.evaluation.intervals", {"functools", "math", "numpy", "typing"}),
         ("agents.evaluation.value_figures", {"agents.evaluation.intervals", "numpy"}),
         ("agents.evaluation.pass_at_k", {"collections.abc", "itertools", "math", "numpy"}),
-        ("agents.objectives.losses", {"torch"}),
+        ("agents.objectives.losses", {"math", "torch"}),
         ("agents.objectives.value_targets", {"torch"}),
         ("agents.objectives.kl", {"torch", "typing"}),
     ):

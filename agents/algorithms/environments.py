@@ -25,13 +25,18 @@ MAX_ROWS = 64  # the largest number of rows of an environment that is given by n
 
 
 def as_vec_env(
-    env: str | VecEnv | TextVectorEnv, n_episodes: int, group_size: int, policy_kwargs: dict[str, Any]
+    env: str | VecEnv | TextVectorEnv,
+    n_episodes: int,
+    group_size: int,
+    policy_kwargs: dict[str, Any],
+    at_once: bool = False,
 ) -> TextVecEnv:
     """
     :param env: the environment, as the constructor of an algorithm takes it.
     :param n_episodes: the number of episodes of a rollout.
     :param group_size: the group size of an environment that is given by name.
     :param policy_kwargs: the policy's. The model of the task that a name stands for is added to them.
+    :param at_once: as for :func:`default_rows`.
     :return: the environment, as SB3 sees it.
     :raises ValueError: if it is none that the training loop can use.
     """
@@ -42,7 +47,7 @@ def as_vec_env(
         options = options_by_name(env, policy_kwargs)
         if group_size > 1:
             options["group_size"] = group_size
-        env = make_vec_env(env, n_envs=default_rows(n_episodes, group_size), env_kwargs=options)
+        env = make_vec_env(env, n_envs=default_rows(n_episodes, group_size, at_once), env_kwargs=options)
     if isinstance(env, TextVecEnv):
         plain(env.outermost)  # the loop uses the innermost environment: wrappers would have no effect
         return env
@@ -54,14 +59,15 @@ def as_vec_env(
     )
 
 
-def default_rows(n_episodes: int, group_size: int) -> int:
+def default_rows(n_episodes: int, group_size: int, at_once: bool = False) -> int:
     """
     :param n_episodes: the number of episodes of a rollout.
     :param group_size: the environment's group size.
+    :param at_once: whether there is a row for every episode, as where another program writes all of them side by side.
     :return: the number of rows of an environment that is made for such rollouts: whole groups, and at most ``MAX_ROWS``
         rows if a group is no larger.
     """
-    rows = min(n_episodes, MAX_ROWS)
+    rows = n_episodes if at_once else min(n_episodes, MAX_ROWS)
     return max(rows // group_size, 1) * group_size
 
 

@@ -14,7 +14,7 @@ import warnings
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 import numpy as np
 import torch
@@ -40,8 +40,12 @@ from agents.objectives.kl import KLController, KLEstimator, kl_controller
 from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.collector import Interrupted, collect_episodes
 from agents.rollouts.episode_buffer import EpisodeBuffer, EpisodeSamples
+from agents.rollouts.source import LOCAL, rollout_source
 from agents.state import checkpoint
 from text_env.vector_env import TextVectorEnv
+
+if TYPE_CHECKING:
+    from agents.rollouts.backend import RolloutBackend
 
 # What counts the same in the loss: every token, every text, or every place for a token in the response budget.
 LossWeighting = Literal["token", "sequence", "constant"]
@@ -101,6 +105,17 @@ class OnPolicyAlgorithm(Resumable):
     :param micro_batch_tokens: the largest number of tokens of one forward pass, padding included. Fewer take less
         memory and give the same gradient. An update that runs out of memory lowers it. None: what suits the device
         (:mod:`agents.models.sizes`), 4,096 on a CPU and 16,384 elsewhere.
+    :param rollouts: who writes the texts. ``"local"``: the policy itself. The address of a server of vLLM, such as
+        ``"http://localhost:8000"``, or several with commas in between: that server, with the policy's weights, while
+        the environment judges as ever (``docs/engines.md``). Anything else: a program with the two methods of
+        :class:`agents.rollouts.backend.RolloutBackend`.
+    :param max_lag: how many updates old the weights may be that a text was sampled from, when it is learned from. With
+        0 a rollout is written, learned from, and then the next one is written; otherwise the next one is written while
+        the latest one is learned from. More than 1 saves sending new weights (:mod:`agents.rollouts.remote`).
+    :param importance_cap: C, the largest importance weight π_old / μ of a token that another program sampled, from its
+        distribution μ (see :func:`agents.objectives.losses.truncated_importance_weight`); None: no such weights.
+    :param importance_bound: b > 1: a token that another program sampled is left out of the policy's gradient unless
+        π_old / μ is between 1/b and b; None: all count.
     :param reference: the frozen model that the KL penalty refers to. Its temperature, minimum length and constraint
         must be those of the policy. None: the policy as it is at the start.
     :param policy_kwargs: the keyword arguments of the policy.
@@ -143,6 +158,10 @@ class OnPolicyAlgorithm(Resumable):
         loss_weighting: LossWeighting = "token",
         mask_truncated: bool = False,
         micro_batch_tokens: int | None = None,
+        rollouts: str | RolloutBackend = LOCAL,
+        max_lag: int = 0,
+        importance_cap: float | None = 2.0,
+        importance_bound: float | None = None,
         reference: Reference | None = None,
         policy_kwargs: dict[str, Any] | None = None,
         stats_window_size: int = 100,
@@ -163,10 +182,15 @@ class OnPolicyAlgorithm(Resumable):
             raise ValueError(f"Expected normalize_advantage to be True, False or 'group', got {normalize_advantage!r}.")
         if loss_weighting not in get_args(LossWeighting):
             raise ValueError(f"Expected loss_weighting to be one of {get_args(LossWeighting)}, got {loss_weighting!r}.")
+        if rollouts != LOCAL and launched()[1] > 1:
+            raise ValueError(
+                f"Expected rollouts='local' with several processes, which would send the servers their weights at "
+                f"different times, got {rollouts!r}. Use more servers with one process."
+            )
         policy_kwargs = dict(policy_kwargs or {})
         if policy_kwargs.get("lora") is not None:  # in a form that a checkpoint can hold
             policy_kwargs["lora"] = lora_arguments(policy_kwargs["lora"])
-        vec_env = as_vec_env(env, n_episodes, self.default_group_size, policy_kwargs)
+        vec_env = as_vec_env(env, n_episodes, self.default_group_size, policy_kwargs, at_once=rollouts != LOCAL)
         policy_kwargs = {**self.default_policy_kwargs(vec_env.vector_env, policy_kwargs), **policy_kwargs}
         if self.default_group_size > 1:
             check_groups(type(self).__name__, vec_env.vector_env, n_episodes)
@@ -196,6 +220,10 @@ class OnPolicyAlgorithm(Resumable):
         self.loss_weighting = loss_weighting
         self.mask_truncated = mask_truncated
         self.micro_batch_tokens = micro_batch_tokens
+        self.rollouts = rollouts
+        self.max_lag = max_lag
+        self.importance_cap = importance_cap
+        self.importance_bound = importance_bound
         self.max_bad_updates = max_bad_updates
         self.bad_updates = 0  # that were undone
         self.bad_updates_in_a_row = 0
@@ -234,6 +262,8 @@ class OnPolicyAlgorithm(Resumable):
             self.reference = Reference.of(self.policy)
         self.policy.distribution.check_same(self.reference.distribution, "policy", "reference")
         check_tokenizers(self.policy.tokenizer, self.reference.tokenizer, "of the reference")
+        options = self.max_lag, self.importance_cap, self.importance_bound
+        self.source = rollout_source(self.rollouts, self.policy, env, self.n_episodes, *options)
         self.buffer = self.new_buffer()
         self._tell(self.buffer)
 
@@ -428,9 +458,10 @@ class OnPolicyAlgorithm(Resumable):
                 return callback.on_step()
 
         def collect(n_episodes: int, buffer: EpisodeBuffer) -> list[dict[str, Any]]:
-            return collect_episodes(self.policy, self.vector_env, n_episodes, buffer, on_step=on_step)
+            return collect_episodes(self.source.writer, self.vector_env, n_episodes, buffer, on_step=on_step)
 
         start = time.perf_counter()
+        self.source.prepare()
         episodes = []
         try:
             episodes = self.sample(collect)
@@ -444,13 +475,18 @@ class OnPolicyAlgorithm(Resumable):
             return False
         self.policy.clear_cache()  # the update would empty it anyway, and the reference needs memory
         buffer = self.buffer
+        self.source.score(buffer)
         self.pay_penalties(buffer, episodes)
         self.set_advantages(buffer)
+        for name, figure in self.source.correct(buffer).items():
+            self.logger.record(name, figure)
         self._first_ratios = []  # the next step is the first one after these texts were sampled
         self._log_rollout(episodes)
         self.logger.record("time/tokens_per_second", (self.num_timesteps - before) / seconds)
         callback.update_locals({"episodes": episodes})
         callback.on_rollout_end()
+        if self.num_timesteps < self._total_timesteps:
+            self.source.write_ahead()
         return True
 
     def pay_penalties(self, buffer: EpisodeBuffer, episodes: list[dict[str, Any]]) -> None:
@@ -737,6 +773,16 @@ class OnPolicyAlgorithm(Resumable):
         if self.mask_truncated:
             masked = self.engine.total(buffer.lengths[buffer.truncated].sum())
             record("completions/masked_token_ratio", masked / self.engine.total(buffer.n_tokens))
+
+    def state(self) -> dict[str, Any]:
+        """As the base class's, with what is known of the next rollout already."""
+        return {**super().state(), "source": self.source.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """As the base class's."""
+        super().load_state(state)
+        if known := state.get("source"):
+            self.source.load_state(known)
 
     def dump_logs(self, iteration: int = 0) -> None:
         """Write the log, as SB3's ``LogEveryNTimesteps`` asks for at any time.

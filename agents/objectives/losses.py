@@ -5,6 +5,8 @@ Notation: N tokens of one batch.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 Tensor = torch.Tensor
@@ -103,6 +105,31 @@ def truncated_importance_weight(old_log_prob: Tensor, behaviour_log_prob: Tensor
     :return: the weight of each token, float [N].
     """
     return torch.exp(old_log_prob - behaviour_log_prob).clamp(max=cap)
+
+
+def is_near(old_log_prob: Tensor, behaviour_log_prob: Tensor, bound: float) -> Tensor:
+    """Whether π_old and μ agree about a token, up to a factor: 1/b ≤ π_old / μ ≤ b. Where they don't, a token can
+    be left out of the policy's gradient (IcePop, Ling Team 2025, https://arxiv.org/abs/2510.18855, with other bounds).
+
+    :param old_log_prob: log π_old, as for :func:`truncated_importance_weight`, float [N].
+    :param behaviour_log_prob: log μ, likewise, float [N].
+    :param bound: b, greater than 1.
+    :return: bool [N].
+    """
+    return (old_log_prob - behaviour_log_prob).abs() <= math.log(bound)
+
+
+def effective_sample_size(old_log_prob: Tensor, behaviour_log_prob: Tensor) -> Tensor:
+    """The share of a sample from μ that is left when it must stand for one from π_old, (Σ ρ)² / (N Σ ρ²) with ρ = π_old
+    / μ (Kong 1992, University of Chicago, technical report 348).
+
+    :param old_log_prob: log π_old, as for :func:`truncated_importance_weight`, float [N].
+    :param behaviour_log_prob: log μ, likewise, float [N].
+    :return: a scalar between 1/N and 1, which is 1 where the two agree.
+    """
+    log_ratio = old_log_prob - behaviour_log_prob
+    ratio = torch.exp(log_ratio - log_ratio.max())  # which can't overflow, and a factor makes no difference
+    return ratio.sum() ** 2 / (len(ratio) * (ratio**2).sum())
 
 
 def policy_gradient(log_prob: Tensor, advantages: Tensor) -> Tensor:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.policies import ActorCriticPolicy
+from torch import nn
 
 from agents.models.contexts import Contexts
 from agents.models.finite import check_numbers
-from agents.policies.causal_lm_policy import CausalLMActorCritic
 from agents.rollouts.episode_buffer import EpisodeBuffer
 from text_env.episodes import NO_ACTION
 from text_env.vector_env import TextVectorEnv
@@ -23,9 +23,24 @@ class Interrupted(Exception):
     """A callback stopped the training in the middle of a rollout."""
 
 
+class Writer(Protocol):
+    """What writes the next token of each context: a policy of this package, or what another program has written for it
+    (:class:`agents.rollouts.continuations.Continuations`).
+    """
+
+    def write(self, contexts: Contexts, deterministic: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As ``CausalLMPolicy.write``.
+
+        :param contexts: B contexts.
+        :param deterministic: whether to choose the most probable token instead of sampling one.
+        :return: tokens int64 [B], values [B, 1] and log-probabilities [B], in nats.
+        """
+        ...
+
+
 @torch.no_grad()
 def collect_episodes(
-    policy: ActorCriticPolicy,
+    policy: ActorCriticPolicy | Writer,
     env: TextVectorEnv,
     n_episodes: int,
     buffer: EpisodeBuffer,
@@ -40,7 +55,7 @@ def collect_episodes(
     until the first n episodes are *finished* would favour short ones. Rows without an episode are left out of the
     policy's batch, so they cost nothing.
 
-    :param policy: the policy that chooses the tokens.
+    :param policy: the policy that chooses the tokens, or what another program has written in its place.
     :param env: the environment, which is switched to ``AutoresetMode.DISABLED``.
     :param n_episodes: the number of episodes.
     :param buffer: the buffer that is filled, after it has been emptied. Its i-th episode is the i-th that was started,
@@ -85,6 +100,7 @@ def collect_episodes(
         if np.isnan(host).any():
             for what, answers in (("values", host[1]), ("log-probabilities", host[2])):
                 tokens = [ids[:n] for ids, n in zip(contexts.input_ids, contexts.length, strict=True)]
+                assert isinstance(policy, nn.Module)  # others have no weights to look for the cause in
                 check_numbers(torch.from_numpy(answers), what, tokens.__getitem__, policy)
         actions = np.full(env.num_envs, NO_ACTION, dtype=np.int64)
         actions[live] = host[0].astype(np.int64)
@@ -118,16 +134,32 @@ def collect_episodes(
     return episodes
 
 
+def first_contexts(env: TextVectorEnv, n_episodes: int) -> Contexts:
+    """The contexts that :func:`collect_episodes` will begin with when it is called next, if nothing draws a prompt in
+    between.
+
+    :param env: the environment, which is left as it was.
+    :param n_episodes: the number of episodes.
+    :return: a context for each row in which an episode will start.
+    """
+    with env.left_as_it_was():
+        env.episodes.begin_group()
+        env.reset()
+        return env.episodes.contexts(np.arange(min(env.num_envs, n_episodes)))
+
+
 def _next_tokens(
-    policy: ActorCriticPolicy,
+    policy: ActorCriticPolicy | Writer,
     contexts: Contexts,
     observation: dict[str, np.ndarray],
     live: np.ndarray,
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What the policy answers to the live rows. A policy of our own is given the contexts, another the observations."""
-    if isinstance(policy, CausalLMActorCritic):
-        return policy.write(contexts, deterministic)
+    """What the policy answers to the live rows. One that writes is given the contexts, another the observations."""
+    if (write := getattr(policy, "write", None)) is not None:
+        written: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = write(contexts, deterministic)
+        return written
+    assert callable(policy)
     tensors = {name: torch.from_numpy(array[live]) for name, array in observation.items()}
     answers: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = policy(tensors, deterministic)
     return answers

@@ -204,7 +204,7 @@ class EpisodeBuffer(RolloutBuffer):
             "is_action": _Column(np.bool_),
         }
         self._logged = {name: _Column(np.float32) for name in ("rewards", "values", "log_probs")}
-        self._finalized = False
+        self._laid_out = self._finalized = False
         self.exact_kl: np.ndarray | None = None  # float32 [N], nats; None where no exact divergence is paid
         self._ref_hidden: torch.Tensor | None = None  # [N, H], likewise
 
@@ -292,7 +292,7 @@ class EpisodeBuffer(RolloutBuffer):
         :raises ValueError: if :meth:`finalize` has been called for one of the buffers, or if the other one holds an
             unfinished episode.
         """
-        if self._finalized or other._finalized:
+        if self._laid_out or other._laid_out:
             raise ValueError("Expected two buffers that are still being filled: extend before finalize().")
         if (other._open >= 0).any():
             raise ValueError(
@@ -337,25 +337,8 @@ class EpisodeBuffer(RolloutBuffer):
                 "Expected finalize(policy) for kl_estimator='exact', which needs the policy's whole distributions and "
                 "a term of the loss. Use 'k1' with SB3's algorithms, or an algorithm of this package."
             )
-        segment, tokens, is_action = (column.array for column in self._stream.values())
-        order = np.argsort(segment, kind="stable")
-        self.tokens, self.is_action = tokens[order], is_action[order]  # [M]
-        self.stream_starts = np.concatenate([[0], np.cumsum(np.bincount(segment, minlength=self._n_segments))])
-        segment = segment[is_action]  # the segment of each of the N actions
-        order = np.argsort(segment, kind="stable")
-        self.values = self._logged["values"].array[order]
-        self.log_probs = self._logged["log_probs"].array[order]
-        self.rewards = self._logged["rewards"].array[order]  # the KL penalty is subtracted below
-        self.lengths = np.bincount(segment, minlength=self._n_segments)
-        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
-        del self._stream, self._logged
+        self._lay_out()
         self._finalized = True
-        self.advantages = np.zeros_like(self.rewards)
-        self.returns = np.zeros_like(self.rewards)
-        # What only the environment knows of an episode; whoever collects whole episodes sets it.
-        self.scores = np.full(self.n_episodes, np.nan, dtype=np.float32)
-        self.truncated = np.zeros(self.n_episodes, dtype=bool)  # cut by the response budget
-        self.log_ratio = np.zeros_like(self.rewards)  # log π_old − log π_ref
         if self.reference is not None:
             self._compare(self.reference, policy if self.kl_estimator == "exact" and self.kl_coef > 0 else None)
             if not np.isfinite(self.log_ratio).all():
@@ -369,6 +352,53 @@ class EpisodeBuffer(RolloutBuffer):
                 self.rewards = self.rewards - self.kl_coef * next_kl
             elif self.kl_estimator is not None and self.kl_estimator != "exact":
                 self.rewards = self.rewards - self.kl_coef * self.token_kl(self.kl_estimator)
+
+    @torch.no_grad()
+    def score(self, policy: CausalLMActorCritic) -> None:
+        """Take values and log-probabilities from a policy, for actions that another program has sampled, whose own
+        log-probabilities remain as ``behaviour_log_probs``. This must be done before :meth:`finalize`.
+
+        :param policy: the policy, such as it is going to be trained.
+        :raises ValueError: if the policy gives probability 0 to a token that was sampled.
+        """
+        self._lay_out()
+        values, log_probs = np.zeros_like(self.values), np.zeros_like(self.log_probs)
+        for batch in self.batches(np.arange(self.n_episodes)):
+            samples, index = self.pack(batch), self._token_index(batch)
+            scores = policy.evaluate_actions(samples.observations, samples.actions)
+            values[index], log_probs[index] = _flat(scores[0]), _flat(scores[1])
+        self.behaviour_log_probs, self.log_probs, self.values = self.log_probs, log_probs, values
+        if not np.isfinite(self.log_probs).all():
+            wrong = self.actions[~np.isfinite(self.log_probs)]
+            raise ValueError(
+                f"The policy gives probability 0 to tokens that were sampled for it, token {wrong[0]} first: expected "
+                "them from the policy's own distribution, with its minimum length and its constraint."
+            )
+
+    def _lay_out(self) -> None:
+        """Sort the tokens by segment. From then on segments can be packed, and nothing can be added."""
+        if self._laid_out:
+            return
+        segment, tokens, is_action = (column.array for column in self._stream.values())
+        order = np.argsort(segment, kind="stable")
+        self.tokens, self.is_action = tokens[order], is_action[order]  # [M]
+        self.stream_starts = np.concatenate([[0], np.cumsum(np.bincount(segment, minlength=self._n_segments))])
+        segment = segment[is_action]  # the segment of each of the N actions
+        order = np.argsort(segment, kind="stable")
+        self.values = self._logged["values"].array[order]
+        self.log_probs = self._logged["log_probs"].array[order]
+        self.behaviour_log_probs = self.log_probs  # log μ, of whoever sampled; log_probs are log π_old
+        self.rewards = self._logged["rewards"].array[order]  # the KL penalty is subtracted later
+        self.lengths = np.bincount(segment, minlength=self._n_segments)
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
+        del self._stream, self._logged
+        self._laid_out = True
+        self.advantages = np.zeros_like(self.rewards)
+        self.returns = np.zeros_like(self.rewards)
+        # What only the environment knows of an episode; whoever collects whole episodes sets it.
+        self.scores = np.full(self.n_episodes, np.nan, dtype=np.float32)
+        self.truncated = np.zeros(self.n_episodes, dtype=bool)  # cut by the response budget
+        self.log_ratio = np.zeros_like(self.rewards)  # log π_old − log π_ref
 
     @torch.no_grad()
     def _compare(self, reference: Reference, policy: CausalLMActorCritic | None) -> None:

@@ -23,7 +23,7 @@ from text_env.imports import import_object, is_object_name
 # Arguments of the algorithms that `TrainConfig` has fields for, or that are made from them.
 OWN_OPTIONS = {
     *("policy", "env", "learning_rate", "n_episodes", "batch_size", "n_epochs", "kl_coef", "kl_target"),
-    *("kl_estimator", "missing_eos_penalty", "policy_kwargs", "seed", "device", "reference"),
+    *("kl_estimator", "missing_eos_penalty", "policy_kwargs", "seed", "device", "reference", "rollouts", "max_lag"),
 }
 
 ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {

@@ -311,6 +311,7 @@ COMMANDS = {
             "Optimisation": (
                 *("learning_rate", "lr_schedule", "lr_warmup", "n_episodes", "batch_size", "n_epochs", "algo_kwargs"),
             ),
+            "Who writes": ("rollouts", "max_lag"),
             "The model": (
                 *("temperature", "critic", "lora_r", "lora_alpha", "lora_target_modules"),
                 *("device", "dtype", "autocast", "decode", "compile_forward", "gradient_checkpointing", "optimizer"),
@@ -322,6 +323,7 @@ COMMANDS = {
             "textrlhf train --task arithmetic --task-kwargs n_steps 3 --run-dir runs/sums",
             "textrlhf train --algo grpo --model path/to/model --prompts prompts.jsonl --reward my_rewards:brevity",
             "textrlhf train --model path/to/model --lora-r 16 --dtype bfloat16 --kl-target 6",
+            "textrlhf train --model path/to/model --rollouts http://localhost:8000 --max-lag 1",
             "textrlhf train --config runs/mine/config.yaml --run-dir runs/again --seed 1",
             "textrlhf train --resume runs/mine",
         ),

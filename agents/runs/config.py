@@ -244,6 +244,12 @@ class TrainConfig:
     decoder of its own that starts as the policy's; else the reward model that it starts as, 'builtin', a directory or
     a hub name. By default the algorithm chooses: PPO takes the reward model if the reward is one, else a copy, and with
     LoRA a head; all others take a head."""
+    rollouts: str = "local"
+    """Who writes the texts: 'local', the policy itself, or servers of vLLM by their addresses, 'http://host:8000' or
+    several with commas in between, which are sent its weights (docs/engines.md)."""
+    max_lag: int = 0
+    """How many updates old the weights of the servers may be. From 1 on, the next texts are written while the latest
+    ones are learned from."""
     lora_r: int | None = None
     """The rank of a LoRA adapter; by default there is none, and all weights are trained."""
     lora_alpha: int = 16
@@ -289,6 +295,7 @@ class TrainConfig:
             check_integer(name, getattr(self, name), least)
         if self.checkpoint_every is not None:
             check_integer("checkpoint_every", self.checkpoint_every, 0)
+        check_integer("max_lag", self.max_lag, 0)
         for name in ("n_episodes", "batch_size", "n_epochs", "lora_r"):  # None: the algorithm's number, or no adapter
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)

@@ -21,6 +21,7 @@ from agents.algorithms.engine import launched
 from agents.algorithms.environments import default_rows
 from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.models.pretrained import resolve_dtype
+from agents.rollouts.source import LOCAL
 from agents.runs.algorithms import OWN_OPTIONS, algorithm_named, discount, resolved
 from agents.runs.checkpoints import Checkpoints, TakePart
 from agents.runs.commands import ResumeConfig
@@ -148,7 +149,8 @@ def new_algorithm(config: TrainConfig) -> OnPolicyAlgorithm:
     assert config.n_epochs is not None
     assert config.kl_coef is not None
     assert config.env.group_size is not None
-    env = config.env.make(default_rows(config.n_episodes, config.env.group_size), config.model, discount(config))
+    rows = default_rows(config.n_episodes, config.env.group_size, at_once=config.rollouts != LOCAL)
+    env = config.env.make(rows, config.model, discount(config))
     assert config.learning_rate is not None
     policy_kwargs: dict[str, Any] = {
         "model": config.model,
@@ -175,6 +177,8 @@ def new_algorithm(config: TrainConfig) -> OnPolicyAlgorithm:
         kl_target=config.kl_target,
         kl_estimator=config.kl_estimator,
         missing_eos_penalty=config.missing_eos_penalty,
+        rollouts=config.rollouts,
+        max_lag=config.max_lag,
         policy_kwargs=policy_kwargs,
         seed=config.seed,
         device=config.device,

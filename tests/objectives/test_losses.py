@@ -15,6 +15,8 @@ from agents.objectives.losses import (
     cispo,
     clip_ratio,
     clipped_surrogate,
+    effective_sample_size,
+    is_near,
     policy_gradient,
     sequence_log_ratio,
     truncated_importance_weight,
@@ -189,6 +191,22 @@ def test_importance_weights_that_are_not_truncated_make_samples_of_mu_mean_what_
     weight = truncated_importance_weight(pi_old.log(), mu.log(), 10.0)
     assert float((mu * weight * losses).sum()) == pytest.approx(float((pi_old * losses).sum()))
     assert float((mu * losses).sum()) != pytest.approx(float((pi_old * losses).sum()), abs=0.5)  # the control
+
+
+def test_tokens_are_near_within_a_factor_in_either_direction() -> None:
+    # π_old/μ = 3, 1/3, 1.9 and 1/1.9, beside a bound of 2.
+    old, behaviour = log(0.6, 0.2, 0.38, 0.2), log(0.2, 0.6, 0.2, 0.38)
+    assert is_near(old, behaviour, 2.0).tolist() == [False, False, True, True]
+    assert is_near(old, behaviour, 4.0).all()
+
+
+def test_the_effective_sample_size_is_the_one_worked_out_by_hand() -> None:
+    # Ratios 3, 1, 1, 1: (3 + 1 + 1 + 1)² / (4 · (9 + 1 + 1 + 1)) = 36/48. A factor makes no difference, nor overflows.
+    old, behaviour = log(0.6, 0.2, 0.3, 0.4), log(0.2, 0.2, 0.3, 0.4)
+    assert float(effective_sample_size(old, behaviour)) == pytest.approx(0.75)
+    assert float(effective_sample_size(old + 1000, behaviour)) == pytest.approx(0.75)
+    assert float(effective_sample_size(old, old)) == 1.0
+    assert float(effective_sample_size(torch.tensor([0.0, -900.0]), torch.zeros(2))) == pytest.approx(0.5)
 
 
 # ---- KL estimators -------------------------------------------------------------------------------------------------

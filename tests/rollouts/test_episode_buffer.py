@@ -400,3 +400,39 @@ def test_the_samples_of_a_batch_know_the_lengths_and_the_scores_of_their_texts()
     assert buffer.pack(batch).scores.isnan().all()  # nobody has said
     buffer.scores[:] = [0.5, 2.0, -1.0]
     assert buffer.pack(batch).scores.tolist() == [-1.0, 0.5, 0.5, 0.5]
+
+
+def test_what_somebody_else_sampled_gets_the_values_and_log_probabilities_of_the_policy() -> None:
+    env = make_env(4)
+    policy = make_policy(env)
+    reference = Reference.of(make_policy(env, model=make_model("gpt2", seed=3)))
+    scored, plain = (make_buffer(4, reference=reference) for _ in range(2))
+    torch.manual_seed(0)
+    collect_episodes(policy, env, 4, plain)
+    segment, tokens = plain._stream["segment"].array.copy(), plain._stream["token"].array.copy()
+    is_action = plain._stream["is_action"].array.copy()
+    plain.finalize()
+    scored.reset()
+    scored._n_segments, scored._prompt_lengths = plain.n_episodes, plain._prompt_lengths
+    scored._extend_stream(segment, tokens, is_action)
+    for column in scored._logged.values():
+        column.extend(np.full(is_action.sum(), -3.0))
+    scored.score(policy)
+    scored.finalize()
+    np.testing.assert_allclose(scored.log_probs, plain.log_probs, atol=1e-5)
+    np.testing.assert_allclose(scored.values, plain.values, atol=1e-5)
+    np.testing.assert_allclose(scored.log_ratio, plain.log_ratio, atol=1e-5)
+    assert scored.behaviour_log_probs.tolist() == [-3.0] * scored.n_tokens
+    assert plain.behaviour_log_probs is plain.log_probs
+
+
+def test_a_token_that_the_policy_could_not_have_sampled_is_refused() -> None:
+    env = make_env(1)
+    buffer = make_buffer(1)
+    buffer.reset()
+    observation = arrays([[5, 6]], [2])
+    buffer.add(observation, np.array([EOS]), [1.0], [True], torch.zeros(1), torch.zeros(1))
+    with pytest.raises(ValueError, match=rf"probability 0 to tokens that were sampled for it, token {EOS} first"):
+        buffer.score(make_policy(env, min_new_tokens=2))
+    with pytest.raises(ValueError, match="still being filled"):
+        make_buffer(1).extend(buffer)
