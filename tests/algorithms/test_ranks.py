@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from learners import largest_difference, make_env, make_policy
 from rank_trainings import CUT_UP, KINDS, make, train
 from transformers import AutoModelForCausalLM
 
 from agents.algorithms.accelerate_engine import AccelerateEngine, _filled, _sizes, together
-from agents.algorithms.engine import RankLost
+from agents.algorithms.engine import RankLost, sharded
 from agents.algorithms.fsdp_engine import _check, settings_of_launch
 from agents.state import checkpoint
 from agents.state.checkpoint import Tree
@@ -182,6 +184,16 @@ def test_the_settings_of_a_launch_are_accelerates(monkeypatch: pytest.MonkeyPatc
     settings = settings_of_launch()
     assert settings.reshard_after_forward is False
     assert settings.transformer_cls_names_to_wrap == ["LlamaMLP", "LlamaAttention"]
+
+
+def test_accelerate_tells_the_processes_that_it_starts_to_cut_weights_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    for more, expected in (["--multi_gpu"], False), (["--use_fsdp", "--fsdp_version", "2"], True):
+        arguments = launch_command_parser().parse_args([*options, *more, "-m", "agents.cli"])
+        for name, value in prepare_multi_gpu_env(arguments).items():
+            monkeypatch.setenv(name, value)
+        assert sharded() is expected
+    assert settings_of_launch().reshard_after_forward is True
 
 
 def test_policies_that_can_not_be_cut_up_are_refused() -> None:
