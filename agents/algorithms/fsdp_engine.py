@@ -12,12 +12,11 @@ and the other has none but this process's part: :meth:`FSDPEngine.shard` and :me
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -204,22 +203,16 @@ def _cut_up(policy: CausalLMPolicy, n: int, settings: FullyShardedDataParallelPl
         whole: FSDPModule = fully_shard(part, mesh=mesh, reshard_after_forward=again, mp_policy=reduced_in)
         whole.set_gradient_divide_factor(1.0)  # the gradients are added up
         whole.set_force_sum_reduction_for_comms(True)
+    # FSDP warns of results that are views, since changing them in place would go wrong. Nobody does that to a policy's.
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDP_Root\) returned a view tensor", UserWarning)
     for name in ("evaluate", "evaluate_critic"):
         setattr(policy, name, functools.partial(_called, root, getattr(policy, name)))
     return policy
 
 
 def _called(root: _Root, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with together(surely=False), _views_allowed():
+    with together(surely=False):
         return root(functools.partial(method, *args, **kwargs))
-
-
-@contextlib.contextmanager
-def _views_allowed() -> Iterator[None]:
-    """FSDP warns of results that are views, since changing them in place would go wrong. Nothing here does."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor", UserWarning)
-        yield
 
 
 def _own(whole: torch.Tensor, part: DTensor) -> torch.Tensor:
