@@ -31,6 +31,8 @@ T = TypeVar("T")
 TIMEOUT_VARIABLE, TIMEOUT = "TEXTRLHF_RANK_TIMEOUT", 1800.0
 # How many numbers of the gradient are reduced at once.
 BUCKET = 2**23
+# What errors of the connection speak of.
+CONNECTION = ("gloo", "NCCL", "Timed out waiting", "Connection closed", "Connection reset")
 
 
 class AccelerateEngine(Engine):
@@ -49,7 +51,7 @@ class AccelerateEngine(Engine):
         shapes = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors.items()]
         if any(theirs != shapes for theirs in self.gather(shapes)):
             raise ValueError("Expected the same model in all processes, got others: give all the same options.")
-        with torch.no_grad(), _together():
+        with torch.no_grad(), together():
             for tensor in tensors.values():
                 dist.broadcast(tensor.data, src=0)
         policy.clear_cache()
@@ -83,7 +85,7 @@ class AccelerateEngine(Engine):
 
     def gather(self, value: T) -> list[T]:
         values: list[Any] = [None] * self._n
-        with _together():
+        with together():
             dist.all_gather_object(values, value)
         return values
 
@@ -107,7 +109,7 @@ class AccelerateEngine(Engine):
         """The numbers of all processes. Added up in the order of the ranks, they are the same in all, bit by bit."""
         own = torch.tensor([float(value)], dtype=torch.float64)
         numbers = [torch.empty_like(own) for _ in range(self._n)]
-        with _together():
+        with together():
             dist.all_gather(numbers, own)
         return torch.cat(numbers).tolist()
 
@@ -122,7 +124,7 @@ class AccelerateEngine(Engine):
         if last:
             self._reduce()
 
-    def give_up(self) -> None:
+    def give_up(self, error: BaseException) -> None:
         if not self._reduced:
             self._reduce()
 
@@ -132,7 +134,7 @@ class AccelerateEngine(Engine):
         self._reduced = True
         trained = self._trained()
         present = torch.tensor([parameter.grad is not None for parameter in trained], dtype=torch.int32)
-        with _together():
+        with together():
             dist.all_reduce(present)  # a process that has given up may lack gradients that the others have
             for parameter, n in zip(trained, present.tolist(), strict=True):
                 if n and parameter.grad is None:
@@ -180,7 +182,7 @@ def _connect() -> None:
         return
     timeout = timedelta(seconds=float(os.environ.get(TIMEOUT_VARIABLE, TIMEOUT)))
     on_gpus = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
-    with _together():
+    with together():
         if on_gpus:
             PartialState(backend="cuda:nccl,cpu:gloo", timeout=timeout)
         else:
@@ -188,11 +190,20 @@ def _connect() -> None:
 
 
 @contextlib.contextmanager
-def _together() -> Iterator[None]:
-    """What PyTorch says when another process is gone or late, in words that help."""
+def together(surely: bool = True) -> Iterator[None]:
+    """A context manager for what all processes do together. What PyTorch says when another one is gone or late is said
+    in words that help.
+
+    :param surely: whether nothing else can go wrong in it. False: errors that don't speak of the connection stay as
+        they are.
+    :return: the context manager.
+    :raises RankLost: if another process is gone or late.
+    """
     try:
         yield
     except RuntimeError as error:
+        if not (surely or isinstance(error, dist.DistError) or any(word in str(error) for word in CONNECTION)):
+            raise
         rank, n = launched()
         waited = float(os.environ.get(TIMEOUT_VARIABLE, TIMEOUT))
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -140,7 +140,7 @@ class ActorCritic(OnPolicyAlgorithm):
 
     def _critic_losses(self, part: np.ndarray) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         samples = self.buffer.pack(part)
-        predictions = self.policy.evaluate_critic(samples.observations)
+        predictions = self.engine.policy.evaluate_critic(samples.observations)
         return self.policy.value_loss(predictions, samples.old_values, samples.returns, None), {}
 
     def learning_rates(self) -> tuple[float, float]:

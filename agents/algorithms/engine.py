@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,14 @@ def launched() -> tuple[int, int]:
     return (int(os.environ.get("RANK", 0)), n) if n > 1 else (0, 1)
 
 
+def sharded() -> bool:
+    """
+    :return: whether ``accelerate launch --use_fsdp`` has started this process, or somebody who says the same by
+        ``ACCELERATE_USE_FSDP=true``.
+    """
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 class RankLost(ConnectionError):
     """Another process of the training has ended, or does not answer in time."""
 
@@ -47,7 +55,8 @@ class Engine:
     rank: int = 0  # the number of this process; the one with 0 writes whatever is written
 
     def __init__(self, policy: CausalLMPolicy) -> None:
-        self._policy = policy
+        self.policy = policy
+        """What gradients are computed with: the policy itself, or a copy of it that is cut up."""
         self._norm = 0.0  # the norm of the gradient that `step` would apply
         self._measured = torch.zeros(())  # the same on the gradient's device
 
@@ -117,11 +126,36 @@ class Engine:
         """
         return [(part, 1.0) for part in parts]
 
+    # ---- where the weights are ------------------------------------------------------------------------------------
+
+    def shard(self) -> None:
+        """Called before an update. Until :meth:`unshard`, only ``policy`` of this engine is used, and nobody needs the
+        weights in one piece.
+        """
+
+    def unshard(self) -> None:
+        """Called after an update, and within one before the policy of the training itself is used: it gets the weights
+        as they are then.
+        """
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """
+        :return: the optimiser's ``state_dict``. Of several processes all must call this, and the first gets the state
+            of all weights.
+        """
+        return self.policy.optimizer.state_dict()
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """
+        :param state: what :meth:`optimizer_state` has returned to the first of any number of processes.
+        """
+        self.policy.optimizer.load_state_dict(state)
+
     # ---- the gradient ---------------------------------------------------------------------------------------------
 
     def zero_grad(self) -> None:
         """Set the gradient to zero."""
-        self._policy.optimizer.zero_grad()
+        self.policy.optimizer.zero_grad()
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Add the gradient of the loss of a micro-batch to the gradient of the step.
@@ -133,9 +167,12 @@ class Engine:
         """
         loss.backward()
 
-    def give_up(self) -> None:
-        """Called in place of the ``backward`` calls of a minibatch that are left when one has failed in this process.
-        The gradient will not be used. An engine whose ``backward`` waits for other processes must not let them wait.
+    def give_up(self, error: BaseException) -> None:
+        """Called in place of the ``backward`` calls of a minibatch that are left when one part has failed in this
+        process. The gradient will not be used. An engine whose ``backward`` waits for other processes must not let them
+        wait.
+
+        :param error: why it failed.
         """
 
     def norm(self) -> torch.Tensor:
@@ -167,7 +204,7 @@ class Engine:
                 f"The gradient's norm is {self._norm}; the weights are as before this step. Expected a finite one: try "
                 "a lower learning rate, or a dtype of higher precision."
             )
-        self._policy.optimizer.step()
+        self.policy.optimizer.step()
 
     def _trained(self) -> list[torch.nn.Parameter]:
-        return [p for group in self._policy.optimizer.param_groups for p in group["params"]]
+        return [p for group in self.policy.optimizer.param_groups for p in group["params"]]

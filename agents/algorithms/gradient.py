@@ -43,7 +43,7 @@ def add_up(engine: Engine, parts: Sequence[np.ndarray], add: AddPart) -> list[Su
             # The error itself would keep the tensors of the frames that it came through.
             outcome = NOT_FINITE if isinstance(error, FloatingPointError) else OUT_OF_MEMORY
             said = str(error)
-            engine.give_up()
+            engine.give_up(error)
             break
     outcome = int(engine.largest(outcome))
     if outcome == DONE:

@@ -25,7 +25,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from stable_baselines3.common.vec_env import VecEnv
 
 from agents.algorithms.bad_updates import save_for_inspection
-from agents.algorithms.engine import Engine, launched
+from agents.algorithms.engine import Engine, launched, sharded
 from agents.algorithms.environments import as_vec_env, check_groups
 from agents.algorithms.gradient import Sums, add_up, to_host
 from agents.algorithms.progress_bar import ProgressBar
@@ -521,6 +521,7 @@ class OnPolicyAlgorithm(Resumable):
 
         :raises FloatingPointError: if ``max_bad_updates`` in a row were bad. The last one's rollout has been saved.
         """
+        self.engine.shard()
         before = Snapshot(self.policy) if self.max_bad_updates else None
         n_updates = self._n_updates
         try:
@@ -532,12 +533,14 @@ class OnPolicyAlgorithm(Resumable):
                     "rate."
                 )
             self.bad_updates_in_a_row = 0
+            self.engine.unshard()
         except FloatingPointError as error:
             self.bad_updates += 1
             self.bad_updates_in_a_row += 1
             if before is not None:
                 before.restore()
                 self._n_updates = n_updates
+            self.engine.unshard()
             self._report_bad_update(str(error))
         self.logger.record("train/bad_updates", self.bad_updates)
 
@@ -618,7 +621,7 @@ class OnPolicyAlgorithm(Resumable):
 
     def _losses(self, part: np.ndarray) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         samples = self.buffer.pack(part)
-        predictions, log_prob, entropy, kl = self.policy.evaluate(
+        predictions, log_prob, entropy, kl = self.engine.policy.evaluate(
             samples.observations, samples.actions, other=self.buffer.ref_logits(part)
         )
         if self._first_ratios is not None:
@@ -690,6 +693,7 @@ class OnPolicyAlgorithm(Resumable):
         *of_parts, numbers = to_host(*sums, measured)
         means = {name: self.engine.total(sum(part[name] for part in of_parts)) for name in of_parts[0]}
         if not math.isfinite(means["loss"]):
+            self.engine.unshard()
             with torch.no_grad():  # once more, to say where, if what is broken is the model
                 for part in parts:
                     samples = self.buffer.pack(part)
@@ -809,6 +813,10 @@ def _engine_of_launch() -> type[Engine]:
     """The engine for the number of processes that were launched."""
     if launched()[1] == 1:
         return Engine
+    if sharded():
+        from agents.algorithms.fsdp_engine import FSDPEngine
+
+        return FSDPEngine
     from agents.algorithms.accelerate_engine import AccelerateEngine
 
     return AccelerateEngine

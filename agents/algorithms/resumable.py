@@ -187,7 +187,7 @@ class Resumable(BaseAlgorithm):
         policy_kwargs, live_policy_kwargs = written_down(self.policy_kwargs)
         if self.reference_was_given:
             live.append("reference")
-        optimizer = self.policy.optimizer.state_dict()
+        optimizer = self.engine.optimizer_state()
         state = {
             "algorithm": class_name(type(self)),
             "policy_class": class_name(self.policy_class),
@@ -233,9 +233,9 @@ class Resumable(BaseAlgorithm):
         assert self.reference is not None
         if "reference" in state and not self.reference.shares_base:
             self.reference.lm.load_state_dict(state["reference"])
-        optimizer, saved = self.policy.optimizer, state["optimizer"]
-        groups = zip(optimizer.state_dict()["param_groups"], saved["param_groups"], strict=True)
-        optimizer.load_state_dict(
+        saved = state["optimizer"]
+        groups = zip(self.policy.optimizer.state_dict()["param_groups"], saved["param_groups"], strict=True)
+        self.engine.load_optimizer_state(
             {
                 "state": {int(index): moments for index, moments in saved["state"].items()},
                 "param_groups": [{k: before.get(k, v) for k, v in now.items()} for now, before in groups],

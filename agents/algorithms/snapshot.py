@@ -15,21 +15,21 @@ from agents.policies.causal_lm_policy import CausalLMPolicy
 
 
 class Weights:
-    """Copies of weights, to go back to.
+    """Copies of weights, to go back to. Of weights that several processes share, each copies its own part.
 
     :param parameters: the weights.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._parameters = parameters
-        self._before = copies(parameters)
+        self._before = copies([local(parameter) for parameter in parameters])
 
     @torch.no_grad()
     def go_back(self, kept: float = 0.0) -> None:
         """
         :param kept: the share of the change that is kept; 0: the weights are again as they were, bit by bit.
         """
-        for parameter, before in zip(self._parameters, self._before, strict=True):
+        for parameter, before in zip(map(local, self._parameters), self._before, strict=True):
             # What is not finite would still not be when it is multiplied by 0.
             parameter.copy_(torch.lerp(before, parameter, kept) if kept else before)
 
@@ -65,13 +65,19 @@ def copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     alike: defaultdict[Any, list[int]] = defaultdict(list)
     for i, tensor in enumerate(tensors):
         alike[type(tensor.detach()), tensor.device, tensor.dtype].append(i)
-    for (kind, *_), numbers in alike.items():
-        if hasattr(kind, "to_local"):  # sharded tensors are not copied in lists
-            for i in numbers:
-                copied[i].copy_(tensors[i])
-        else:
-            torch._foreach_copy_([copied[i] for i in numbers], [tensors[i] for i in numbers])
+    for numbers in alike.values():
+        torch._foreach_copy_([local(copied[i]) for i in numbers], [local(tensors[i]) for i in numbers])
     return copied
+
+
+@torch.no_grad()
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """
+    :param tensor: a tensor that may be shared by several processes (a ``DTensor``).
+    :return: this process's part of it, in the same memory; the tensor itself if nobody shares it.
+    """
+    part: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
 
 
 def trained(policy: CausalLMPolicy) -> list[nn.Parameter]:
@@ -87,8 +93,9 @@ def is_finite(policy: CausalLMPolicy) -> bool:
     """
     :param policy: a policy.
     :return: whether all trained weights and all moments of its optimiser are finite: one pass over them, and one copy
-        of a number to the host.
+        of a number to the host. Of what several processes share, each looks at its own part.
     """
     moments = [x for state in policy.optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
-    tensors = [x for x in (*trained(policy), *moments) if x.is_floating_point()]
+    parts = [local(x) for x in (*trained(policy), *moments) if x.is_floating_point()]
+    tensors = [part for part in parts if part.numel()]  # an empty one has no largest number
     return math.isfinite(float(torch.nn.utils.get_total_norm(tensors, norm_type=math.inf)))

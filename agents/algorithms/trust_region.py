@@ -20,7 +20,7 @@ import torch
 from agents.algorithms.engine import Engine
 from agents.algorithms.snapshot import Weights
 from agents.objectives.kl import kl_k3
-from agents.policies.causal_lm_policy import CausalLMPolicy, is_actor
+from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.episode_buffer import EpisodeBuffer
 
 # The number of episodes that the distance is measured on.
@@ -45,7 +45,8 @@ class TrustRegion:
         self._limit = limit
         self._engine = engine
         self._micro_batch_tokens = micro_batch_tokens
-        self._before = Weights([p for name, p in policy.named_parameters() if is_actor(name, p)])
+        actor, _ = policy.optimizer.param_groups
+        self._before = Weights(actor["params"])
 
     def hold(self, buffer: EpisodeBuffer) -> tuple[float, float]:
         """Shorten the update until it is within the limit.
@@ -72,6 +73,7 @@ class TrustRegion:
         :return: KL(π_old ‖ π) in nats per episode, of the first episodes of the rollout; infinite where the update has
             gone so far that the policy's numbers are not finite.
         """
+        self._engine.unshard()
         lengths = buffer.lengths[:MEASURED_EPISODES]
         sums = []
         for part in buffer.batches(np.arange(len(lengths)), self._micro_batch_tokens):

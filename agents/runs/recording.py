@@ -90,14 +90,14 @@ class SampleTexts(BaseCallback):
         self._write()
 
     def _write(self) -> None:
-        policy = cast(OnPolicyAlgorithm, self.model).policy
+        model = cast(OnPolicyAlgorithm, self.model)
         # The same random numbers every time, without changing those of the training.
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            infos = sample_texts(policy, self._env, self._prompts)
+            infos = sample_texts(model.policy, self._env, self._prompts)
         with self._path.open("a") as file:
             for prompt, info in zip(self._prompts, infos, strict=True):
-                row = {"timesteps": self.num_timesteps, **info}
+                row = {"timesteps": model.num_timesteps, **info}
                 if prompt.columns:  # such as the right answer; `answer` in the row itself is what the text answers
                     row["columns"] = dict(prompt.columns)
                 file.write(json.dumps(row, ensure_ascii=False, default=_as_json) + "\n")

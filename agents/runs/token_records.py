@@ -57,10 +57,11 @@ class RecordEpisodes(BaseCallback):
     def _write(self) -> None:
         if not self._infos:
             return
-        rows = records(cast(OnPolicyAlgorithm, self.model), self._infos[: self._n])
+        model = cast(OnPolicyAlgorithm, self.model)
+        rows = records(model, self._infos[: self._n])
         with self._path.open("a") as file:
             for row in rows:
-                file.write(json.dumps({"timesteps": self.num_timesteps, **row}, ensure_ascii=False) + "\n")
+                file.write(json.dumps({"timesteps": model.num_timesteps, **row}, ensure_ascii=False) + "\n")
         sync(self._path)  # as a checkpoint that knows of them will be
 
 

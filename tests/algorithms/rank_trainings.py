@@ -5,52 +5,22 @@ torchrun --nproc-per-node 2 tests/algorithms/rank_trainings.py DIRECTORY
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from learners import PROMPTS, make_env, make_model, weights_of
+from learners import make_env, make_model, weights_of
 
-from agents.algorithms.a2c import A2C
-from agents.algorithms.engine import launched
-from agents.algorithms.grpo import GRPO
-from agents.algorithms.on_policy import Collect
-from agents.algorithms.ppo import PPO
-from agents.rollouts.collector import collect_episodes
+from agents.algorithms.accelerate_engine import AccelerateEngine
+from agents.algorithms.engine import Engine, launched
+from agents.algorithms.fsdp_engine import FSDPEngine
 from agents.state import checkpoint
+from agents.state.checkpoint import Tree
+from benchmarks.scale_out.trainings import SharedA2C, SharedGRPO, SharedPPO
 
-N_EPISODES, BATCH_SIZE, RANKS, UPDATES = 16, 8, 2, 3
-
-
-class OfWholeRollout:
-    """Mixed into an algorithm: episode e of update i begins in its own way and goes on with the most probable tokens,
-    and the minibatches of one process are those of two processes put together.
-    """
-
-    def sample(self: Any, collect: Collect) -> list[dict[str, Any]]:
-        share = self.engine.share(N_EPISODES)
-        own = range(self.engine.rank * share, (self.engine.rank + 1) * share)
-        size = self.vector_env.group_size
-        prompts = [PROMPTS[e // size % len(PROMPTS)] for e in own]
-        beginnings = [[2 + (37 * e + 61 * self._iterations + k) % 290 for k in range(1 + e % 3)] for e in own]
-        episodes = collect_episodes(
-            self.policy, self.vector_env, share, self.buffer, True, prompts=prompts, responses=beginnings
-        )
-        self.num_timesteps += sum(episode["length"] for episode in episodes)
-        return episodes
-
-    def _epochs(self: Any, n_epochs: int) -> Iterator[list[np.ndarray]]:
-        n, size = N_EPISODES // RANKS, BATCH_SIZE // RANKS
-        shares = [np.arange(n)] if launched()[1] > 1 else [np.arange(n) + rank * n for rank in range(RANKS)]
-        for _ in range(n_epochs):
-            yield [np.concatenate([share[k : k + size] for share in shares]) for k in range(0, n, size)]
-
-
-class SharedPPO(OfWholeRollout, PPO):
-    pass
+N_EPISODES, BATCH_SIZE, UPDATES = 16, 8, 3
 
 
 class OutOfMemoryOnce(SharedPPO):
@@ -65,42 +35,48 @@ class OutOfMemoryOnce(SharedPPO):
         return super().loss(*args)
 
 
-class SharedA2C(OfWholeRollout, A2C):
-    pass
-
-
-class SharedGRPO(OfWholeRollout, GRPO):
-    pass
-
-
+ADAPTER = {"lora": {"r": 4, "target_modules": "all-linear"}}
+OWN_CRITIC = {"separate_critic": True, "value_bins": (-1.0, 2.0, 7), "gradient_checkpointing": True}
 KINDS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "ppo": (SharedPPO, {"n_epochs": 2, "normalize_advantage": True, "kl_target": 0.5}, {}),
     "ppo that stops early": (SharedPPO, {"n_epochs": 4, "target_kl": 1e-4}, {}),
     "ppo that runs out of memory": (OutOfMemoryOnce, {"n_epochs": 2}, {}),
+    "ppo of an adapter": (SharedPPO, {"policy_kwargs": ADAPTER, "kl_estimator": "exact", "trust_region": 1e-6}, {}),
+    "ppo with a critic of its own": (SharedPPO, {"policy_kwargs": OWN_CRITIC, "critic_epochs": 1}, {}),
     "a2c": (SharedA2C, {"normalize_advantage": True, "loss_weighting": "sequence"}, {}),
     "grpo": (SharedGRPO, {"n_epochs": 2, "mask_truncated": True}, {"group_size": 4}),
 }
+# With weights that are cut up no process can begin a minibatch anew by itself.
+CUT_UP = [kind for kind in KINDS if "memory" not in kind]
 
 
-def trained(kind: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[dict[str, Any]]]:
+def make(kind: str, engine: type[Engine] | None = None) -> Any:
     """
     :param kind: one of :data:`KINDS`.
-    :return: the weights before and after :data:`UPDATES` updates, and what was logged at each.
+    :param engine: the engine; None: that of the launch.
+    :return: its algorithm, before any training.
     """
     algorithm, kwargs, env_kwargs = KINDS[kind]
     torch.manual_seed(0)
-    model = algorithm(
+    policy_kwargs = {"model": make_model("llama", ends=0.2), **kwargs.get("policy_kwargs", {})}
+    return type(algorithm.__name__, (algorithm,), {"engine_class": engine})(
         "CausalLMPolicy",
         make_env(8, **env_kwargs),
-        policy_kwargs={"model": make_model("llama", ends=0.2)},
         n_episodes=N_EPISODES,
         batch_size=BATCH_SIZE,
         learning_rate=1e-4,
         micro_batch_tokens=48,
         seed=3,
         device="cpu",
-        **kwargs,
+        **{**kwargs, "policy_kwargs": policy_kwargs},
     )
+
+
+def train(model: Any) -> Tree:
+    """
+    :param model: what :func:`make` has made.
+    :return: the weights before and after :data:`UPDATES` updates, what was logged at each, and the optimiser's moments.
+    """
     before = weights_of(model.policy)
     logged: list[dict[str, Any]] = []
     dump = model._dump_logs
@@ -116,18 +92,77 @@ def trained(kind: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]
     while len(logged) < UPDATES:
         model.learn(1, reset_num_timesteps=not logged)
     last = {"lengths": model.buffer.lengths.tolist(), "micro_batch_tokens": model.micro_batch_tokens}
-    return before, weights_of(model.policy), [{**row, **last} for row in logged]
+    return {
+        "before": before,
+        "weights": weights_of(model.policy),
+        "logged": [{**row, **last} for row in logged],
+        "moments": model.state()["optimizer"]["state"],
+    }
+
+
+def write(model: Any, directory: Path) -> None:
+    """Write what becomes of a training in this process.
+
+    :param model: the algorithm, before any training.
+    :param directory: where it is written.
+    """
+    checkpoint.save(directory / f"rank_{launched()[0]}", train(model))
 
 
 def main(directory: Path) -> None:
-    """Write what became of every training in this process.
+    """Write what becomes of every training in this process, with all weights in each and with a part of them in each.
 
     :param directory: where it is written.
     """
+    for kind in KINDS:
+        write(make(kind, AccelerateEngine), directory / "whole" / kind)
+    for kind in CUT_UP:
+        model = make(kind, FSDPEngine)
+        write(model, directory / "cut up" / kind)
+        take_apart(model, directory / "cut up" / kind)
+
+
+def take_apart(model: Any, directory: Path) -> None:
+    """What a process may do by itself, and what a checkpoint is good for.
+
+    :param model: a trained algorithm whose engine cuts weights up.
+    :param directory: where the policy is written.
+    """
     rank, _ = launched()
-    for number, kind in enumerate(KINDS):
-        before, after, logged = trained(kind)
-        checkpoint.save(directory / f"{number}_of_{rank}", {"before": before, "weights": after, "logged": logged})
+    state = copy.deepcopy(model.state())
+    if rank == 0:  # nobody else takes part
+        model.policy.save_pretrained(directory / "policy")
+        model.policy.predict(model.vector_env.reset(seed=0)[0])
+    everybodys = model.engine.gather(state)[0]  # as if it had been read from a file
+    model.engine.shard()
+    for part in model.engine.policy.parameters():
+        with torch.no_grad():
+            part.zero_()
+    model.engine.unshard()
+    model.policy.optimizer.state.clear()
+    model.load_state(everybodys)
+    again = model.state()
+    model.engine.shard()
+    refused = ""
+    try:
+        model.policy.save_pretrained(directory / "refused")
+    except FloatingPointError as error:
+        refused = str(error)
+    held = sum(part.to_local().nbytes for part in model.engine.policy.parameters())
+    left = sum(whole.untyped_storage().nbytes() for whole in model.policy.parameters())
+    model.engine.unshard()
+    checkpoint.save(
+        directory / f"state_{rank}",
+        {
+            "optimizer": state["optimizer"]["state"],
+            "optimizer_again": again["optimizer"]["state"],
+            "policy": state["policy"],
+            "policy_again": model.policy.state_dict(),
+            "refused": refused,
+            "held": held,
+            "left": left,
+        },
+    )
 
 
 if __name__ == "__main__":

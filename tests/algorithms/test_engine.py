@@ -59,8 +59,8 @@ class OfSeveral(Engine):
     def names(self, names: Iterable[str]) -> list[str]:
         return sorted(set().union(*self._meeting.everybody(self._rank, set(names))))
 
-    def give_up(self) -> None:
-        nothing = sum(p.sum() for group in self._policy.optimizer.param_groups for p in group["params"])
+    def give_up(self, error: BaseException) -> None:
+        nothing = sum(p.sum() for group in self.policy.optimizer.param_groups for p in group["params"])
         self.backward(0.0 * nothing, last=True)
 
     def micro_batches(self, parts: Sequence[np.ndarray]) -> list[tuple[np.ndarray, float]]:
@@ -71,7 +71,7 @@ class OfSeveral(Engine):
         super().backward(loss, last)
         self.backwards.append(last)
         if last:
-            for group in self._policy.optimizer.param_groups:
+            for group in self.policy.optimizer.param_groups:
                 for p in group["params"]:
                     p.grad = torch.stack(self._meeting.everybody(self._rank, p.grad)).sum(dim=0)
 

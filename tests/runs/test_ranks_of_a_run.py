@@ -13,31 +13,47 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from learners import PROMPTS, even_tokens, save_model
 from safetensors.torch import load_file
 
 from agents.algorithms.engine import launched
+from agents.algorithms.ppo import PPO
 from agents.cli import main
 from agents.runs.run_files import TIMESTEPS
 from agents.state import checkpoint
 from agents.state.history import CheckpointHistory
 
 TESTS = Path(__file__).parents[1]
-TRAIN = ["--gold", "None", "--reward", "test_ranks_of_a_run:judge", "--checkpoint-every", "1", "--no-progress"]
+TRAIN = ["--algo", "test_ranks_of_a_run:Fragile", "--reward", "test_ranks_of_a_run:judge", "--gold", "None"]
+TRAIN += ["--checkpoint-every", "1", "--no-progress"]
 TRAIN += ["--max-new-tokens", "6", "--n-episodes", "8", "--batch-size", "4", "--n-epochs", "1", "--device", "cpu"]
 TRAIN += ["--total-timesteps", "150", "--n-samples", "2", "--sample-every", "2", "--learning-rate", "3e-3"]
-_answers = [0]
+CUT_UP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+_answers, _losses = [0], [0]
 
 
 def judge(**batch: Any) -> list[float]:
     """A reward that kills the second process at one of its answers, if it is told to: in the middle of a rollout."""
-    _answers[0] += 1
-    if launched()[0] == 1 and _answers[0] == int(os.environ.get("KILLED_AT", 0)):
-        os.kill(os.getpid(), signal.SIGKILL)
+    count(_answers, "KILLED_AT_ANSWER")
     return even_tokens(**batch)
 
 
-def launch(arguments: list[str], killed_at: int = 0) -> list[tuple[int, str]]:
+class Fragile(PPO):
+    """PPO whose second process is killed at one of its losses, if it is told to: in the middle of an update."""
+
+    def loss(self, *args: Any) -> Any:
+        count(_losses, "KILLED_AT_LOSS")
+        return super().loss(*args)
+
+
+def count(calls: list[int], variable: str) -> None:
+    calls[0] += 1
+    if launched()[0] == 1 and calls[0] == int(os.environ.get(variable, 0)):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def launch(arguments: list[str], variables: dict[str, str]) -> list[tuple[int, str]]:
     """Start the processes as `torchrun` does, but without its watching over them.
 
     :return: the exit status of each process, and what it has said.
@@ -49,8 +65,8 @@ def launch(arguments: list[str], killed_at: int = 0) -> list[tuple[int, str]]:
     started = []
     for rank in range(2):
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-        names |= {"MASTER_ADDR": "localhost", "OMP_NUM_THREADS": 1, "KILLED_AT": killed_at, "COLUMNS": 500}
-        names |= {"PYTHONPATH": paths}
+        names |= {"MASTER_ADDR": "localhost", "OMP_NUM_THREADS": 1, "COLUMNS": 500}
+        names |= {"PYTHONPATH": paths, **variables}
         started.append(
             subprocess.Popen(
                 [sys.executable, "-m", "agents.cli", "train", *arguments],
@@ -70,15 +86,20 @@ def rows(directory: Path) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if "time" not in k or k == TIMESTEPS} for row in csv.DictReader(file)]
 
 
-def test_one_of_two_processes_is_killed_and_the_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("variables", "kill"), [({}, {"KILLED_AT_ANSWER": "7"}), (CUT_UP, {"KILLED_AT_LOSS": "5"})], ids=["whole", "cut up"]
+)
+def test_one_of_two_processes_is_killed_and_the_run_ends_as_if_it_had_not_been(
+    variables: dict[str, str], kill: dict[str, str], tmp_path: Path
+) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     names = ["--model", save_model(tmp_path / "model"), "--prompts", str(tmp_path / "prompts.txt"), *TRAIN]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    ends = launch([*names, "--run-dir", str(whole)])
+    ends = launch([*names, "--run-dir", str(whole)], variables)
     assert [status for status, _ in ends] == [0, 0], ends
     assert [f"Wrote {whole}" in said for _, said in ends] == [True, False]
 
-    (status, said), (killed, _) = launch([*names, "--run-dir", str(stopped)], killed_at=7)
+    (status, said), (killed, _) = launch([*names, "--run-dir", str(stopped)], variables | kill)
     assert killed == -signal.SIGKILL
     assert status == 1
     assert "RankLost: Process 0 of 2 has lost another one: it has ended" in said
@@ -90,7 +111,7 @@ def test_one_of_two_processes_is_killed_and_the_run_ends_as_if_it_had_not_been(t
     assert state["other_generators"]["1"]["env"] != state["generators"]["env"]
     alone = Path(shutil.copytree(stopped, tmp_path / "alone"))
 
-    ends = launch(["--resume", str(stopped), "--trust"])
+    ends = launch(["--resume", str(stopped), "--trust"], variables)
     assert [status for status, _ in ends] == [0, 0], ends
     weights = [load_file(directory / "policy" / "model.safetensors") for directory in (whole, stopped)]
     assert all(bool((weights[0][name] == weights[1][name]).all()) for name in weights[0])

@@ -1,0 +1,82 @@
+"""Two processes beside one, measured in miniature; and the model that predicts more of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.scale_out import __main__ as scale_out
+from benchmarks.scale_out import model
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_two_processes_beside_one_in_miniature(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "ranks.json"
+    scale_out.main(["--json", str(out), "--episodes", "32", "--response", "4", "--rounds", "1", "--iterations", "1"])
+    report = json.loads(out.read_text())
+    for how in ("replicated", "cut up"):
+        for figures in report["weights"][how].values():
+            assert figures["between processes"] == 0.0
+            assert figures["from one process"] < 1e-6
+    assert report["weights"]["replicated"].keys() == {"ppo", "grpo", "a2c"}
+    assert len(set(report["weights"]["texts of one process, tokens"]["ppo"])) > 1
+
+    [one] = report["memory"]["one process"]
+    weights = one["update"]["weights"]
+    assert one["update"]["gradient"] == weights
+    assert 2 * weights <= one["rollout"]["moments"] < 2.01 * weights
+    for rank in report["memory"]["replicated"]:
+        assert rank == one
+    for rank in report["memory"]["cut up"]:
+        for kind, part in {"weights": 0.5, "gradient": 0.5, "moments": 1.0}.items():
+            assert rank["update"].get(kind, 0) <= 1.01 * part * weights, kind
+        assert weights * 1.5 <= rank["rollout"]["weights"] <= weights * 1.51  # whole ones to write with, and its part
+
+    for way in ("one process", "replicated", "cut up"):
+        assert report["speed"][way]["rollout"] > 0
+        assert report["speed"][way]["learner"] > 0
+    assert report["speed"]["cut up"]["learner ÷ predicted"] > 0
+    assert report["decode"]["at_once"] > 0
+    assert report["decode"]["for_each_token"] > 0
+    assert "decode" in capsys.readouterr().out
+
+
+def test_the_model_gives_back_what_was_measured() -> None:
+    measured = json.loads(model.MEASURED.read_text())["parts"]
+    found = model.predict(model.MODELS["135M"], 1, cut_up=False)
+    speed = measured["throughput"]["figures"]["135m, 64 rows: ours, compiled"]["tokens_per_second"]["median"]
+    assert found.tokens / found.rollout == pytest.approx(speed)
+    speed = measured["throughput"]["figures"]["135m, 512 rows: ours, compiled"]["tokens_per_second"]["median"]
+    many = model.predict(model.MODELS["135M"], 1, cut_up=False, work=model.Work(rows=512))
+    assert many.tokens / many.rollout == pytest.approx(speed)
+    parts = measured["ppo"]["figures"]["ours, value head"]["parts"]
+    # The passes of the reference had 2,048 tokens; here they are as large as those of the update.
+    assert found.learner == pytest.approx(parts["update"]["median"] + parts["reference"]["median"], rel=0.2)
+    assert all(seconds > 0 for seconds in model.overheads())
+
+
+def test_what_is_cut_up_takes_less_memory_and_what_is_replicated_none_but_gradients_of_the_network() -> None:
+    for name, one in model.MODELS.items():
+        alone, all_of_it = model.predict(one, 1, cut_up=False), model.predict(one, 8, cut_up=False)
+        part, more = model.predict(one, 8, cut_up=True), model.predict(one, 64, cut_up=True)
+        assert all_of_it.update_bytes == alone.update_bytes > part.update_bytes > more.update_bytes, name
+        assert all_of_it.fetched == 0 < part.fetched < one.parameters * model.BYTES
+        assert all_of_it.rollout == alone.rollout == part.rollout
+        assert all_of_it.learner > alone.learner
+        assert part.in_turn < part.overlapped
+    assert model.predict(model.MODELS["0.5B"], 1, cut_up=False).fits
+    assert not model.predict(model.MODELS["70B"], 64, cut_up=True).fits
+
+
+def test_processes_share_the_work_and_wait_for_each_other() -> None:
+    free = model.of_processes(2, 100.0, 50.0, tokens=1000, steps=4, seconds={})
+    assert free == {"rollout": 200.0, "learner": 100.0}
+    assert model.of_processes(2, 100.0, 50.0, 1000, 4, {"reduce": 0.5})["learner"] == pytest.approx(1000 / 12)
+    assert model.of_processes(2, 100.0, 50.0, 1000, 4, {"unshard": 0.5})["learner"] == pytest.approx(1000 / 16)
+
+
+def test_the_page_shows_what_the_model_says() -> None:
+    assert model.table() in (ROOT / "docs" / "scaling.md").read_text()
