@@ -192,7 +192,10 @@ def test_what_the_packages_import_is_declared() -> None:
     extras = project["optional-dependencies"]
     declared, optional = (
         {requirement.split(">")[0].split("[")[0].lower() for requirement in requirements}
-        for requirements in (project["dependencies"], [*extras["reward"], *extras["tasks"]])
+        for requirements in (
+            project["dependencies"],
+            [name for extra in ("reward", "tasks", "wandb", "trackio", "mlflow") for name in extras[extra]],
+        )
     )
     distribution = {
         "yaml": "pyyaml",
@@ -203,6 +206,7 @@ def test_what_the_packages_import_is_declared() -> None:
         "pyarrow": "datasets",  # which requires it
         "math_verify": "math-verify",
         "reasoning_gym": "reasoning-gym",
+        "mlflow": "mlflow-skinny",
     }
     standard = set(sys.stdlib_module_names)
     for name, path in NAMES.items():
