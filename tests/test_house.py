@@ -139,7 +139,7 @@ def test_imports_of_the_learners_run_downward() -> None:
 
 def test_the_tests_mirror_the_folders() -> None:
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and list(path.glob("test_*.py"))}
-    assert folders == {"text_env", "invariants", "benchmarks", "gpu", *FLOORS} - {"cli"}
+    assert folders == {"text_env", "invariants", "benchmarks", "clients", "gpu", *FLOORS} - {"cli"}
 
 
 def test_the_pure_functions_import_no_machinery() -> None:
