@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check format builtin peers throughput gpu algorithms arithmetic reward-model smollm2 reasoning overoptimization vllm lowest docs clean
+.PHONY: demo test check format builtin peers throughput gpu algorithms arithmetic reward-model smollm2 reasoning overoptimization vllm lowest clients docs clean
 
 demo: $(INSTALLED)  ## train PPO on the built-in model, print texts before and after
 	$(BIN)/textrlhf demo --run-dir runs/demo
@@ -62,6 +62,13 @@ vllm: $(INSTALLED)  ## PPO whose texts a real server of vLLM writes, beside its 
 	test -x .venv-vllm/bin/python || benchmarks/vllm/install.sh $(PYTHON)
 	$(BIN)/python -m benchmarks.vllm --out benchmarks/results/scale_out/vllm.json
 
+# The environments say what is in them: a library that is missing would only skip its tests.
+clients: .venv-clients/.installed  ## TorchRL, Tianshou, RLlib, AgileRL and rl-zoo3 drive the environment; the trackers, Optuna
+	.venv-clients/bin/python -c "import mlflow, optuna, rl_zoo3, tianshou, torchrl, trackio, wandb"
+	.venv-clients/bin/python -m pytest -W default tests/clients tests/runs/test_trackers.py tests/test_examples.py
+	.venv-clients-apart/bin/python -c "import agilerl, ray.rllib"
+	.venv-clients-apart/bin/python -m pytest -W default tests/clients
+
 lowest:  ## the suite at the lowest versions that pyproject.toml declares (after every change of that file)
 	PYTHON=$(PYTHON) .ci/lowest
 
@@ -69,12 +76,16 @@ docs: .venv-site/.installed  ## the pages and the API reference as a site, in si
 	NO_MKDOCS_2_WARNING=1 .venv-site/bin/mkdocs build --strict
 
 clean:  ## remove the environment and all caches
-	rm -rf $(VENV) .venv-site .venv-peers .venv-vllm .venv-lowest build site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-site .venv-peers .venv-vllm .venv-clients .venv-clients-apart .venv-lowest build site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+.venv-clients/.installed: tests/clients/install.sh pyproject.toml constraints.txt
+	tests/clients/install.sh $(PYTHON)
 	touch $@
 
 # The pages need nothing that the packages import: the code is read, not run.

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from examples import from_trl, own_task, stock_sb3, your_reward
+from examples import from_trl, optuna_study, own_task, stock_sb3, your_reward
 
 
 def test_a_reward_of_ones_own_trains_and_the_policy_is_saved(
@@ -47,3 +47,28 @@ def test_the_script_of_trl_runs_with_its_reward_and_rows_as_they_were(capsys: py
     assert 0 <= before <= 2
     assert 0 <= after <= 2
     assert "kl_loss" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:sqlalchemy", "ignore::DeprecationWarning:alembic")
+def test_an_optuna_study_is_kept_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("optuna")
+    storage, sizes = f"sqlite:///{tmp_path / 'study.db'}", {"total_timesteps": 128, "n_episodes": 4, "n_texts": 4}
+    first = optuna_study.main(n_trials=1, storage=storage, **sizes)
+    study = optuna_study.main(n_trials=1, storage=storage, **sizes)
+    assert [trial.number for trial in study.trials] == [0, 1]
+    assert study.trials[0].params == first.trials[0].params
+    for trial in study.trials:
+        assert 3e-5 <= trial.params["learning_rate"] <= 3e-3
+        assert 0.01 <= trial.params["kl_coef"] <= 0.3
+        assert trial.value == trial.intermediate_values[max(trial.intermediate_values)]
+        assert -1 <= trial.value <= 1
+    assert f"best: {study.best_params}" in capsys.readouterr().out
+
+
+def test_optuna_ends_a_trial_that_falls_behind() -> None:
+    optuna = pytest.importorskip("optuna")
+    study = optuna.create_study(direction="maximize", pruner=optuna.pruners.ThresholdPruner(lower=1.1))
+    study.optimize(lambda trial: optuna_study.train(trial, 800, 4, 4), n_trials=1)
+    [trial] = study.trials
+    assert trial.state == optuna.trial.TrialState.PRUNED
+    assert 100 <= max(trial.intermediate_values) < 800  # after an eighth of the training

@@ -146,7 +146,7 @@ def test_imports_of_the_learners_run_downward() -> None:
 
 def test_the_tests_mirror_the_folders() -> None:
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and list(path.glob("test_*.py"))}
-    assert folders == {"text_env", "invariants", "benchmarks", "gpu", *FLOORS} - {"cli"}
+    assert folders == {"text_env", "invariants", "benchmarks", "clients", "gpu", *FLOORS} - {"cli"}
 
 
 def test_the_pure_functions_import_no_machinery() -> None:
@@ -199,7 +199,10 @@ def test_what_the_packages_import_is_declared() -> None:
     extras = project["optional-dependencies"]
     declared, optional = (
         {requirement.split(">")[0].split("[")[0].lower() for requirement in requirements}
-        for requirements in (project["dependencies"], [*extras["reward"], *extras["tasks"]])
+        for requirements in (
+            project["dependencies"],
+            [name for extra in ("reward", "tasks", "wandb", "trackio", "mlflow") for name in extras[extra]],
+        )
     )
     distribution = {
         "yaml": "pyyaml",
@@ -210,6 +213,7 @@ def test_what_the_packages_import_is_declared() -> None:
         "pyarrow": "datasets",  # which requires it
         "math_verify": "math-verify",
         "reasoning_gym": "reasoning-gym",
+        "mlflow": "mlflow-skinny",
     }
     standard = set(sys.stdlib_module_names)
     for name, path in NAMES.items():

@@ -174,8 +174,10 @@ def takes_settings(init: Constructor) -> Constructor:
             if name not in names:
                 near = difflib.get_close_matches(name, names, 1)
                 hint = f" (did you mean {near[0]!r}?)" if near else ""
+                # Python's own words, which libraries look for that try whether an environment takes an argument.
                 raise TypeError(
-                    f"Unknown argument {name!r} of {type(self).__name__}{hint}; known are {', '.join(names)}."
+                    f"{type(self).__name__} got an unexpected keyword argument {name!r}{hint}; known are "
+                    f"{', '.join(names)}."
                 )
         init(self, *args, **kwargs)
 

@@ -316,7 +316,10 @@ COMMANDS = {
                 *("temperature", "critic", "lora_r", "lora_alpha", "lora_target_modules"),
                 *("device", "dtype", "autocast", "decode", "compile_forward", "gradient_checkpointing", "optimizer"),
             ),
-            "What is written down": ("sample_every", "n_samples", "checkpoint_every", "keep", "best"),
+            "What is written down": (
+                *("sample_every", "n_samples", "checkpoint_every", "keep", "best"),
+                *("track", "track_project"),
+            ),
         },
         (
             "textrlhf train --total-timesteps 60000 --run-dir runs/mine",

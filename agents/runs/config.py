@@ -283,6 +283,12 @@ class TrainConfig:
     """The number of iterations between two entries of samples.jsonl."""
     n_samples: int = 6
     """The number of held-out prompts in samples.jsonl."""
+    track: Literal["wandb", "trackio", "mlflow"] | None = None
+    """A tracker that shows the run as well: 'wandb', 'trackio' or 'mlflow' (pip install "textrlhf[wandb]" and so
+    on). Where it keeps its runs, and who you are there, it is told in its own way, such as by WANDB_MODE or
+    MLFLOW_TRACKING_URI (docs/plugs.md)."""
+    track_project: str = "textrlhf"
+    """The tracker's project, for MLflow the experiment."""
     progress: bool = True
     """Show a progress bar."""
 

@@ -49,6 +49,11 @@ class ProgressTable(KVWriter):
         return len(self._rows)
 
     @property
+    def rows(self) -> list[dict[str, str]]:
+        """The rows of all iterations."""
+        return self._rows
+
+    @property
     def latest(self) -> dict[str, str]:
         """The row of the latest iteration; nothing if none is finished."""
         return self._rows[-1] if self._rows else {}

@@ -57,7 +57,8 @@ def remove_start(directory: Path) -> None:
 
     :param directory: of the run.
     """
-    for pattern in ("config.yaml", "progress.csv", "samples.jsonl", "episodes.jsonl", "events.out.tfevents.*"):
+    files = ("config.yaml", "progress.csv", "samples.jsonl", "episodes.jsonl", "tracker.json", "events.out.tfevents.*")
+    for pattern in files:
         for path in directory.glob(pattern):
             path.unlink()
 

@@ -47,6 +47,7 @@ from agents.runs.recording import (
 )
 from agents.runs.stopping import StopOnSignal, Stopped, take_every
 from agents.runs.token_records import RecordEpisodes
+from agents.runs.trackers import Tracker, check_tracker
 from agents.state.arguments import argument_defaults, class_name
 from agents.state.checkpoint import Tree
 from agents.state.devices import check_device
@@ -134,9 +135,11 @@ def new_algorithm(config: TrainConfig) -> OnPolicyAlgorithm:
     :param config: the configuration, resolved.
     :return: the algorithm.
     :raises ValueError: if an option is unknown or out of range; nothing is loaded before that is known.
+    :raises ImportError: if the package of a tracker isn't installed.
     """
     check_device(config.device)
     resolve_dtype(config.dtype)
+    check_tracker(config.track)
     algorithm = algorithm_named(config.algo)
     known = set(argument_defaults(algorithm)) - OWN_OPTIONS
     if unknown := set(config.algo_kwargs) - known:
@@ -218,6 +221,9 @@ def _learn(
     # The episodes are written before it: their rollout is not in it.
     keep_lines(directory / "episodes.jsonl", lambda row: row["timesteps"] <= done)
     table = cast(ProgressTable, model.logger.output_formats[0])
+    tracker = None if config.track is None else Tracker(directory, config, table)
+    if tracker is not None:
+        model.logger.output_formats.append(tracker)
     stop = StopOnSignal()
     callbacks: list[BaseCallback] = [stop, samples]
     checkpoints = None
@@ -242,6 +248,8 @@ def _learn(
 
     with stop:
         try:
+            if tracker is not None:
+                tracker.begin()
             remaining = max(0, config.total_timesteps - done)
             model.learn(remaining, callbacks, progress_bar=config.progress, reset_num_timesteps=state is None)
         except BaseException as error:

@@ -1,4 +1,4 @@
-"""`hyperparams/*.yml`, which rl-zoo3 reads. It is no dependency; docs/plugs.md says with which one they ran."""
+"""`hyperparams/*.yml`, which rl-zoo3 reads. It is no dependency; tests/clients/test_rl_zoo3.py trains with it."""
 
 from __future__ import annotations
 
