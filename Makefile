@@ -60,7 +60,7 @@ overoptimization: $(INSTALLED)  ## gold and proxy score against the KL, for rewa
 
 vllm: $(INSTALLED)  ## PPO whose texts a real server of vLLM writes, beside its own (20 minutes; 3.5 GB for .venv-vllm)
 	test -x .venv-vllm/bin/python || benchmarks/vllm/install.sh $(PYTHON)
-	$(BIN)/python -m benchmarks.vllm --out benchmarks/results/scale_out/vllm.json
+	$(BIN)/python -m benchmarks.vllm
 
 # The environments say what is in them: a library that is missing would only skip its tests.
 clients: .venv-clients/.installed  ## TorchRL, Tianshou, RLlib, AgileRL and rl-zoo3 drive the environment; the trackers, Optuna

@@ -1,7 +1,7 @@
 """Does PPO learn the same whether the policy writes its texts itself or a server of vLLM does?
 
     benchmarks/vllm/install.sh
-    python -m benchmarks.vllm --out benchmarks/results/scale_out/vllm.json
+    python -m benchmarks.vllm
 
 Trainings with the same settings and several seeds, once with ``rollouts="local"``, once with a real server and
 ``max_lag=0``, and once with ``max_lag=1``; and one whose server is killed with SIGKILL in the middle of a rollout, and
@@ -103,13 +103,13 @@ def subjects(smollm2: Path) -> dict[str, Subject]:
 class Options:
     """Train with rollouts of vLLM, and beside that without."""
 
-    out: Path
-    """The file of the results."""
+    out: Path = Path("benchmarks/results/scale_out/vllm.json")
+    """The file of the results. Those of another subject in it are kept."""
     subject: str = "arithmetic"
     """'arithmetic' (the built-in model, calculations of two steps, all weights) or 'smollm2' (film reviews, LoRA)."""
     seeds: int = 5
     """The number of seeds, from 0. The server is killed with seed 0 alone."""
-    tokens: int = 30_000
+    tokens: int = 20_000
     """The tokens of a training."""
     writers: tuple[str, ...] = WRITERS
     """Who writes."""
