@@ -1,7 +1,7 @@
 """Two processes beside one: the same weights? How much memory has each, and how fast are they? Does the model that
 ``docs/scaling.md`` predicts larger machines with predict these two?
 
-python -m benchmarks.scale_out --json ranks.json
+python -m benchmarks.scale_out --json benchmarks/results/scale_out/ranks.json
 
 For the speeds the machine must be idle, with a core for each process.
 """
