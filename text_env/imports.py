@@ -2,7 +2,8 @@
 
 To import is to run code. Names that somebody types are imported. Names from files that travel, such as the
 ``config.yaml`` beside a policy, are imported only for those who trust the file: such a file is used inside
-:func:`names_from`, and every import by name goes through :func:`check_may_import`.
+:func:`names_from`, and every import by name goes through :func:`check_may_import`. The same holds for addresses of
+servers, to which prompts and texts would be sent (:func:`check_may_contact`).
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from dataclasses import dataclass
 from typing import Any
 
 _MODULE_ATTRIBUTE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_ADDRESS = re.compile(r"https?://[^\s+*]+")  # in a sum of rewards
 
 
 class UntrustedNameError(ValueError):
-    """A file that may come from somebody else names code, which has not been imported."""
+    """A file that may come from somebody else names code, which has not been imported, or a server, to which nothing
+    has been sent.
+    """
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ _files: list[_File] = []
 
 @contextlib.contextmanager
 def names_from(path: object, fields: Mapping[str, Any], given: Mapping[str, Any], trust: bool) -> Iterator[None]:
-    """While this lasts, no object is imported by name, by any thread, except by the names that somebody has typed.
+    """While this lasts, no object is imported by name, by any thread, and no server is used, except by the names that
+    somebody has typed.
 
     :param path: the file that has been read, for the error.
     :param fields: its fields by name.
@@ -74,6 +79,27 @@ def check_may_import(name: str, module: str) -> None:
     :param module: the module that would be imported.
     :raises UntrustedNameError: if the import is refused.
     """
+    _check_may_use(
+        name,
+        f"would import the module {module!r}, which runs its code, and such a file may come from somebody else: "
+        "nothing has been imported. If you know that code, pass --trust (trust=True in Python).",
+    )
+
+
+def check_may_contact(address: str) -> None:
+    """Refuse to send prompts and texts to a server that only a file names that may come from somebody else.
+
+    :param address: the address, as it stands in a configuration.
+    :raises UntrustedNameError: if that is refused.
+    """
+    _check_may_use(
+        address,
+        "would be sent prompts and texts, and such a file may come from somebody else: nothing has been sent. If you "
+        "know that server, pass --trust (trust=True in Python).",
+    )
+
+
+def _check_may_use(name: str, danger: str) -> None:
     for file in _files:
         if file.names_are_given(name):
             continue
@@ -83,11 +109,7 @@ def check_may_import(name: str, module: str) -> None:
             where += f", {field}"
             if field in file.given:
                 instead = f" Otherwise give --{field.replace('_', '-')} on the command line."
-        raise UntrustedNameError(
-            f"{where}: {name!r} would import the module {module!r}, which runs its code, and such a file may come from "
-            "somebody else: nothing has been imported. If you know that code, pass --trust (trust=True in Python)."
-            f"{instead}"
-        )
+        raise UntrustedNameError(f"{where}: {name!r} {danger}{instead}")
 
 
 def _names_in(value: Any) -> set[str]:
@@ -100,7 +122,8 @@ def _names_in(value: Any) -> set[str]:
             continue
         seen.add(id(part))
         if isinstance(part, str):
-            names |= {part, *(match[0] for match in _MODULE_ATTRIBUTE.finditer(part))}
+            named = (match[0] for kind in (_MODULE_ATTRIBUTE, _ADDRESS) for match in kind.finditer(part))
+            names |= {part, *named}
         elif isinstance(part, Mapping):
             todo += [*part.keys(), *part.values()]
         elif isinstance(part, list | tuple):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.collector import Writer
 from agents.rollouts.episode_buffer import EpisodeBuffer
+from text_env.imports import check_may_contact
 from text_env.vector_env import TextVectorEnv
 
 if TYPE_CHECKING:
@@ -102,7 +103,9 @@ def vllm_servers(urls: str) -> VllmServers:
     :param urls: the addresses of servers of vLLM, with commas in between.
     :return: the servers.
     :raises ValueError: if an address is none.
+    :raises UntrustedNameError: if only a file names them that may come from somebody else.
     """
     from agents.rollouts.vllm_servers import VllmServers
 
+    check_may_contact(urls)
     return VllmServers(urls)

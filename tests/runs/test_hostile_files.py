@@ -7,10 +7,12 @@ import builtins
 import json
 import pickle
 import signal
+import socketserver
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -149,6 +151,39 @@ def test_what_is_trusted_or_named_by_hand_is_imported(place: Place, more: tuple[
     assert place.command("sample", *more) == 0
     assert place.marker.exists()
     place.marker.unlink()
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate", "critic"])
+@pytest.mark.parametrize("form", ["{0}", "0.5*{0}+0.1*length(budget=4)"])
+def test_servers_that_only_a_run_names_are_sent_nothing(
+    place: Place, capsys: pytest.CaptureFixture[str], command: str, form: str
+) -> None:
+    (place.model / "value_head.safetensors").touch()
+    with socketserver.TCPServer(("127.0.0.1", 0), Listener) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place.run_with(reward=form.format(f"http://127.0.0.1:{server.server_address[1]}/score"))
+        try:
+            assert place.command(command) == 1
+            assert Listener.heard == []
+            message = capsys.readouterr().out
+            assert "config.yaml, reward: 'http://127.0.0.1" in message
+            assert "nothing has been sent" in message
+            if command == "sample":  # the other way round: the server is asked, and says nothing that helps
+                place.command("sample", "--trust")
+                assert Listener.heard
+        finally:
+            Listener.heard.clear()
+            server.shutdown()
+
+
+class Listener(socketserver.BaseRequestHandler):
+    """Notes that somebody has called, and answers that the request is wrong."""
+
+    heard: ClassVar[list[bytes]] = []
+
+    def handle(self) -> None:
+        self.heard.append(self.request.recv(64))
+        self.request.sendall(b"HTTP/1.0 400 no\r\n\r\n")
 
 
 def test_what_is_named_by_hand_leaves_the_rest_of_the_file_untrusted(

@@ -19,6 +19,7 @@ from agents.runs.commands import ResumeConfig
 from agents.runs.config import EnvConfig, TrainConfig, load_config
 from agents.runs.train import resume, train
 from agents.state.history import CheckpointHistory
+from text_env.imports import UntrustedNameError
 
 
 class Killed(Exception):
@@ -62,7 +63,9 @@ def test_a_stopped_run_goes_on_from_its_directory_as_if_it_had_not_been(
         with pytest.raises(Killed):
             train(configured(tmp_path, "stopped", server, max_lag=max_lag))
     assert load_config(tmp_path / "stopped" / "config.yaml").rollouts == server.url
-    resumed = resume(ResumeConfig(resume=tmp_path / "stopped"))
+    with pytest.raises(UntrustedNameError, match=r"config\.yaml, rollouts: .* would be sent .* --trust"):
+        resume(ResumeConfig(resume=tmp_path / "stopped"))
+    resumed = resume(ResumeConfig(resume=tmp_path / "stopped", trust=True))
     assert resumed.num_timesteps == whole.num_timesteps
     assert largest_difference(weights_of(whole.policy), weights_of(resumed.policy)) == 0.0
     rows = table(tmp_path / "stopped")
@@ -85,7 +88,7 @@ def test_a_run_that_its_servers_leave_alone_stops_with_a_checkpoint(
     assert done == int(table(tmp_path / "run")[-1]["time/total_timesteps"])
     assert any(f"goes on from {done} tokens" in note for note in caught.value.__notes__)
     server.restart()
-    assert resume(ResumeConfig(resume=tmp_path / "run")).num_timesteps >= 200
+    assert resume(ResumeConfig(resume=tmp_path / "run", trust=True)).num_timesteps >= 200
 
 
 def test_the_command_line_says_what_is_wrong_with_an_address(
