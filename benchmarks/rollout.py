@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, GenerationConfig
 
+from agents.models.decoding import CACHE_ARGUMENT
 from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.collector import collect_episodes
 from agents.rollouts.episode_buffer import EpisodeBuffer
@@ -171,7 +172,7 @@ def hand_loop(subject: Subject, env: TextVectorEnv) -> Callable[[], int]:
             inputs = draw()
             response = []
             for _ in range(subject.response):
-                logits = model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+                logits = model(inputs, use_cache=True, logits_to_keep=1, **{CACHE_ARGUMENT: cache}).logits[:, -1]
                 inputs = torch.multinomial(torch.softmax(logits[:, :n_tokens].float(), dim=-1), 1)
                 response.append(inputs)
             return torch.cat(response, dim=1).numel()

@@ -11,18 +11,11 @@ from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from text_env.finished_texts import TRL_EXTRAS, Messages
+from text_env.imports import is_address
 from text_env.reward_limits import RewardError
 
 QUOTED = 500
 """The number of characters of a server's answer that an error message quotes."""
-
-
-def is_address(name: str) -> bool:
-    """
-    :param name: any string.
-    :return: whether it begins as the address of a server does.
-    """
-    return name.startswith(("http://", "https://"))
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,14 @@ def is_object_name(name: str) -> bool:
     return _MODULE_ATTRIBUTE.fullmatch(name) is not None
 
 
+def is_address(name: str) -> bool:
+    """
+    :param name: any string.
+    :return: whether it begins as the address of a server does.
+    """
+    return name.startswith(("http://", "https://"))
+
+
 def import_object(name: str) -> Any:
     """Import the object that ``"module:attribute"`` names.
 

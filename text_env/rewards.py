@@ -32,8 +32,8 @@ from text_env.classifier_reward import (
 )
 from text_env.coroutines import run_coroutine
 from text_env.finished_texts import TRL_EXTRAS, FinishedTexts, Messages, TrainerState, assistant_texts
-from text_env.http_reward import HttpReward, is_address
-from text_env.imports import check_may_contact, import_object, is_object_name
+from text_env.http_reward import HttpReward
+from text_env.imports import check_may_contact, import_object, is_address, is_object_name
 from text_env.reward_limits import NO_LIMITS, LimitedReward, Limits, RewardError, reward_name
 from text_env.reward_names import parse_call, parse_sum
 from text_env.text_rewards import FormatReward, LengthPenalty, OverlongPenalty

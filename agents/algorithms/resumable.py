@@ -87,7 +87,8 @@ class Resumable(BaseAlgorithm):
         :param device: the device of the algorithm.
         :param policy: the class of the policy that was saved, or its name.
         :param kwargs: arguments of the constructor that should differ from the saved ones, and those that can't be
-            saved (live objects, schedules other than ``LearningRate``, ``"module:function"`` names).
+            saved (live objects, schedules other than ``LearningRate``, ``"module:function"`` names, addresses of
+            servers).
         :return: the algorithm as it was saved.
         :raises FileNotFoundError: if there is no checkpoint.
         :raises CheckpointError: if its files are not as they were written. It is a ValueError.

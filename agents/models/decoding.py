@@ -28,10 +28,14 @@ import torch
 from torch import nn
 from torch.fx.experimental import _config as symbolic_shapes
 from transformers import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from agents.models.cache_storage import AllocatedLayer, Block
 from agents.models.weights import WeightsWatch
+
+# What decoders call the keys and values that they are given and give back. From transformers 5.24 on it is "cache".
+CACHE_ARGUMENT = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 DECODE_MODES = ("auto", "eager", "compiled")
 
@@ -162,7 +166,7 @@ class Decoder:
             input_ids=token,
             position_ids=position,
             attention_mask=None if all_visible else self._mask(block.visible[:n, :end]),
-            past_key_values=Cache(layers=[*block.layers]),
+            **{CACHE_ARGUMENT: Cache(layers=[*block.layers])},
             use_cache=True,
         ).last_hidden_state[:, 0]
         return hidden
@@ -236,7 +240,7 @@ def decode_step(
         input_ids=tokens[:, None],
         position_ids=positions[:, None],
         attention_mask=visible[:, None, None],  # transformers leaves a mask of four dimensions as it is
-        past_key_values=Cache(layers=[*layers]),
+        **{CACHE_ARGUMENT: Cache(layers=[*layers])},
         use_cache=True,
     ).last_hidden_state[:, 0]
     return hidden

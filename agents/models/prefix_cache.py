@@ -30,7 +30,7 @@ from agents.models.cache_storage import Beginning, Block, CacheLayer, Reading
 from agents.models.causal_lm import Positions
 from agents.models.context_matching import common_prefix, distinct
 from agents.models.contexts import Contexts, maximal_sequences, share_prefixes
-from agents.models.decoding import CAPTURES, DECODE_MODES, Decoder, Launch, launch_for, sizes_told_apart
+from agents.models.decoding import CACHE_ARGUMENT, CAPTURES, DECODE_MODES, Decoder, Launch, launch_for, sizes_told_apart
 from agents.models.transfers import to_device
 from agents.models.weights import WeightsWatch
 
@@ -258,7 +258,7 @@ class PrefixCache:
         padded = np.where(columns < length[:, None], input_ids[:, columns], input_ids[:, :1])
         fresh = DynamicCache()
         tokens, row, last = to_device(self._weights.device, padded, np.arange(len(length)), length - 1)
-        hidden = self._backbone(input_ids=tokens, past_key_values=fresh, use_cache=True).last_hidden_state
+        hidden = self._backbone(input_ids=tokens, use_cache=True, **{CACHE_ARGUMENT: fresh}).last_hidden_state
         layers = [(cast(CacheLayer, layer).keys, cast(CacheLayer, layer).values) for layer in fresh.layers]
         return Reading(layers, np.zeros_like(length), hidden[row, last])
 
@@ -297,7 +297,7 @@ class PrefixCache:
             input_ids=token,
             position_ids=place,
             attention_mask=seen,
-            past_key_values=Cache(layers=[*layers]),
+            **{CACHE_ARGUMENT: Cache(layers=[*layers])},
             use_cache=True,
         ).last_hidden_state
         return Reading([(layer.keys, layer.values) for layer in layers], most - held, hidden[row, last])
@@ -314,8 +314,8 @@ class PrefixCache:
         config = cast(PreTrainedModel, self._backbone).config.get_text_config()
         parameters = inspect.signature(self._backbone.forward).parameters
         reason = ""
-        if not {"past_key_values", "attention_mask"} <= set(parameters):
-            reason = "its forward pass takes no past_key_values or attention_mask"
+        if not {CACHE_ARGUMENT, "attention_mask"} <= set(parameters):
+            reason = f"its forward pass takes no {CACHE_ARGUMENT} or attention_mask"
         elif (
             any(type(layer) is not DynamicLayer for layer in DynamicCache(config=config).layers)
             or "local" in (getattr(config, "attention_layers", None) or ())  # GPT-Neo's own way to say it

@@ -135,10 +135,14 @@ class Continuations:
     def _remember(self, keys: list[bytes], written: Sequence[Continuation]) -> None:
         for key, continuation in zip(keys, written, strict=True):
             tokens, log_probs = continuation.token_ids, continuation.log_probs
-            if len(tokens) == 0 or len(tokens) != len(log_probs) or not np.isfinite(log_probs).all():
+            n_tokens = self._sampling.n_tokens
+            # A sum of probabilities is rounded, so that a certain token may seem to be more than certain.
+            right = len(tokens) == len(log_probs) and np.isfinite(log_probs).all() and (log_probs < 1e-3).all()
+            if len(tokens) == 0 or not right or tokens.min() < 0 or tokens.max() >= n_tokens:
                 raise ValueError(
                     f"Expected a backend to write at least one token after {np.frombuffer(key, np.int64).tolist()}, "
-                    f"with finite log-probabilities, got {tokens.tolist()} with {log_probs.tolist()}."
+                    f"between 0 and {n_tokens - 1}, with finite log-probabilities, got {tokens.tolist()} with "
+                    f"{log_probs.tolist()}."
                 )
             self._known[key].append(continuation)
 

@@ -41,7 +41,8 @@ from agents.models.adapter import ADAPTER
 from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.backend import Continuation, Request, Sampling
 from agents.rollouts.continuations import in_background
-from text_env.http_reward import QUOTED, is_address
+from text_env.http_reward import QUOTED
+from text_env.imports import is_address
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,8 @@ GREETING_SECONDS = 10.0
 """How long a server may take to say which model it has."""
 FORBIDDEN = -100.0
 """The bias of a logit that must not be sampled, the lowest that vLLM takes; its exponential is 4e-44."""
+LARGEST_ANSWER = 2**26
+"""The number of characters of the longest answer that is read."""
 HINTS = {
     "/collective_rpc": "Start the server with VLLM_SERVER_DEV_MODE=1 in its environment, or train an adapter.",
     "/v1/load_lora_adapter": "Start the server with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment and with "
@@ -290,15 +293,16 @@ class _Server:
         :raises ValueError: if it refuses.
         """
         was_live, self.is_live = self.is_live, False
-        models = self.ask("/v1/models", seconds=GREETING_SECONDS)["data"]
-        base = next(model for model in models if not model.get("parent"))
-        self.model, self._longest = base["id"], base["max_model_len"]
+        answer = self.ask("/v1/models", seconds=GREETING_SECONDS)
+        with _as_vllm_says(self.url, "the models that it serves", answer):
+            models = [(str(model["id"]), model.get("parent"), model["max_model_len"]) for model in answer["data"]]
+            [(self.model, _, self._longest), *_] = [model for model in models if not model[1]]
+            adapters = [name for name, parent, _ in models if parent]
         if weights.name is None:
             path = {"weights_path": str(weights.directory)}
             self.ask("/collective_rpc", {"method": "reload_weights", "kwargs": path})
             self.ask("/reset_prefix_cache", {})
         else:
-            adapters = [model["id"] for model in models if model.get("parent")]
             if weights.name not in adapters:
                 self.ask("/v1/load_lora_adapter", {"lora_name": weights.name, "lora_path": str(weights.directory)})
             if self._adapter in adapters and self._adapter != weights.name:
@@ -306,8 +310,10 @@ class _Server:
             self._adapter = weights.name
         if not was_live:  # it may have been started anew, with other options
             only = {"model": self.model, "prompt": [0], "max_tokens": 1, "logprobs": 0, "allowed_token_ids": [1]}
-            [choice] = self.ask("/v1/completions", only)["choices"]
-            self._says_what_was_sampled = abs(choice["logprobs"]["token_logprobs"][0]) < 1e-3
+            answer = self.ask("/v1/completions", only)
+            with _as_vllm_says(self.url, "logprobs", answer):
+                [choice] = answer["choices"]
+                self._says_what_was_sampled = abs(choice["logprobs"]["token_logprobs"][0]) < 1e-3
         self.loads += 1
         self.is_live = True
 
@@ -343,7 +349,7 @@ class _Server:
         request = urllib.request.Request(f"{self.url}{path}", data, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=seconds or self._timeout) as response:
-                said = response.read().decode()
+                said = response.read(LARGEST_ANSWER + 1).decode("utf-8", "replace")
         except urllib.error.HTTPError as error:
             with error:
                 said = error.read(QUOTED).decode("utf-8", "replace")
@@ -353,7 +359,29 @@ class _Server:
             raise ValueError(f"{message}. {HINTS.get(path, '')}".strip()) from error
         except (OSError, HTTPException) as error:
             raise _Unreachable(f"{self.url}{path}: {error!r}") from error
-        return json.loads(said) if said[:1] in ("{", "[") else said
+        if len(said) > LARGEST_ANSWER:
+            raise ValueError(f"Expected {self.url}{path} to answer with at most {LARGEST_ANSWER:,} bytes.")
+        try:
+            return json.loads(said) if said[:1] in ("{", "[") else said
+        except json.JSONDecodeError as error:  # as when a server ends while it answers
+            raise _Unreachable(f"{self.url}{path} has broken off its answer: {said[-QUOTED:]!r}") from error
+
+
+@contextlib.contextmanager
+def _as_vllm_says(url: str, what: str, answer: Any) -> Iterator[None]:
+    """Within it an answer is read, and one that is put in another way is an error that says so.
+
+    :param url: of the server.
+    :param what: what it should have answered with.
+    :param answer: what it did answer with.
+    :raises ValueError: if the answer hasn't what is looked for.
+    """
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"Expected {url} to answer with {what}, as vLLM does from 0.10.2 on; got {str(answer)[:QUOTED]!r}."
+        ) from error
 
 
 def sampling_parameters(sampling: Sampling) -> dict[str, Any]:
@@ -388,13 +416,8 @@ def sampling_parameters(sampling: Sampling) -> dict[str, Any]:
 
 def _continuation(answer: Any, url: str, version: int) -> Continuation:
     """What a completion says."""
-    try:
+    with _as_vllm_says(url, "token_ids and logprobs", answer):
         [choice] = answer["choices"]
         token_ids = np.array(choice["token_ids"], dtype=np.int64)
         log_probs = np.array(choice["logprobs"]["token_logprobs"], dtype=np.float64)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"Expected {url} to answer with token_ids and logprobs, as vLLM does from 0.10.2 on; got "
-            f"{str(answer)[:QUOTED]!r}."
-        ) from error
     return Continuation(token_ids, log_probs, version)

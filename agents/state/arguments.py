@@ -10,7 +10,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from text_env.imports import is_object_name
+from text_env.imports import is_address, is_object_name
 
 
 def argument_defaults(cls: type[Any]) -> dict[str, Any]:
@@ -62,11 +62,11 @@ def written_down(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
     :param values: arguments by name.
     :return: the arguments that JSON can represent, with paths as strings; and the names of the others, which must be
-        given again when they are loaded. The others are live objects, and ``"module:function"`` strings, since a file
-        must not name code that is then run.
+        given again when they are loaded. The others are live objects, ``"module:function"`` strings and addresses,
+        since a file must not name code that is then run, or a server that texts are then sent to.
     """
     values = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-    live = [name for name, value in values.items() if not is_plain(value) or _names_code(value)]
+    live = [name for name, value in values.items() if not is_plain(value) or _names_code_or_server(value)]
     return {name: value for name, value in values.items() if name not in live}, live
 
 
@@ -102,12 +102,12 @@ def is_plain(value: Any) -> bool:
     return True
 
 
-def _names_code(value: Any) -> bool:
+def _names_code_or_server(value: Any) -> bool:
     if isinstance(value, dict):
-        return any(map(_names_code, value.values()))
+        return any(map(_names_code_or_server, value.values()))
     if isinstance(value, list | tuple):
-        return any(map(_names_code, value))
-    return isinstance(value, str) and is_object_name(value)
+        return any(map(_names_code_or_server, value))
+    return isinstance(value, str) and (is_object_name(value) or is_address(value))
 
 
 def check_number(name: str, value: Any, least: float | None = None, above: float | None = None) -> None:

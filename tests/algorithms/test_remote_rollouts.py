@@ -264,6 +264,16 @@ def test_a_run_that_nobody_writes_for_stops_with_an_error_and_goes_on_from_its_s
         assert largest_difference(weights_of(whole.policy), weights_of(again.policy)) == 0.0
 
 
+def test_an_address_in_a_checkpoint_must_be_given_again(model: str, tmp_path: Path) -> None:
+    with stand_ins(model) as [server]:
+        PPO("CausalLMPolicy", make_env(8), rollouts=server.url, policy_kwargs={"model": model}, n_episodes=8).save(
+            tmp_path / "saved"
+        )
+        with pytest.raises(ValueError, match=r"\['rollouts'\] can't be written down and must be given again"):
+            PPO.load(tmp_path / "saved", make_env(8))
+        assert PPO.load(tmp_path / "saved", make_env(8), rollouts=server.url).rollouts == server.url
+
+
 def test_with_a_lag_a_resumed_run_has_what_was_written_ahead(model: str, tmp_path: Path) -> None:
     with stand_ins(model) as [server]:
         whole, rows = learner(model, [server], max_lag=1)

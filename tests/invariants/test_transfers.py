@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from agents.algorithms.ppo import PPO
 from agents.algorithms.snapshot import Snapshot
+from agents.models.decoding import CACHE_ARGUMENT
 from agents.models.transfers import to_device
 from agents.rollouts.collector import Interrupted, collect_episodes
 from agents.rollouts.episode_buffer import EpisodeBuffer
@@ -166,9 +167,9 @@ def test_a_token_launches_few_kernels_more_than_the_bare_model(
     cache, model = DynamicCache(), policy.lm.model
     tokens = torch.ones(4, 6, dtype=torch.int64, device=accelerator)
     with torch.no_grad():
-        model(tokens, past_key_values=cache, use_cache=True)
+        model(tokens, **{CACHE_ARGUMENT: cache}, use_cache=True)
         with counted() as bare:
-            model(tokens[:, :1], past_key_values=cache, use_cache=True)
+            model(tokens[:, :1], **{CACHE_ARGUMENT: cache}, use_cache=True)
     ours, theirs = totals[5] - totals[4], sum(bare.kernels.values())
     print(f"{kind}: {ours} kernels a token, {theirs} of the bare model")
     assert ours <= (1 + share) * theirs

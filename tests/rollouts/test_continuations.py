@@ -100,15 +100,27 @@ def test_what_is_left_of_one_rollout_is_not_used_in_the_next() -> None:
     assert memo.write(contexts_of([2, 3, 5]))[0].tolist() == [7]
 
 
-@pytest.mark.parametrize("text", [[], [5, 6]])
-def test_a_continuation_without_tokens_or_with_other_log_probabilities_is_refused(text: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("text", "log_probs"),
+    [
+        ([], []),
+        ([5, 6], [-1.0, float("nan")]),
+        ([5, 6], [-1.0]),
+        ([5, 6], [-1.0, 0.5]),
+        ([5, -1], [-1.0, -1.0]),
+        ([5, SAMPLING.n_tokens], [-1.0, -1.0]),
+    ],
+)
+def test_a_continuation_that_cannot_be_one_is_refused(text: list[int], log_probs: list[float]) -> None:
     class Wrong(Scripted):
         def write(self, requests: Sequence[Request], sampling: Sampling) -> list[Continuation]:
-            return [Continuation(np.array(text, np.int64), np.full(len(text), np.nan), 1)]
+            return [Continuation(np.array(text, np.int64), np.array(log_probs), 1)]
 
     memo = Continuations(Wrong(), SAMPLING)
     memo.begin()
-    with pytest.raises(ValueError, match=r"at least one token after \[2, 3\], with finite log-probabilities"):
+    with pytest.raises(
+        ValueError, match=r"at least one token after \[2, 3\], between 0 and .* with finite log-probabilities"
+    ):
         memo.write(contexts_of([2, 3]))
     with pytest.raises(ValueError, match="a backend samples"):
         memo.write(contexts_of([2, 3]), deterministic=True)

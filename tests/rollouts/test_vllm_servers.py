@@ -254,6 +254,22 @@ def test_an_answer_without_token_ids_is_refused(model: str, servers: list[StandI
         backend.write(REQUESTS[:1], Sampling.of(policy, env))
 
 
+@pytest.mark.parametrize("answer", ["<html>", {}, {"data": []}, {"data": [{"id": "base"}]}, {"data": 3}, [], [1]])
+def test_another_kind_of_server_is_named_in_the_error(answer: Any, model: str, servers: list[StandIn]) -> None:
+    servers[0].answer = lambda path, body: (200, answer)  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=rf"Expected {servers[0].url} to answer with the models that it serves"):
+        client(servers[0]).take_weights(policy_of(make_env(), model), 1)
+
+
+def test_an_answer_without_end_is_not_read_to_its_end(
+    model: str, servers: list[StandIn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agents.rollouts.vllm_servers.LARGEST_ANSWER", 1000)
+    servers[0].answer = lambda path, body: (200, {"data": "x" * 2000})  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="to answer with at most 1,000 bytes"):
+        client(servers[0]).take_weights(policy_of(make_env(), model), 1)
+
+
 @pytest.mark.parametrize("urls", ["", "localhost:8000", "http://one:1,http://one:1", "http://one:1,two"])
 def test_addresses_are_checked(urls: str) -> None:
     with pytest.raises(ValueError, match="Expected the addresses of servers of vLLM, each once"):

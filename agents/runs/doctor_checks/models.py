@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from agents.algorithms.environments import default_rows
 from agents.algorithms.ppo import PPO
 from agents.models.adapter import unwrapped
+from agents.models.decoding import CACHE_ARGUMENT
 from agents.models.head import decoder_of
 from agents.models.pretrained import check_positions, check_tokenizers, tokenizer_beside
 from agents.runs.algorithms import algorithm_named
@@ -224,7 +225,7 @@ def _memo_bytes(patient: Patient) -> int:
     """What a token's keys and values take; 0 for a model that keeps none."""
     backbone, n = patient.policy.lm.backbone, 4
     kept = backbone(input_ids=_short_texts(patient)[0][None, :n].to(patient.policy.device), use_cache=True)
-    layers = getattr(kept.get("past_key_values"), "layers", [])
+    layers = getattr(kept.get(CACHE_ARGUMENT), "layers", [])
     tensors = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
     return sum(x.nbytes for x in tensors if x is not None) // n
 
