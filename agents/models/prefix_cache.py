@@ -357,29 +357,30 @@ class PrefixCache:
     def _fault(self) -> str:
         """What is wrong with cached hidden states of a small example; nothing if they are the plain ones."""
         try:
-            error = self._probe()
+            errors = self._probe()
         except torch.OutOfMemoryError:
             raise
         except Exception as problem:  # whatever an unknown architecture raises, it can be run without the cache
             return f"the memo's probe failed ({type(problem).__name__}: {problem})"
         rough = self._weights.dtype not in (torch.float32, torch.float64) or self._weights.autocast is not None
-        tolerance = 0.05 if rough else 1e-3
-        return "" if error <= tolerance else f"memoised and plain hidden states differ by {error:.1e}"
+        # In 16 bits a context of two rare words may come out anyhow, but not most contexts. (SmolLM2-135M in bfloat16:
+        # the median is 0.02 and the largest 0.3; with positions that are off by one, the median is 0.11.)
+        typical, worst = errors.median().item(), errors.max().item()
+        right = typical <= 0.05 and worst <= 0.5 if rough else worst <= 1e-3
+        return "" if right else f"memoised and plain hidden states differ by {typical if rough else worst:.1e}"
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _probe(self) -> float:
-        """The largest relative difference between cached and plain hidden states over a few calls, among them a
-        restart, a row that grows by several tokens, and rows that share the beginning of another one. The states of a
-        call are compared as one vector, since single units of a large model in 16 bits differ by a tenth by rounding
-        alone. (SmolLM2-135M in bfloat16: at most 0.02; with positions that are off by one, at least 0.15.)
+    def _probe(self) -> torch.Tensor:
+        """The relative differences between cached and plain hidden states, one for each context of a few calls, among
+        them a restart, a row that grows by several tokens, and rows that share the beginning of another one.
         """
         vocabulary: int = self._backbone.config.get_text_config().vocab_size  # type: ignore[operator,union-attr]
         # From the whole vocabulary: texts of special tokens alone make more of rounding than a mistake makes elsewhere.
         tokens = np.random.default_rng(0).integers(vocabulary, size=(3, 8))
         branches = np.repeat(tokens[:1], 3, axis=0)
         branches[1:, 4] = [(tokens[0, 4] + 1) % vocabulary, (tokens[0, 4] + 2) % vocabulary]
-        worst = 0.0
+        errors = []
         for input_ids, calls in (
             (tokens, ([2, 3, 1], [3, 4, 2], [5, 2, 2], [5, 3, 3])),
             (branches, ([5, 5, 5],)),
@@ -390,8 +391,8 @@ class PrefixCache:
                 length = np.array(lengths)
                 actual = self._memoised(Contexts(input_ids, length, length)).float()
                 plain = expected[torch.arange(3), torch.from_numpy(length - 1)]
-                worst = max(worst, float((actual - plain).norm() / plain.norm().clamp(min=1e-6)))
-        return worst
+                errors.append((actual - plain).norm(dim=-1) / plain.norm(dim=-1).clamp(min=1e-6))
+        return torch.cat(errors)
 
 
 def _chosen(contexts: Contexts, index: np.ndarray) -> Contexts:
