@@ -106,7 +106,6 @@ def test_what_is_left_of_one_rollout_is_not_used_in_the_next() -> None:
         ([], []),
         ([5, 6], [-1.0, float("nan")]),
         ([5, 6], [-1.0]),
-        ([5, 6], [-1.0, 0.5]),
         ([5, -1], [-1.0, -1.0]),
         ([5, SAMPLING.n_tokens], [-1.0, -1.0]),
     ],
