@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check format builtin peers throughput gpu algorithms arithmetic reward-model smollm2 reasoning overoptimization vllm lowest clients docs clean
+.PHONY: demo test check format builtin peers throughput gpu algorithms arithmetic reward-model smollm2 reasoning overoptimization vllm lowest newest clients docs clean
 
 demo: $(INSTALLED)  ## train PPO on the built-in model, print texts before and after
 	$(BIN)/textrlhf demo --run-dir runs/demo
@@ -72,11 +72,14 @@ clients: .venv-clients/.installed  ## TorchRL, Tianshou, RLlib, AgileRL and rl-z
 lowest:  ## the suite at the lowest versions that pyproject.toml declares (after every change of that file)
 	PYTHON=$(PYTHON) .ci/lowest
 
+newest:  ## the suite at the newest versions, which an installation without constraints.txt gets
+	PYTHON=$(PYTHON) .ci/newest
+
 docs: .venv-site/.installed  ## the pages and the API reference as a site, in site/; links that lead nowhere are errors
 	NO_MKDOCS_2_WARNING=1 .venv-site/bin/mkdocs build --strict
 
 clean:  ## remove the environment and all caches
-	rm -rf $(VENV) .venv-site .venv-peers .venv-vllm .venv-clients .venv-clients-apart .venv-lowest build site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-site .venv-peers .venv-vllm .venv-clients .venv-clients-apart .venv-lowest .venv-newest build site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

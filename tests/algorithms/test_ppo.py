@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from learners import (
+    Rows,
     after_each_rollout,
     constant,
     counted_forwards,
@@ -27,7 +28,7 @@ from learners import (
     weights_of,
 )
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.logger import Logger
 from transformers import PreTrainedModel
 
 from agents.algorithms.ppo import PPO
@@ -39,22 +40,9 @@ from agents.rollouts.sb3_vec_env import make_vec_env
 from text_env.rewards import RewardError
 
 
-class Memory(KVWriter):
-    """Keeps what is logged."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-
-    def write(self, key_values: dict[str, Any], key_excluded: dict[str, Any], step: int = 0) -> None:
-        self.rows.append(dict(key_values))
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-
 def logged(model: PPO, total_timesteps: int, **kwargs: Any) -> list[dict[str, Any]]:
     """Train, and return what each iteration logged."""
-    memory = Memory()
+    memory = Rows()
     model.set_logger(Logger(folder=None, output_formats=[memory]))
     model.learn(total_timesteps, **kwargs)
     return memory.rows
