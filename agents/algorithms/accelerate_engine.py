@@ -11,8 +11,10 @@ are the same. What is lost is that the reduction does not overlap with the backw
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -29,6 +31,8 @@ T = TypeVar("T")
 
 # How long a process waits for the others, in seconds: a rollout of the slowest, or texts and checkpoints of rank 0.
 TIMEOUT_VARIABLE, TIMEOUT = "TEXTRLHF_RANK_TIMEOUT", 1800.0
+# How long a process takes leave of the others when it ends, in seconds: for ever, if it waits for one that does not.
+LEAVING = 5.0
 # How many numbers of the gradient are reduced at once.
 BUCKET = 2**23
 # What errors of the connection speak of.
@@ -187,6 +191,29 @@ def _connect() -> None:
             PartialState(backend="cuda:nccl,cpu:gloo", timeout=timeout)
         else:
             PartialState(cpu=True, timeout=timeout)
+    _leave_at_exit()
+
+
+def _leave_at_exit() -> None:
+    """Leave the other processes when this one ends, while there is still an interpreter. PyTorch's own threads let go
+    of tensors a little later than whoever has waited for these; one that does so when the interpreter is gone aborts
+    the process, whatever it has achieved.
+    """
+    ends = threading.Event()
+
+    def leave() -> None:
+        ends.wait()
+        dist.destroy_process_group()
+
+    # A thread, since leaving waits for the others if an error has ended this process in the middle of something that
+    # they do together; and started now, since none can be started at exit.
+    leaver = threading.Thread(target=leave, name="leave", daemon=True)
+    leaver.start()
+
+    @atexit.register
+    def leave_at_exit() -> None:
+        ends.set()
+        leaver.join(LEAVING)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,49 @@ def test_the_first_process_saves_the_policy_by_itself(of_ranks: Path) -> None:
     weights = of_one("ppo")["weights"]
     ours = {name: weights[f"lm.model.{name}"] for name in saved}
     assert largest_difference(saved, ours) < 1e-6
+
+
+ENDS = """
+import atexit, os, sys
+import torch, torch.distributed as dist
+atexit.register(lambda: print("still connected" if dist.is_initialized() else "has left"))  # the last to be called
+from agents.algorithms.accelerate_engine import AccelerateEngine
+AccelerateEngine.seed(0)
+if os.environ["RANK"] == "0":
+    for _ in range(300):
+        dist.all_reduce(torch.zeros(3), async_op=True)
+    raise ValueError("of its own")
+sys.stdin.read()
+for _ in range(300):
+    dist.all_reduce(torch.zeros(3), async_op=True)
+"""
+
+
+def test_a_process_leaves_the_others_before_it_ends_and_does_not_wait_for_them_in_vain() -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    names = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-c", ENDS],
+            env={**os.environ, **names, "RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(TESTS.parent)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    )
+    with first, second:
+        assert first.stderr is not None
+        # While the second one does not take part in what the first has begun.
+        assert "ValueError: of its own" in first.stderr.read()
+        assert first.wait() == 1
+        assert second.poll() is None
+        said, complaint = second.communicate("")
+        assert second.returncode == 0, complaint
+        assert said == "has left\n"
 
 
 def test_what_can_not_be_shared_is_refused() -> None:
