@@ -62,7 +62,8 @@ TASKS: dict[str, Task] = {
 HEAD: dict[str, Any] = {"policy_kwargs": {"separate_critic": False}}
 COPY: dict[str, Any] = {"policy_kwargs": {"separate_critic": True}}
 REWARD: dict[str, Any] = {"policy_kwargs": {"separate_critic": "builtin"}}
-BEFORE = {"n_epochs": 4, "learning_rate": 1e-4, "gae_lambda": 0.95, "gae_lambda_value": None}
+BEFORE: dict[str, Any] = {"n_epochs": 4, "learning_rate": 1e-4, "gae_lambda": 0.95, "gae_lambda_value": None}
+BEFORE |= {"trust_region": None}
 """PPO's defaults before these trials, with a head for a critic."""
 ONE = {**BEFORE, "n_epochs": 1, "learning_rate": 3e-4}
 TWO = {**BEFORE, "n_epochs": 2, "learning_rate": 3e-4, "gae_lambda_value": 1.0}

@@ -231,6 +231,7 @@ class OnPolicyAlgorithm(Resumable):
         self.reference = reference
         self.reference_was_given = reference is not None
         self.step_factor = 1.0  # what multiplies the actor's learning rate, as a trust region does
+        self.before: Snapshot | None = None  # during an update
         self._iterations = 0  # finished ones, those before a resumption included
         self._advantage_unit = 1.0  # what advantages were divided by
         self._warned_of_first_ratio = False
@@ -522,7 +523,7 @@ class OnPolicyAlgorithm(Resumable):
         :raises FloatingPointError: if ``max_bad_updates`` in a row were bad. The last one's rollout has been saved.
         """
         self.engine.shard()
-        before = Snapshot(self.policy) if self.max_bad_updates else None
+        self.before = Snapshot(self.policy) if self.max_bad_updates else None
         n_updates = self._n_updates
         try:
             self.train()
@@ -537,11 +538,13 @@ class OnPolicyAlgorithm(Resumable):
         except FloatingPointError as error:
             self.bad_updates += 1
             self.bad_updates_in_a_row += 1
-            if before is not None:
-                before.restore()
+            if self.before is not None:
+                self.before.restore()
                 self._n_updates = n_updates
             self.engine.unshard()
             self._report_bad_update(str(error))
+        finally:
+            self.before = None
         self.logger.record("train/bad_updates", self.bad_updates)
 
     def _report_bad_update(self, reason: str) -> None:

@@ -33,6 +33,7 @@ class PPO(Surrogate, ActorCritic):
     :param gae_lambda_value: λ of the critic's targets; None: that of the advantages.
     :param clip_range_vf: ε of value clipping; None: no value clipping.
     :param normalize_advantage: as for ``OnPolicyAlgorithm``.
+    :param trust_region: as for ``Surrogate``.
     :param positive_lm_coef: the weight of −log π of the tokens of good texts, which are imitated in addition (VAPO, Yue
         et al. 2025, https://arxiv.org/abs/2504.05118, who take 0.1, for right answers). The mean is over the tokens of
         all texts, in place of VAPO's over those of good ones.
@@ -53,6 +54,7 @@ class PPO(Surrogate, ActorCritic):
         gae_lambda_value: float | None = 1.0,
         clip_range_vf: float | None = 0.2,
         normalize_advantage: bool | Literal["group"] = True,
+        trust_region: float | None = 8.0,
         positive_lm_coef: float = 0.0,
         positive_score: float = 1.0,
         **kwargs: Any,
@@ -70,6 +72,7 @@ class PPO(Surrogate, ActorCritic):
             gae_lambda_value=gae_lambda_value,
             clip_range_vf=clip_range_vf,
             normalize_advantage=normalize_advantage,
+            trust_region=trust_region,
             **kwargs,
         )
         if gae_lambda is None and isinstance(self.policy_kwargs.get("separate_critic"), str | Path):

@@ -18,11 +18,20 @@ class Weights:
     """Copies of weights, to go back to. Of weights that several processes share, each copies its own part.
 
     :param parameters: the weights.
+    :param before: the copies, if there are some already.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], before: Sequence[torch.Tensor] | None = None) -> None:
         self._parameters = parameters
-        self._before = copies([local(parameter) for parameter in parameters])
+        self._before = copies([local(parameter) for parameter in parameters]) if before is None else before
+
+    def of(self, parameters: Sequence[nn.Parameter]) -> Weights:
+        """
+        :param parameters: some of the weights.
+        :return: these alone, with the same copies.
+        """
+        copied = {id(parameter): before for parameter, before in zip(self._parameters, self._before, strict=True)}
+        return Weights(parameters, [copied[id(parameter)] for parameter in parameters])
 
     @torch.no_grad()
     def go_back(self, kept: float = 0.0) -> None:
@@ -43,14 +52,14 @@ class Snapshot:
 
     def __init__(self, policy: CausalLMPolicy) -> None:
         self._optimizer = policy.optimizer
-        self._weights = Weights(trained(policy))
+        self.weights = Weights(trained(policy))
         state = self._optimizer.state_dict()
         moments = [x for one in state["state"].values() for x in one.values() if isinstance(x, torch.Tensor)]
         self._state = copy.deepcopy(state, dict(zip(map(id, moments), copies(moments), strict=True)))
 
     def restore(self) -> None:
         """Set weights and optimiser as they were. This can be done once."""
-        self._weights.go_back()
+        self.weights.go_back()
         self._optimizer.load_state_dict(self._state)
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from agents.algorithms.on_policy import OnPolicyAlgorithm
+from agents.algorithms.snapshot import Weights
 from agents.algorithms.trust_region import TrustRegion
 from agents.objectives.kl import kl_k3
 from agents.objectives.losses import cispo, clip_ratio, clipped_surrogate, sequence_log_ratio
@@ -94,7 +95,9 @@ class Surrogate(OnPolicyAlgorithm):
         if self.trust_region is None:
             super().train()
             return
-        region = TrustRegion(self.policy, self.trust_region, self.engine, self.micro_batch_tokens)
+        actor = self.policy.optimizer.param_groups[0]["params"]
+        before = Weights(actor) if self.before is None else self.before.weights.of(actor)
+        region = TrustRegion(self.policy, before, self.trust_region, self.engine, self.micro_batch_tokens)
         super().train()
         reached, kept = region.hold(self.buffer)
         # Towards the rate at which this update would have ended at the limit. Of an update that went very far that is

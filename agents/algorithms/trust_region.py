@@ -34,19 +34,26 @@ TOLERANCE = 1.1
 class TrustRegion:
     """The weights of the actor before an update, and the distance from them that the update may reach.
 
-    :param policy: the policy, before the update.
+    :param policy: the policy.
+    :param before: the weights of its actor before the update.
     :param limit: the largest KL(π_old ‖ π), in nats per episode.
     :param engine: the engine, which knows of other processes.
     :param micro_batch_tokens: the largest number of tokens of one forward pass; None: what suits the device.
     """
 
-    def __init__(self, policy: CausalLMPolicy, limit: float, engine: Engine, micro_batch_tokens: int | None) -> None:
+    def __init__(
+        self,
+        policy: CausalLMPolicy,
+        before: Weights,
+        limit: float,
+        engine: Engine,
+        micro_batch_tokens: int | None,
+    ) -> None:
         self._policy = policy
+        self._before = before
         self._limit = limit
         self._engine = engine
         self._micro_batch_tokens = micro_batch_tokens
-        actor, _ = policy.optimizer.param_groups
-        self._before = Weights(actor["params"])
 
     def hold(self, buffer: EpisodeBuffer) -> tuple[float, float]:
         """Shorten the update until it is within the limit.
@@ -78,7 +85,7 @@ class TrustRegion:
         sums = []
         for part in buffer.batches(np.arange(len(lengths)), self._micro_batch_tokens):
             samples = buffer.pack(part)
-            _, log_prob, _, _ = self._policy.evaluate(samples.observations, samples.actions)
+            log_prob = self._policy.evaluate_log_probs(samples.observations, samples.actions)
             sums.append(kl_k3((samples.old_log_prob - log_prob).double()).sum())
         total = float(torch.stack(sums).sum())
         return self._engine.total(total if math.isfinite(total) else math.inf) / self._engine.total(len(lengths))

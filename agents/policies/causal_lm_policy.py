@@ -293,6 +293,16 @@ class CausalLMActorCritic(BasePolicy):
             hidden = self.lm.run(self.critic, input_ids)[at.row, at.column]
         return self._predictions(hidden), log_prob, entropy, kl
 
+    def evaluate_log_probs(self, obs: PyTorchObs, actions: torch.Tensor) -> torch.Tensor:
+        """The log-probabilities that :meth:`evaluate_actions` gives, for which no critic is needed.
+
+        :param obs: as for :meth:`evaluate_actions`.
+        :param actions: as for :meth:`evaluate_actions`.
+        :return: log-probabilities [N], in nats.
+        """
+        input_ids, at = self._sequences(obs)
+        return self.lm.evaluate(input_ids, at, actions.long().flatten(), None, None)[0]
+
     def _sequences(self, obs: PyTorchObs) -> tuple[torch.Tensor, Positions]:
         """The fewest sequences that hold all contexts of a batch, and where."""
         assert isinstance(obs, Mapping)

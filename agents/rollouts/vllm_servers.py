@@ -104,6 +104,7 @@ class VllmServers:
             weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
         self._weights: _Weights | None = None
         self._lock = threading.Lock()  # over who writes what
+        self._waits = False  # whether nobody is there, which has been said
         self._slots = threading.BoundedSemaphore(MOST_REQUESTS)
 
     def write(self, requests: Sequence[Request], sampling: Sampling) -> list[Continuation]:
@@ -171,7 +172,12 @@ class VllmServers:
                 live = [server for server in self._servers if server.is_live]
                 if not live:
                     causes = "; ".join(f"{server.url}: {server.cause}" for server in self._servers)
-                    raise NoServerLeft(f"No server of vLLM is left ({causes}). Start one again at its address.")
+                    message = f"No server of vLLM answers ({causes}). Start one at its address."
+                    if self._patience and not self._waits:
+                        logger.warning("%s This waits for it, for %g s at the longest.", message, self._patience)
+                    self._waits = True
+                    raise NoServerLeft(message)
+                self._waits = False
                 least = min(live, key=lambda server: server.busy)
                 least.busy += 1
                 return least

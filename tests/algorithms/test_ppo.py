@@ -113,7 +113,8 @@ def test_a_strong_kl_penalty_holds_the_policy_near_its_reference() -> None:
 def test_the_whole_update_is_the_one_written_out_from_the_equations() -> None:
     """One epoch of one minibatch: GAE, whitening, surrogate, value loss, clipping and Adam, in twenty lines."""
     env = make_env(4)
-    model = make_ppo(env, n_epochs=1, batch_size=8, learning_rate=1e-2, kl_coef=0.3, ent_coef=0.01, max_grad_norm=0.05)
+    kwargs = {"n_epochs": 1, "batch_size": 8, "kl_coef": 0.3, "ent_coef": 0.01, "max_grad_norm": 0.05}
+    model = make_ppo(env, learning_rate=1e-2, trust_region=None, **kwargs)
     twin = copy.deepcopy(model.policy)
     model.learn(1)
     buffer = model.buffer

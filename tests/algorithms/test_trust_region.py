@@ -10,6 +10,7 @@ import torch
 from learners import largest_difference, make_env, make_model, make_ppo, weights_of
 
 from agents.algorithms.ppo import PPO
+from agents.algorithms.snapshot import Weights
 from agents.algorithms.trust_region import TOLERANCE, TrustRegion
 
 
@@ -21,6 +22,11 @@ def distance(model: PPO) -> float:
         _, log_prob, _ = model.policy.evaluate_actions(samples.observations, samples.actions)
     log_ratio = (log_prob - samples.old_log_prob).double()
     return float((torch.expm1(log_ratio) - log_ratio).sum()) / buffer.n_episodes
+
+
+def actor(model: PPO) -> Weights:
+    """A copy of the actor's weights."""
+    return Weights(model.policy.optimizer.param_groups[0]["params"])
 
 
 @pytest.mark.parametrize("learning_rate", [1e-3, 1e-2, 1e-1])
@@ -43,6 +49,19 @@ def test_an_update_that_stays_within_the_limit_is_not_touched() -> None:
     assert largest_difference(*ends) == 0
 
 
+def test_it_goes_back_to_the_copies_that_undo_a_bad_update_or_to_its_own() -> None:
+    ends = []
+    for undone in (0, 3):  # with no such copies, and with them
+        torch.manual_seed(0)
+        model = make_ppo(make_env(32), learning_rate=1e-2, n_episodes=32, batch_size=8, trust_region=0.05)
+        model.max_bad_updates = undone
+        model.learn(300)
+        assert model.before is None
+        assert model.logger.name_to_value["train/update_kept"] < 1
+        ends.append(weights_of(model.policy))
+    assert largest_difference(*ends) == 0
+
+
 def test_the_learning_rate_follows_what_was_taken_back_and_recovers() -> None:
     model = make_ppo(make_env(32), learning_rate=1e-2, n_episodes=32, batch_size=8, trust_region=0.05)
     model.learn(1)
@@ -56,7 +75,7 @@ def test_the_learning_rate_follows_what_was_taken_back_and_recovers() -> None:
 
 def test_the_distance_is_the_mean_over_episodes_of_summed_divergences() -> None:
     model = make_ppo(make_env(8), learning_rate=1e-2)
-    region = TrustRegion(model.policy, 1.0, model.engine, 64)
+    region = TrustRegion(model.policy, actor(model), 1.0, model.engine, 64)
     model.learn(1)
     assert region.distance(model.buffer) == pytest.approx(distance(model), rel=1e-4)
 
@@ -64,7 +83,7 @@ def test_the_distance_is_the_mean_over_episodes_of_summed_divergences() -> None:
 def test_weights_that_are_no_numbers_are_taken_back() -> None:
     model = make_ppo(model=make_model(ends=0.2))
     model.learn(1)
-    region = TrustRegion(model.policy, 0.05, model.engine, 4096)
+    region = TrustRegion(model.policy, actor(model), 0.05, model.engine, 4096)
     with torch.no_grad():
         for parameter in model.policy.lm.model.parameters():
             parameter += 1e4 * torch.randn_like(parameter)

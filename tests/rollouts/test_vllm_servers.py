@@ -180,6 +180,22 @@ def test_the_only_server_may_come_back_and_is_given_the_weights_before_it_writes
         assert np.abs(one.log_probs - other.log_probs).max() < 1e-6
 
 
+def test_a_server_that_is_not_there_yet_is_waited_for_and_that_is_said_once(
+    model: str, servers: list[StandIn], caplog: pytest.LogCaptureFixture
+) -> None:
+    env = make_env()
+    policy = policy_of(env, model)
+    servers[0].dies_after = 0
+    backend = client(servers[0], patience=30.0)
+    threading.Timer(2.0, servers[0].restart).start()
+    with caplog.at_level(logging.WARNING):
+        backend.take_weights(policy, 1)
+        assert len(backend.write(REQUESTS, Sampling.of(policy, env))) == len(REQUESTS)
+    [said] = caplog.messages
+    assert f"No server of vLLM answers ({servers[0].url}" in said
+    assert "This waits for it, for 30 s at the longest" in said
+
+
 def test_if_nobody_is_left_the_error_says_who_said_what_at_last(model: str, servers: list[StandIn]) -> None:
     env = make_env()
     policy = policy_of(env, model)
@@ -187,7 +203,7 @@ def test_if_nobody_is_left_the_error_says_who_said_what_at_last(model: str, serv
     backend.take_weights(policy, 1)
     for server in servers:
         server.dies_after = 0
-    with pytest.raises(NoServerLeft, match=rf"No server of vLLM is left \({servers[0].url}: .*{servers[1].url}: "):
+    with pytest.raises(NoServerLeft, match=rf"No server of vLLM answers \({servers[0].url}: .*{servers[1].url}: "):
         backend.write(REQUESTS[:1], Sampling.of(policy, env))
     with pytest.raises(NoServerLeft):
         backend.take_weights(policy, 2)
