@@ -130,11 +130,14 @@ def test_an_update_waits_once_a_step_however_many_parts_the_step_has(
     with counted() as counts:
         model.update()
     assert model.bad_updates == 0
-    assert counts.to_device == n_steps * n_parts  # a packed batch
+    # For the trust region all eight texts are read once more, without the critic, in parts of the same size.
+    measured = 1 if model.micro_batch_tokens is None else 8
+    assert counts.to_device == n_steps * n_parts + measured  # a packed batch
     assert counts.to_host == n_steps  # what is logged, the norm of the gradient, and whether all of it is finite
-    # transformers looks at the positions of whole sequences, once a forward pass; and we at the weights, at the end.
+    # transformers looks at the positions of whole sequences, once a forward pass; and we at the distance and the
+    # weights, at the end.
     decoders = 1 if model.policy.critic is None else 2
-    assert counts.waits == decoders * n_steps * n_parts + 1
+    assert counts.waits == decoders * n_steps * n_parts + measured + 2
 
 
 def test_the_reference_of_a_rollout_is_waited_for_once(accelerator: torch.device) -> None:
@@ -189,6 +192,7 @@ def test_a_step_of_the_update_launches_116_kernels_more_than_bare_passes_however
         batch_size=8,
         n_epochs=1,
         policy_kwargs={"separate_critic": False},
+        trust_region=None,  # which isn't measured step by step
     ).learn(1)
     samples = model.buffer.pack(np.arange(8))
     observations = samples.observations
