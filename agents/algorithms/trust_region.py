@@ -23,7 +23,8 @@ from agents.objectives.kl import kl_k3
 from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.episode_buffer import EpisodeBuffer
 
-# The number of episodes that the distance is measured on.
+# The number of episodes that the distance is measured on, at most: those of all processes, spread evenly over the
+# rollout, so that they are the same however many processes share it, and of different prompts.
 MEASURED_EPISODES = 32
 # How often an update is shortened at most. Once is enough where KL grows with the square of the step.
 MAX_CUTS = 4
@@ -77,15 +78,16 @@ class TrustRegion:
     def distance(self, buffer: EpisodeBuffer) -> float:
         """
         :param buffer: the rollout.
-        :return: KL(π_old ‖ π) in nats per episode, of the first episodes of the rollout; infinite where the update has
+        :return: KL(π_old ‖ π) in nats per episode, of episodes spread over the rollout; infinite where the update has
             gone so far that the policy's numbers are not finite.
         """
         self._engine.unshard()
-        lengths = buffer.lengths[:MEASURED_EPISODES]
+        every = math.ceil(self._engine.total(buffer.n_episodes) / MEASURED_EPISODES)
+        episodes = np.arange(0, buffer.n_episodes, every)
         sums = []
-        for part in buffer.batches(np.arange(len(lengths)), self._micro_batch_tokens):
+        for part in buffer.batches(episodes, self._micro_batch_tokens):
             samples = buffer.pack(part)
             log_prob = self._policy.evaluate_log_probs(samples.observations, samples.actions)
             sums.append(kl_k3((samples.old_log_prob - log_prob).double()).sum())
         total = float(torch.stack(sums).sum())
-        return self._engine.total(total if math.isfinite(total) else math.inf) / self._engine.total(len(lengths))
+        return self._engine.total(total if math.isfinite(total) else math.inf) / self._engine.total(len(episodes))

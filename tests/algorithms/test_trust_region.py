@@ -73,6 +73,19 @@ def test_the_learning_rate_follows_what_was_taken_back_and_recovers() -> None:
     assert model.step_factor == pytest.approx(0.6)
 
 
+def test_of_many_texts_every_so_manyth_is_measured() -> None:
+    model = make_ppo(make_env(32), learning_rate=1e-2, n_episodes=96, batch_size=8, trust_region=None)
+    region = TrustRegion(model.policy, actor(model), 1.0, model.engine, None)
+    model.learn(1)
+    log_ratios = []
+    for episode in range(0, 96, 3):
+        samples = model.buffer.pack(np.array([episode]))
+        log_prob = model.policy.evaluate_log_probs(samples.observations, samples.actions)
+        log_ratios.append((log_prob.detach() - samples.old_log_prob).double())
+    expected = sum(float((torch.expm1(x) - x).sum()) for x in log_ratios) / 32
+    assert region.distance(model.buffer) == pytest.approx(expected, rel=1e-4)
+
+
 def test_the_distance_is_the_mean_over_episodes_of_summed_divergences() -> None:
     model = make_ppo(make_env(8), learning_rate=1e-2)
     region = TrustRegion(model.policy, actor(model), 1.0, model.engine, 64)
