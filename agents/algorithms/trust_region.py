@@ -24,7 +24,7 @@ from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.episode_buffer import EpisodeBuffer
 
 # The number of episodes that the distance is measured on, at most: those of all processes, spread evenly over the
-# rollout, so that they are the same however many processes share it, and of different prompts.
+# rollout, so that they are the same however many processes share it, and of more prompts.
 MEASURED_EPISODES = 32
 # How often an update is shortened at most. Once is enough where KL grows with the square of the step.
 MAX_CUTS = 4

@@ -9,9 +9,11 @@ import pytest
 import torch
 from learners import largest_difference, make_env, make_model, make_ppo, weights_of
 
+from agents.algorithms.engine import Engine
 from agents.algorithms.ppo import PPO
 from agents.algorithms.snapshot import Weights
 from agents.algorithms.trust_region import TOLERANCE, TrustRegion
+from agents.rollouts.collector import collect_episodes
 
 
 def distance(model: PPO) -> float:
@@ -84,6 +86,32 @@ def test_of_many_texts_every_so_manyth_is_measured() -> None:
         log_ratios.append((log_prob.detach() - samples.old_log_prob).double())
     expected = sum(float((torch.expm1(x) - x).sum()) for x in log_ratios) / 32
     assert region.distance(model.buffer) == pytest.approx(expected, rel=1e-4)
+
+
+def test_two_processes_measure_the_texts_that_one_would() -> None:
+    model = make_ppo(make_env(32), n_episodes=96, batch_size=8)
+    before, sampled = actor(model), model.new_buffer()
+    collect_episodes(model.policy, model.vector_env, 96, sampled)
+    with torch.no_grad():  # an update
+        for parameter in model.policy.lm.model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+
+    def distance_of(episodes: np.ndarray, engine: Engine) -> float:
+        buffer = model.new_buffer()
+        buffer.extend(sampled, episodes)
+        buffer.finalize()
+        return TrustRegion(model.policy, before, 1.0, engine, None).distance(buffer)
+
+    class OneOfTwo(Engine):
+        """Has one half of the texts; what is added up is its own part."""
+
+        def total(self, value: float) -> float:
+            return 96.0 if value == 48 else value
+
+    parts = [distance_of(half, OneOfTwo(model.policy)) for half in np.split(np.arange(96), 2)]
+    whole = distance_of(np.arange(96), model.engine)
+    assert parts[0] != parts[1]
+    assert np.mean(parts) == pytest.approx(whole, rel=1e-6)
 
 
 def test_the_distance_is_the_mean_over_episodes_of_summed_divergences() -> None:
