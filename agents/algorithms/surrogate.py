@@ -35,8 +35,8 @@ class Surrogate(OnPolicyAlgorithm):
     :param target_kl: an update stops when the KL divergence from the policy that sampled, in nats per token, exceeds
         1.5 times this number; None: never.
     :param trust_region: the largest KL divergence from the policy that sampled, in nats per *episode*, that an update
-        may reach. A longer update is shortened, and the learning rate of the next ones is lowered as long as they would
-        be too long; None: no limit.
+        may reach; or the entropy of an episode, where that is less. A longer update is shortened, and the learning rate
+        of the next ones is lowered as long as they would be too long; None: no limit.
     :param kwargs: the other arguments of ``OnPolicyAlgorithm``.
     :raises ValueError: for another surrogate, or if a number is out of range.
     """

@@ -8,6 +8,10 @@ since Adam divides by the gradient's size.
 
 The distance is the KL divergence of an *episode*, since it is the episode that is scored: by Pinsker's inequality the
 mean of a score between 0 and 1 changes by at most √(KL / 2).
+
+It is the number of nats by which the policy's own texts have become more surprising. How surprising they were is their
+entropy, and no update goes further than that, whatever the limit: what a policy of short texts, or one that is nearly
+sure, can't have learned from its rollout is held back as well, where a number of nats alone would be no limit.
 """
 
 from __future__ import annotations
@@ -30,6 +34,10 @@ MEASURED_EPISODES = 32
 MAX_CUTS = 4
 # What a distance may exceed the limit by before another cut.
 TOLERANCE = 1.1
+# The smallest limit that the entropy leads to, in nats per episode: it is known from a rollout's texts only, and of a
+# policy that is sure of nearly all it writes, they may show none at all. By Pinsker's inequality, 0.02 nats change the
+# mean of a score between 0 and 1 by at most 0.1.
+LEAST_BY_ENTROPY = 0.02
 
 
 class TrustRegion:
@@ -37,7 +45,7 @@ class TrustRegion:
 
     :param policy: the policy.
     :param before: the weights of its actor before the update.
-    :param limit: the largest KL(π_old ‖ π), in nats per episode.
+    :param limit: the largest KL(π_old ‖ π), in nats per episode; where the policy's texts have less entropy, that is.
     :param engine: the engine, which knows of other processes.
     :param micro_batch_tokens: the largest number of tokens of one forward pass; None: what suits the device.
     """
@@ -57,22 +65,31 @@ class TrustRegion:
         self._micro_batch_tokens = micro_batch_tokens
 
     def hold(self, buffer: EpisodeBuffer) -> tuple[float, float]:
-        """Shorten the update until it is within the limit.
+        """Shorten the update until it is within the limit and the entropy.
 
         :param buffer: the rollout, sampled by the policy before the update.
         :return: the KL divergence that the whole update would have reached, in nats per episode; and the share of the
             update that is kept, 1 where it is within the limit.
         """
+        limit = min(self._limit, max(self.entropy(buffer), LEAST_BY_ENTROPY))
         reached = kl = self.distance(buffer)
         kept = 1.0
         for _ in range(MAX_CUTS):
-            if kl <= TOLERANCE * self._limit:
+            if kl <= TOLERANCE * limit:
                 break
-            cut = math.sqrt(self._limit / kl) if math.isfinite(kl) else 0.1
+            cut = math.sqrt(limit / kl) if math.isfinite(kl) else 0.1
             self._before.go_back(kept=cut)
             kept *= cut
             kl = self.distance(buffer)
         return reached, kept
+
+    def entropy(self, buffer: EpisodeBuffer) -> float:
+        """
+        :param buffer: the rollout.
+        :return: the entropy of the texts of the policy that sampled, in nats per episode: the mean of −log π_old(text).
+        """
+        total = -float(buffer.log_probs.sum(dtype=np.float64))
+        return self._engine.total(total) / self._engine.total(buffer.n_episodes)
 
     @torch.no_grad()
     def distance(self, buffer: EpisodeBuffer) -> float:
