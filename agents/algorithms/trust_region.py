@@ -30,8 +30,8 @@ from agents.rollouts.episode_buffer import EpisodeBuffer
 # The number of episodes that the distance is measured on, at most: those of all processes, spread evenly over the
 # rollout, so that they are the same however many processes share it, and of more prompts.
 MEASURED_EPISODES = 32
-# How often an update is shortened at most. Once is enough where KL grows with the square of the step.
-MAX_CUTS = 4
+# How often an update is shortened before it is taken back. Once is enough for all but very long ones.
+MAX_CUTS = 8
 # What a distance may exceed the limit by before another cut.
 TOLERANCE = 1.1
 # The smallest limit that the entropy leads to, in nats per episode: it is known from a rollout's texts only, and of a
@@ -69,18 +69,23 @@ class TrustRegion:
 
         :param buffer: the rollout, sampled by the policy before the update.
         :return: the KL divergence that the whole update would have reached, in nats per episode; and the share of the
-            update that is kept, 1 where it is within the limit.
+            update that is kept: 1 where it is within the limit, 0 where no part of it is found that is.
         """
         limit = min(self._limit, max(self.entropy(buffer), LEAST_BY_ENTROPY))
         reached = kl = self.distance(buffer)
         kept = 1.0
-        for _ in range(MAX_CUTS):
+        for i in range(MAX_CUTS):
             if kl <= TOLERANCE * limit:
                 break
-            cut = math.sqrt(limit / kl) if math.isfinite(kl) else 0.1
+            # KL grows with the square of a short step; with that of a very long one it hardly grows, so each further cut
+            # takes more away, however near the limit is.
+            cut = min(math.sqrt(limit / kl), 4 / (4 + i)) if math.isfinite(kl) else 0.1
             self._before.go_back(kept=cut)
             kept *= cut
             kl = self.distance(buffer)
+        else:
+            self._before.go_back()
+            kept = 0.0
         return reached, kept
 
     def entropy(self, buffer: EpisodeBuffer) -> float:

@@ -12,8 +12,9 @@ from learners import largest_difference, make_env, make_model, make_ppo, weights
 from agents.algorithms.engine import Engine
 from agents.algorithms.ppo import PPO
 from agents.algorithms.snapshot import Weights
-from agents.algorithms.trust_region import TOLERANCE, TrustRegion
+from agents.algorithms.trust_region import LEAST_BY_ENTROPY, TOLERANCE, TrustRegion
 from agents.rollouts.collector import collect_episodes
+from agents.rollouts.episode_buffer import EpisodeBuffer
 
 
 def distance(model: PPO) -> float:
@@ -40,6 +41,56 @@ def test_an_update_stays_within_the_limit_whatever_the_learning_rate(learning_ra
     for _ in range(3):
         held.learn(1)
         assert 0.005 < distance(held) <= TOLERANCE * 0.05
+
+
+@pytest.mark.parametrize("sharp", [1.0, 2.0])
+def test_an_update_stays_within_the_entropy_of_the_texts_however_large_the_limit_is(sharp: float) -> None:
+    sampled = []
+    for limit in (None, 1e6):
+        torch.manual_seed(0)
+        model = make_ppo(
+            make_env(32),
+            model=make_model(sharp=sharp),
+            learning_rate=1e-1,
+            n_episodes=32,
+            batch_size=8,
+            trust_region=limit,
+        )
+        model.learn(1)
+        entropy = -float(model.buffer.log_probs.sum()) / 32
+        assert entropy > LEAST_BY_ENTROPY
+        if limit is None:
+            assert distance(model) > 2 * entropy
+        else:
+            assert 0.1 * entropy < distance(model) <= TOLERANCE * entropy
+        sampled.append(entropy)
+    assert sampled[0] == sampled[1]
+
+
+def test_a_policy_that_seems_to_be_sure_of_all_it_writes_may_still_be_updated() -> None:
+    class Sure(TrustRegion):
+        """Of whose texts the rollout has only the likeliest ones."""
+
+        def entropy(self, buffer: EpisodeBuffer) -> float:
+            return 0.0
+
+    model = make_ppo(make_env(32), learning_rate=1e-2, n_episodes=32, batch_size=8)
+    region = Sure(model.policy, actor(model), 8.0, model.engine, None)
+    model.learn(1)
+    assert distance(model) > 2 * LEAST_BY_ENTROPY
+    _, kept = region.hold(model.buffer)
+    assert 0 < kept < 1
+    assert LEAST_BY_ENTROPY / 2 < distance(model) <= TOLERANCE * LEAST_BY_ENTROPY
+
+
+def test_an_update_of_which_no_part_is_within_the_limit_is_taken_back() -> None:
+    model = make_ppo(make_env(32), learning_rate=1e-2, n_episodes=32, batch_size=8)
+    before = weights_of(model.policy.lm)
+    region = TrustRegion(model.policy, actor(model), 1e-3, model.engine, None)
+    model.learn(1)
+    model.buffer.log_probs = model.buffer.log_probs + np.float32(1.0)  # from which the policy is far before any update
+    assert region.hold(model.buffer)[1] == 0
+    assert largest_difference(before, weights_of(model.policy.lm)) == 0
 
 
 def test_an_update_that_stays_within_the_limit_is_not_touched() -> None:
@@ -96,11 +147,12 @@ def test_two_processes_measure_the_texts_that_one_would() -> None:
         for parameter in model.policy.lm.model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
 
-    def distance_of(episodes: np.ndarray, engine: Engine) -> float:
+    def measured(episodes: np.ndarray, engine: Engine) -> tuple[float, float]:
         buffer = model.new_buffer()
         buffer.extend(sampled, episodes)
         buffer.finalize()
-        return TrustRegion(model.policy, before, 1.0, engine, None).distance(buffer)
+        region = TrustRegion(model.policy, before, 1.0, engine, None)
+        return region.distance(buffer), region.entropy(buffer)
 
     class OneOfTwo(Engine):
         """Has one half of the texts; what is added up is its own part."""
@@ -108,10 +160,12 @@ def test_two_processes_measure_the_texts_that_one_would() -> None:
         def total(self, value: float) -> float:
             return 96.0 if value == 48 else value
 
-    parts = [distance_of(half, OneOfTwo(model.policy)) for half in np.split(np.arange(96), 2)]
-    whole = distance_of(np.arange(96), model.engine)
-    assert parts[0] != parts[1]
-    assert np.mean(parts) == pytest.approx(whole, rel=1e-6)
+    parts = [measured(half, OneOfTwo(model.policy)) for half in np.split(np.arange(96), 2)]
+    whole = measured(np.arange(96), model.engine)
+    assert (np.array(parts[0]) != parts[1]).all()
+    distances, entropies = zip(*parts, strict=True)
+    assert np.mean(distances) == pytest.approx(whole[0], rel=1e-6)
+    assert sum(entropies) == pytest.approx(whole[1], rel=1e-6)  # each is a process's own part of the mean
 
 
 def test_the_distance_is_the_mean_over_episodes_of_summed_divergences() -> None:
