@@ -77,8 +77,8 @@ class TrustRegion:
         for i in range(MAX_CUTS):
             if kl <= TOLERANCE * limit:
                 break
-            # KL grows with the square of a short step; with that of a very long one it hardly grows, so each further cut
-            # takes more away, however near the limit is.
+            # KL grows with the square of a short step. With a very long one it hardly grows, so each further cut takes
+            # more away, however near the limit is.
             cut = min(math.sqrt(limit / kl), 4 / (4 + i)) if math.isfinite(kl) else 0.1
             self._before.go_back(kept=cut)
             kept *= cut
