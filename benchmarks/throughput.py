@@ -367,10 +367,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def file_for(device: torch.device) -> Path:
     """
     :param device: where something is measured.
-    :return: the file of the figures of its kind of processor, which are never averaged over kinds.
+    :return: the file of the figures of its kind of processor and its widest instructions, which are never averaged over
+        kinds.
     """
     here = machine(device)
-    name = re.sub(r"\(R\)|\(TM\)|Processor|CPU.*", "", here["cpu"] if device.type == "cpu" else here["device"])
+    kind = f"{here['cpu']} {here['instructions']}" if device.type == "cpu" else here["device"]
+    name = re.sub(r"\(R\)|\(TM\)|Processor|CPU.* ", " ", kind)
     return ROOT / "benchmarks" / "results" / f"throughput-{'-'.join(name.lower().split())}.json"
 
 
@@ -386,10 +388,10 @@ def before(file: Path, device: torch.device) -> dict[str, Any]:
     if file.exists():
         report = json.loads(file.read_text())
         there = report["machine"]
-        if (there["cpu"], there["device"]) != (here["cpu"], here["device"]):
+        kinds = [tuple(one.get(name) for name in ("cpu", "instructions", "device")) for one in (here, there)]
+        if kinds[0] != kinds[1]:
             raise SystemExit(
-                f"Expected {file} to have figures of this machine ({here['cpu']}, {here['device']}), got some of "
-                f"{there['cpu']}, {there['device']}: take another name."
+                f"Expected {file} to have figures of this machine {kinds[0]}, got some of {kinds[1]}: take another name."
             )
     return report
 

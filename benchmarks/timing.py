@@ -120,6 +120,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     memory = [int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")]
     return {
         "cpu": names[0] if names else platform.processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),  # which products of matrices depend on
         "cores": os.cpu_count(),
         "memory_gib": round(memory[0] / 2**20, 1) if memory else None,
         "load_at_start": os.getloadavg()[0],

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from learners import save_model
 from tiny import tiny_tokenizer
 from transformers.utils import logging as transformers_logging
@@ -16,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from agents.models import decoding
 from benchmarks import models, throughput, timing
 from benchmarks.throughput import KEYS, main
+from benchmarks.timing import machine
 
 # TRL's own PPO needs an environment of its own, which `make peers` installs.
 WITHOUT_TRL = [key for key in KEYS if "trl" not in key]
@@ -64,6 +66,25 @@ def test_every_figure_is_measured_also_on_an_instruct_model(
     assert again["env_share"] == report["figures"]["env_share"]
     assert again["buffer_bytes_per_token"]["command"] != report["figures"]["buffer_bytes_per_token"]["command"]
 
-    path.write_text(json.dumps({**report, "machine": {**report["machine"], "cpu": "another"}}))
-    with pytest.raises(SystemExit, match=r"figures of this machine .*, got some of another, cpu: take another name"):
-        main([*small, "--only", "buffer_bytes_per_token", "--json", str(path)])
+    for name in ("cpu", "instructions"):
+        path.write_text(json.dumps({**report, "machine": {**report["machine"], name: "another"}}))
+        with pytest.raises(
+            SystemExit, match=r"figures of this machine \(.*\), got some of \(.*'another'.*take another"
+        ):
+            main([*small, "--only", "buffer_bytes_per_token", "--json", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("cpu", "instructions", "file"),
+    [
+        ("AMD EPYC", "AVX2", "throughput-amd-epyc-avx2.json"),
+        ("Intel(R) Xeon(R) CPU @ 2.20GHz", "AVX512", "throughput-intel-xeon-avx512.json"),
+        ("Intel(R) Xeon(R) Processor", "AVX512", "throughput-intel-xeon-avx512.json"),
+    ],
+)
+def test_a_kind_of_processor_has_a_file_of_its_own(
+    cpu: str, instructions: str, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = {**machine(torch.device("cpu")), "cpu": cpu, "instructions": instructions}
+    monkeypatch.setattr(throughput, "machine", lambda device: here)
+    assert throughput.file_for(torch.device("cpu")).name == file
