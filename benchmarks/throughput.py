@@ -391,7 +391,8 @@ def before(file: Path, device: torch.device) -> dict[str, Any]:
         kinds = [tuple(one.get(name) for name in ("cpu", "instructions", "device")) for one in (here, there)]
         if kinds[0] != kinds[1]:
             raise SystemExit(
-                f"Expected {file} to have figures of this machine {kinds[0]}, got some of {kinds[1]}: take another name."
+                f"Expected {file} to have figures of this machine {kinds[0]}, got some of {kinds[1]}: take another "
+                "name."
             )
     return report
 
