@@ -12,7 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # torch.compile would start a process of its own to compile in, which imports all of PyTorch for a dozen small files.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -31,6 +31,29 @@ def pytest_collectstart() -> None:
     # With several threads the order of additions, and the last digits with it, would depend on the machine.
     torch.set_num_threads(1)
     accelerator.announce()
+    _refuse_to_read_what_was_never_logged()
+
+
+def _refuse_to_read_what_was_never_logged() -> None:
+    """SB3's logger says 0 of a name that it doesn't have, or has no more after a dump; a test would compare that."""
+    import sys
+    from collections import defaultdict
+
+    from stable_baselines3.common.logger import Logger
+
+    class Logged(defaultdict[str, float]):
+        def __missing__(self, name: str) -> float:
+            if sys._getframe(1).f_code.co_filename.startswith(os.path.dirname(__file__)):
+                raise KeyError(f"{name} is not in the log, or has been dumped (learn(…, log_interval=0) dumps nothing)")
+            return super().__missing__(name)
+
+    init = Logger.__init__
+
+    def strict(self: Logger, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.name_to_value = Logged(float)
+
+    Logger.__init__ = strict
 
 
 def pytest_collection_finish() -> None:

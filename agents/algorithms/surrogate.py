@@ -63,6 +63,7 @@ class Surrogate(OnPolicyAlgorithm):
         self.dual_clip = dual_clip
         self.target_kl = target_kl
         self.trust_region = trust_region
+        self._rounding = 0.0
         super().__init__(policy, env, **kwargs)
 
     def surrogate_loss(
@@ -99,9 +100,13 @@ class Surrogate(OnPolicyAlgorithm):
         before = Weights(actor) if self.before is None else self.before.weights.of(actor)
         region = TrustRegion(self.policy, before, self.trust_region, self.engine, self.micro_batch_tokens)
         super().train()
-        reached, kept = region.hold(self.buffer)
+        reached, kept = region.hold(self.buffer, self._rounding)
         # Towards the rate at which this update would have ended at the limit. Of an update that went very far that is
         # badly known, hence the lower bound, and the way back up is taken more slowly.
         self.step_factor = min(1.0, self.step_factor * (max(kept, 0.5) if kept < 1 else 1.2))
         self.logger.record("train/update_kl", reached)
         self.logger.record("train/update_kept", kept)
+
+    def _report_first(self, distance: float, means: dict[str, float]) -> None:
+        super()._report_first(distance, means)
+        self._rounding = means["approx_kl"]  # no step has been taken yet, so it is of rounding alone

@@ -64,14 +64,17 @@ class TrustRegion:
         self._engine = engine
         self._micro_batch_tokens = micro_batch_tokens
 
-    def hold(self, buffer: EpisodeBuffer) -> tuple[float, float]:
+    def hold(self, buffer: EpisodeBuffer, rounding: float = 0.0) -> tuple[float, float]:
         """Shorten the update until it is within the limit and the entropy.
 
         :param buffer: the rollout, sampled by the policy before the update.
+        :param rounding: the KL divergence that was measured before the first step, in nats per token. It comes on top
+            of the limit, since no update is short enough to be without it.
         :return: the KL divergence that the whole update would have reached, in nats per episode; and the share of the
             update that is kept: 1 where it is within the limit, 0 where no part of it is found that is.
         """
         limit = min(self._limit, max(self.entropy(buffer), LEAST_BY_ENTROPY))
+        limit += rounding * self._engine.total(buffer.n_tokens) / self._engine.total(buffer.n_episodes)
         reached = kl = self.distance(buffer)
         kept = 1.0
         for i in range(MAX_CUTS):

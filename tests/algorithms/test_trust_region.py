@@ -93,6 +93,25 @@ def test_an_update_of_which_no_part_is_within_the_limit_is_taken_back() -> None:
     assert largest_difference(before, weights_of(model.policy.lm)) == 0
 
 
+def test_what_rounding_alone_amounts_to_does_not_count() -> None:
+    class Rounded(PPO):
+        """Whose log-probabilities of sampling and of training differ, as in bfloat16."""
+
+        def train(self) -> None:
+            noise = np.random.default_rng(0).normal(0.0, 0.02, self.buffer.n_tokens)
+            self.buffer.log_probs = self.buffer.log_probs + noise.astype(np.float32)
+            self.before_any_step = distance(self)
+            super().train()
+
+    env = make_env(32)
+    options: dict[str, Any] = {"learning_rate": 1e-2, "n_episodes": 32, "batch_size": 32, "trust_region": 1e-4}
+    model = make_ppo(env, algorithm=Rounded, **options)
+    model.learn(1, log_interval=0)
+    assert model.before_any_step > 2 * TOLERANCE * 1e-4  # so that no part of an update is within the limit itself
+    assert 0 < model.logger.name_to_value["train/update_kept"] < 1
+    assert distance(model) < model.before_any_step + 1e-3
+
+
 def test_an_update_that_stays_within_the_limit_is_not_touched() -> None:
     ends = []
     for limit in (None, 100.0):
@@ -108,7 +127,7 @@ def test_it_goes_back_to_the_copies_that_undo_a_bad_update_or_to_its_own() -> No
         torch.manual_seed(0)
         model = make_ppo(make_env(32), learning_rate=1e-2, n_episodes=32, batch_size=8, trust_region=0.05)
         model.max_bad_updates = undone
-        model.learn(300)
+        model.learn(300, log_interval=0)
         assert model.before is None
         assert model.logger.name_to_value["train/update_kept"] < 1
         ends.append(weights_of(model.policy))

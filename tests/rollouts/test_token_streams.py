@@ -111,7 +111,7 @@ def test_tokens_that_the_environment_writes_cost_what_they_are() -> None:
 
 def test_ppo_learns_from_the_tokens_that_it_chose_and_from_no_others() -> None:
     model = make_ppo(answering_env(8), learning_rate=0.0)
-    model.learn(1)
+    model.learn(1, log_interval=0)
     buffer = model.buffer
     assert buffer.n_tokens == int(buffer.is_action.sum()) < len(buffer.tokens)
     assert np.abs(buffer.log_ratio).max() < 1e-5  # of its own choices, to a reference that is itself
