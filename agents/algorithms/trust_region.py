@@ -76,17 +76,16 @@ class TrustRegion:
         limit = min(self._limit, max(self.entropy(buffer), LEAST_BY_ENTROPY))
         limit += rounding * self._engine.total(buffer.n_tokens) / self._engine.total(buffer.n_episodes)
         reached = kl = self.distance(buffer)
-        kept = 1.0
-        for i in range(MAX_CUTS):
-            if kl <= TOLERANCE * limit:
-                break
+        kept, cuts = 1.0, 0
+        while kl > TOLERANCE * limit and cuts < MAX_CUTS:
             # KL grows with the square of a short step. With a very long one it hardly grows, so each further cut takes
             # more away, however near the limit is.
-            cut = min(math.sqrt(limit / kl), 4 / (4 + i)) if math.isfinite(kl) else 0.1
+            cut = min(math.sqrt(limit / kl), 4 / (4 + cuts)) if math.isfinite(kl) else 0.1
             self._before.go_back(kept=cut)
             kept *= cut
+            cuts += 1
             kl = self.distance(buffer)
-        else:
+        if kl > TOLERANCE * limit:
             self._before.go_back()
             kept = 0.0
         return reached, kept
