@@ -41,7 +41,11 @@ KINDS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "ppo": (SharedPPO, {"n_epochs": 2, "normalize_advantage": True, "kl_target": 0.5}, {}),
     "ppo that stops early": (SharedPPO, {"n_epochs": 4, "target_kl": 1e-4}, {}),
     "ppo that runs out of memory": (OutOfMemoryOnce, {"n_epochs": 2}, {}),
-    "ppo of an adapter": (SharedPPO, {"policy_kwargs": ADAPTER, "kl_estimator": "exact", "trust_region": 1e-6}, {}),
+    "ppo of an adapter": (
+        SharedPPO,
+        {"policy_kwargs": ADAPTER, "kl_estimator": "exact", "learning_rate": 1e-3, "trust_region": 1e-4},
+        {},
+    ),
     "ppo with a critic of its own": (SharedPPO, {"policy_kwargs": OWN_CRITIC, "critic_epochs": 1}, {}),
     "a2c": (SharedA2C, {"normalize_advantage": True, "loss_weighting": "sequence"}, {}),
     "grpo": (SharedGRPO, {"n_epochs": 2, "mask_truncated": True}, {"group_size": 4}),
@@ -64,11 +68,10 @@ def make(kind: str, engine: type[Engine] | None = None) -> Any:
         make_env(8, **env_kwargs),
         n_episodes=N_EPISODES,
         batch_size=BATCH_SIZE,
-        learning_rate=1e-4,
         micro_batch_tokens=48,
         seed=3,
         device="cpu",
-        **{**kwargs, "policy_kwargs": policy_kwargs},
+        **{"learning_rate": 1e-4, **kwargs, "policy_kwargs": policy_kwargs},
     )
 
 

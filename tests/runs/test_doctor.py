@@ -242,10 +242,13 @@ def test_the_layers_of_an_adapter_are_named_and_missing_ones_found(tmp_path: Pat
 
 
 def test_a_first_ratio_that_rounding_moves_is_found(tmp_path: Path) -> None:
-    """So low a temperature multiplies the logits by twenty, and with them what bfloat16 has rounded off."""
-    for dtype, found in (("float32", {}), ("bfloat16", {"decoding": "warning", "first ratio": "warning"})):
-        findings = examined(tmp_path, model=make_model("llama"), dtype=dtype, temperature=0.05)
-        assert verdicts(findings) == found
+    """So low a temperature multiplies the logits by thirty, and with them what bfloat16 has rounded off in each of
+    eight layers. Whether that is worth a warning or is a problem depends on the processor's products.
+    """
+    for dtype, found in (("float32", set()), ("bfloat16", {"decoding", "first ratio"})):
+        model = make_model("llama", num_hidden_layers=8)
+        findings = examined(tmp_path, model=model, dtype=dtype, temperature=0.03)
+        assert set(verdicts(findings)) == found
         assert f"in {dtype}, the ratios of" in findings["first ratio"].found
 
 
