@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from functools import cache
 
 # Before transformers is imported anywhere: a test that reaches for the hub is a mistake.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -34,6 +35,7 @@ def pytest_collectstart() -> None:
     _refuse_to_read_what_was_never_logged()
 
 
+@cache
 def _refuse_to_read_what_was_never_logged() -> None:
     """SB3's logger says 0 of a name that it doesn't have, or has no more after a dump; a test would compare that."""
     import sys

@@ -344,3 +344,13 @@ def test_everything_public_has_a_docstring_that_lists_its_parameters(name: str) 
             elif not qualified.startswith("_"):
                 assert member.__doc__ or overrides, where
                 assert documented == parameters(member) or (overrides and not documented), where
+
+
+def test_a_test_cannot_read_what_was_never_logged() -> None:
+    from stable_baselines3.common.logger import Logger
+
+    logger = Logger(None, [])
+    logger.record_mean("there", 2.0)  # in which SB3 itself reads a name that isn't there yet
+    assert logger.name_to_value["there"] == 2.0
+    with pytest.raises(KeyError, match="missing is not in the log"):
+        assert logger.name_to_value["missing"] == 0
