@@ -9,7 +9,6 @@ default of ``agents.PPO``. A run that is finished is not run again: take up wher
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -106,9 +105,6 @@ def run(name: str, seed: int, options: Options) -> dict[str, Any]:
     :param options: the settings of the benchmark.
     :return: the run's row of ``results.json``.
     """
-    path = options.out / "runs" / f"{name.replace(' ', '-')}-{options.total_timesteps}-{seed}.json"
-    if path.exists():
-        return dict(json.loads(path.read_text()))
     torch.set_num_threads(1)
     variant = VARIANTS[name]
     env: Any = gym.make_vec("TextArithmetic-v0", num_envs=64, group_size=variant.group_size)
@@ -120,7 +116,7 @@ def run(name: str, seed: int, options: Options) -> dict[str, Any]:
     seconds = time.process_time() - start
     set_random_seed(seed)
     held_out = measure(model, options.episodes, (3, 4))
-    row = {
+    return {
         "variant": name,
         "seed": seed,
         "tokens": model.num_timesteps,
@@ -132,9 +128,6 @@ def run(name: str, seed: int, options: Options) -> dict[str, Any]:
         "mean_length": held_out["policy"]["mean_length"],
         "curve": {"tokens": curve.tokens, "accuracy": curve.accuracy},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(row) + "\n")
-    return row
 
 
 def table(rows: list[dict[str, Any]]) -> list[list[str]]:
@@ -217,7 +210,12 @@ def main(options: Options) -> int:
     :param options: the settings.
     :return: the exit status, 0.
     """
-    todo = [(name, seed, options) for seed in range(options.seeds) for name in VARIANTS]
+    runs, tokens = options.out / "runs", options.total_timesteps
+    todo = {
+        runs / f"{name.replace(' ', '-')}-{tokens}-{seed}.json": (name, seed, options)
+        for seed in range(options.seeds)
+        for name in VARIANTS
+    }
     rows = all_runs(run, todo, options.workers)
     report(rows, options)
     return 0

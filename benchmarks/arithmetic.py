@@ -12,7 +12,6 @@ Notation: R runs of one algorithm, one a seed.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -129,9 +128,6 @@ def run(name: Name, seed: int, options: Options) -> dict[str, Any]:
     :param options: the settings of the benchmark.
     :return: the run's row of ``results.json``.
     """
-    path = options.out / "runs" / f"{name}-{options.total_timesteps}-{seed}.json"
-    if path.exists():
-        return dict(json.loads(path.read_text()))
     torch.set_num_threads(options.threads)
     start, cpu_start = time.perf_counter(), time.process_time()
     model, curve = train(name, seed, options.total_timesteps)
@@ -140,7 +136,7 @@ def run(name: Name, seed: int, options: Options) -> dict[str, Any]:
     held_out = measure(model, options.episodes, (3, 4))
     longer = measure(model, options.episodes, (5,))
     before, after = held_out["reference"], held_out["policy"]
-    row = {
+    return {
         "algorithm": name,
         "seed": seed,
         "tokens": model.num_timesteps,
@@ -159,9 +155,6 @@ def run(name: Name, seed: int, options: Options) -> dict[str, Any]:
         "mean_length": after["mean_length"],
         "curve": {"tokens": curve.tokens, "accuracy": curve.accuracy},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(row) + "\n")
-    return row
 
 
 def measure(model: OnPolicyAlgorithm, episodes: int, n_steps: tuple[int, ...]) -> dict[str, Any]:
@@ -265,7 +258,12 @@ def main(options: Options) -> int:
     :param options: the settings.
     :return: the exit status: 0 if every run of PPO reached 0.9 greedily and 0.85 by sampling, else 1.
     """
-    todo = [(name, seed, options) for seed in range(options.seeds) for name in options.algorithms]
+    runs, tokens = options.out / "runs", options.total_timesteps
+    todo = {
+        runs / f"{name}-{tokens}-{seed}.json": (name, seed, options)
+        for seed in range(options.seeds)
+        for name in options.algorithms
+    }
     rows = all_runs(run, todo, options.workers)
     rows.sort(key=lambda row: (NAMES.index(row["algorithm"]), row["seed"]))
     report(rows, options)

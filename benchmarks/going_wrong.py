@@ -202,7 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     written = options.out / "results.json"
     rows = {row["name"]: row for row in json.loads(written.read_text())} if written.exists() else {}
     if not options.report:
-        todo = [(name, options.total_timesteps, options.n_episodes) for name in options.only]
+        size = options.total_timesteps, options.n_episodes
+        todo = {options.out / "runs" / f"{name}-{size[0]}-{size[1]}.json": (name, *size) for name in options.only}
         rows |= {row["name"]: row for row in all_runs(make_run, todo, options.workers)}
         command = ["python", "-m", "benchmarks.going_wrong", *(sys.argv[1:] if arguments is None else arguments)]
         write_results(options.out, [rows[name] for name in RUNS if name in rows], command=" ".join(command))

@@ -1,11 +1,13 @@
-"""Many runs of a benchmark, several at a time, and where they were made."""
+"""Many runs of a benchmark, several at a time, each kept in a file of its own; and where they were made."""
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,30 +20,51 @@ from benchmarks.timing import machine, today, versions
 Row = dict[str, Any]
 
 
-def all_runs(run: Callable[..., Row], todo: Sequence[tuple[Any, ...]], workers: int) -> list[Row]:
-    """
-    :param run: makes one run, or reads what it left.
-    :param todo: the arguments of each run.
+def all_runs(run: Callable[..., Row], todo: Mapping[Path, tuple[Any, ...]], workers: int) -> list[Row]:
+    """Make the runs that have not been made yet. Whatever interrupts them, those that are finished are kept.
+
+    :param run: makes one run, and returns its row.
+    :param todo: the arguments of each run, by the file that its row is kept in. A run whose file exists is not made
+        again.
     :param workers: the number of runs at a time, each in a process of its own; 1: in this process.
-    :return: the rows of the runs, in their order.
+    :return: the rows of all runs, in their order, each with the commit and the processor that it was made with.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    missing = {path: arguments for path, arguments in todo.items() if not path.exists()}
+    make = functools.partial(_make, run)
     if workers == 1:
-        return [run(*arguments) for arguments in todo]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
-        return list(pool.map(run, *zip(*todo, strict=True)))
+        for path, arguments in missing.items():
+            make(path, arguments)
+    elif missing:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
+            list(pool.map(make, missing, missing.values()))
+    return [json.loads(path.read_text()) for path in todo]
+
+
+def _make(run: Callable[..., Row], path: Path, arguments: tuple[Any, ...]) -> None:
+    commit, processor = commit_of("HEAD"), machine(torch.device("cpu"))
+    row = {**run(*arguments), "commit": commit, "cpu": f"{processor['cpu']}, {processor['instructions']}"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(row) + "\n")
+    os.replace(partial, path)  # a run that is cut off in mid-write is one that has not been made
 
 
 def write_results(directory: Path, rows: list[Row], **settings: Any) -> None:
     """Write ``results.json``, and ``environment.json``: when, where and on what the runs were made.
 
     :param directory: it is made if there is none.
-    :param rows: the rows of the runs.
+    :param rows: the rows of the runs, as :func:`all_runs` returns them; ``environment.json`` says how many are of each
+        commit, which may be several, since finished runs are not made again.
     :param settings: what else ``environment.json`` says.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    where = {"date": today(), "commit": commit_of("HEAD"), "machine": machine(torch.device("cpu"))}
+    where = {
+        "date": today(),
+        "commits": Counter(row["commit"] for row in rows),
+        "machine": machine(torch.device("cpu")),
+    }
     environment = {**where, "versions": versions(), **settings}
     for name, value in (("results.json", rows), ("environment.json", environment)):
         (directory / name).write_text(json.dumps(value, indent=1) + "\n")

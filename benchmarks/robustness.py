@@ -15,16 +15,14 @@ which tests ask that they be solved (:data:`TASKS`). No run stops early. All els
 
 A run ends *below its start* if its score is lower than before training by more than two standard errors of the
 difference, or if training raised ``FloatingPointError``. By chance alone, one run in 44 that learned nothing would.
-Finished runs are kept in the folder runs/; delete it when PPO has changed.
+Finished runs are kept in the folder runs/, each with its commit; delete it when PPO has changed.
 """
 
 from __future__ import annotations
 
 import inspect
 import itertools
-import json
 import math
-import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -168,30 +166,39 @@ class Means(BaseCallback):
         self.scores.append(float(np.mean([episode["score"] for episode in self.locals["episodes"]])))
 
 
+def tokens_of(setting: Setting, options: Options) -> int:
+    """
+    :param setting: the run.
+    :param options: the settings of the benchmark.
+    :return: the number of tokens of the run.
+    """
+    return options.tokens or TASKS[setting.task].tokens
+
+
+def file_of(setting: Setting, options: Options) -> Path:
+    """
+    :param setting: the run.
+    :param options: the settings of the benchmark.
+    :return: the file that the run's row is kept in.
+    """
+    task, rate, scale, kl_coef, seed = setting
+    size = f"{tokens_of(setting, options)}-{options.episodes}"
+    return options.out / "runs" / f"{task}-{size}-lr{rate:.3g}-head{scale:g}-kl{kl_coef:g}-{seed}.json"
+
+
 def run(setting: Setting, options: Options) -> dict[str, Any]:
-    """Measure, train and measure again, unless that has been done.
+    """Measure, train and measure again.
 
     :param setting: the run.
     :param options: the settings of the benchmark.
     :return: the run's row of ``results.json``.
     """
-    task, rate, scale, kl_coef, seed = setting
-    tokens = options.tokens or TASKS[task].tokens
-    name = f"{task}-{tokens}-{options.episodes}-lr{rate:.3g}-head{scale:g}-kl{kl_coef:g}-{seed}"
-    path = options.out / "runs" / f"{name}.json"
-    if path.exists():
-        return dict(json.loads(path.read_text()))
     torch.set_num_threads(1)
-    previous, ScaledHead.SCALE = ScaledHead.SCALE, scale
+    previous, ScaledHead.SCALE = ScaledHead.SCALE, setting.head_scale
     try:
-        row = {**setting._asdict(), **train(setting, tokens, options.episodes)}
+        return {**setting._asdict(), **train(setting, tokens_of(setting, options), options.episodes)}
     finally:
         ScaledHead.SCALE = previous
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(row) + "\n")
-    os.replace(partial, path)
-    return row
 
 
 def train(setting: Setting, tokens: int, episodes: int) -> dict[str, Any]:
@@ -367,7 +374,9 @@ def main(options: Options) -> int:
     """
     if unknown := set(options.tasks) - set(TASKS):
         raise ValueError(f"Expected tasks to be some of {list(TASKS)}, got {sorted(unknown)}.")
-    todo = [(setting, options) for task in options.tasks for setting in grid(task, options.seeds)]
+    todo = {
+        file_of(setting, options): (setting, options) for task in options.tasks for setting in grid(task, options.seeds)
+    }
     rows = all_runs(run, todo, options.workers)
     tasks = {name: TASKS[name]._asdict() for name in options.tasks}
     write_results(options.out, rows, factors=FACTORS, tasks=tasks, options={**asdict(options), "out": str(options.out)})

@@ -9,7 +9,6 @@ differences that come back in other rows count. A trial that is there is not run
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Mapping
@@ -154,6 +153,26 @@ class Options:
     """The number of trials at a time, of one thread each."""
 
 
+def tokens_of(name: str, options: Options) -> int:
+    """
+    :param name: a key of ``TRIALS``.
+    :param options: the settings of the benchmark.
+    :return: the number of tokens of the trial.
+    """
+    return round(TRIALS[name].tokens * options.share)
+
+
+def file_of(name: str, seed: int, options: Options) -> Path:
+    """
+    :param name: a key of ``TRIALS``.
+    :param seed: the seed.
+    :param options: the settings of the benchmark.
+    :return: the file that the trial's row is kept in.
+    """
+    words = name.replace(" ", "-").replace(",", "").replace(":", "")
+    return options.out / "runs" / f"{words}-{tokens_of(name, options)}-{seed}.json"
+
+
 def run(name: str, seed: int, options: Options) -> dict[str, Any]:
     """Train and evaluate once.
 
@@ -163,10 +182,6 @@ def run(name: str, seed: int, options: Options) -> dict[str, Any]:
     :return: the trial's row of ``results.json``.
     """
     trial = TRIALS[name]
-    tokens = round(trial.tokens * options.share)
-    path = options.out / "runs" / f"{name.replace(' ', '-').replace(',', '').replace(':', '')}-{tokens}-{seed}.json"
-    if path.exists():
-        return dict(json.loads(path.read_text()))
     torch.set_num_threads(1)
     task = TASKS[trial.task]
     arguments = dict(trial.arguments)
@@ -177,14 +192,14 @@ def run(name: str, seed: int, options: Options) -> dict[str, Any]:
         "CausalLMPolicy", env, learning_rate=rate, kl_coef=KL_COEF, seed=seed, policy_kwargs=policy_kwargs, **arguments
     )
     start = time.process_time()
-    model.learn(tokens)
+    model.learn(tokens_of(name, options))
     seconds = time.process_time() - start
     set_random_seed(1000 + seed)
     held_out: Any = gym.make_vec(task.env, num_envs=64, **{**task.kwargs, **task.held_out})
     policy, reference = (load_policy(task.model, held_out, "cpu", "float32", 1.0) for _ in range(2))
     policy.lm.load_state_dict(model.policy.lm.state_dict())
     result = evaluate(policy, reference, held_out, options.episodes)
-    row = {
+    return {
         "trial": name,
         "task": trial.task,
         "seed": seed,
@@ -195,9 +210,6 @@ def run(name: str, seed: int, options: Options) -> dict[str, Any]:
         "kl": result["kl"],
         "objective": result["policy"]["score"] - KL_COEF * result["kl"],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(row) + "\n")
-    return row
 
 
 def report(rows: list[dict[str, Any]], options: Options) -> None:
@@ -225,7 +237,11 @@ def main(options: Options) -> int:
     """
     if unknown := set(options.only) - set(TRIALS):
         raise ValueError(f"Expected names of trials, got {sorted(unknown)}; there are {list(TRIALS)}.")
-    todo = [(name, seed, options) for name in options.only for seed in range(TRIALS[name].seeds)]
+    todo = {
+        file_of(name, seed, options): (name, seed, options)
+        for name in options.only
+        for seed in range(TRIALS[name].seeds)
+    }
     rows = all_runs(run, todo, options.workers)
     report(rows, options)
     return 0

@@ -43,7 +43,7 @@ def test_every_setting_is_written_down_with_its_figures_and_is_not_run_again(
         assert all(0 <= row[name] <= 1 for name in ("before", "after", "lowest"))
         assert row["tokens"] > 0
         assert row["kl"] != 0  # from the policy as it was before training
-    assert {"commit", "machine", "versions"} <= set(json.loads((tmp_path / "environment.json").read_text()))
+    assert {"commits", "machine", "versions"} <= set(json.loads((tmp_path / "environment.json").read_text()))
     assert "fixed-token" in capsys.readouterr().out
     monkeypatch.setattr(robustness, "train", None)
     main(options)
