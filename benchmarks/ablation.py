@@ -200,7 +200,7 @@ def report(rows: list[dict[str, Any]], options: Options) -> None:
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *body)]
     (options.out / "table.md").write_text("\n".join(lines) + "\n")
     settings = {"vapo": VAPO, "group_size": GROUP_SIZE, "learning_rate": PPO_RATE, "workers": options.workers}
-    write_results(options.out, rows, **settings)
+    write_results("benchmarks.ablation", options.out, rows, **settings)
     plot(rows, options.out / "learning_curves.png")
 
 

@@ -248,7 +248,9 @@ def report(rows: list[dict[str, Any]], options: Options) -> None:
     Console().print(title, printed, sep="\n")
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *body)]
     (options.out / "table.md").write_text("\n".join(lines) + "\n")
-    write_results(options.out, rows, settings=SETTINGS, threads=options.threads, workers=options.workers)
+    write_results(
+        "benchmarks.arithmetic", options.out, rows, settings=SETTINGS, threads=options.threads, workers=options.workers
+    )
     plot(rows, options.out / "learning_curves.png")
 
 

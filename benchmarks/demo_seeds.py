@@ -14,11 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.timing import machine, today, versions
+from benchmarks.provenance import provenance
 
 
 def run_seed(seed: int, runs: Path) -> dict[str, Any]:
@@ -53,6 +52,7 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/seeds"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    origin = provenance("benchmarks.demo_seeds")
     args.runs.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(max_workers=2) as pool:
         rows = list(pool.map(lambda seed: run_seed(seed, args.runs), range(args.seeds)))
@@ -62,7 +62,7 @@ def main() -> int:
     Console().print(table)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {"date": today(), "machine": machine(torch.device("cpu")), "versions": versions(), "seeds": rows}
+        result = {**origin, "seeds": rows}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0 if all(row["learned"] for row in rows) else 1
 

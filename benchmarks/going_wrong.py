@@ -205,8 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         size = options.total_timesteps, options.n_episodes
         todo = {options.out / "runs" / f"{name}-{size[0]}-{size[1]}.json": (name, *size) for name in options.only}
         rows |= {row["name"]: row for row in all_runs(make_run, todo, options.workers)}
-        command = ["python", "-m", "benchmarks.going_wrong", *(sys.argv[1:] if arguments is None else arguments)]
-        write_results(options.out, [rows[name] for name in RUNS if name in rows], command=" ".join(command))
+        write_results("benchmarks.going_wrong", options.out, [rows[name] for name in RUNS if name in rows])
     draw(options.out, list(rows.values()))
     return 0
 

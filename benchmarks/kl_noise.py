@@ -29,7 +29,7 @@ from agents.algorithms.ppo import PPO
 from agents.objectives.kl import KLEstimator
 from agents.rollouts.collector import collect_episodes
 from agents.rollouts.episode_buffer import EpisodeBuffer
-from benchmarks.timing import machine, today, versions
+from benchmarks.provenance import provenance
 
 ESTIMATORS: tuple[KLEstimator, ...] = ("k1", "exact")
 
@@ -133,16 +133,11 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(args)
+    origin = provenance("benchmarks.kl_noise", args)
     figures = measure(options.tokens, options.rollouts, seed=options.seed)
     print(json.dumps(figures, indent=2, ensure_ascii=False))
     if options.json is not None:
-        about = {
-            "command": f"python -m benchmarks.kl_noise {' '.join(args if args is not None else sys.argv[1:])}",
-            "date": today(),
-            "machine": machine(torch.device("cpu")),
-            "versions": versions(),
-        }
-        options.json.write_text(json.dumps({**about, "figures": figures}, indent=2, ensure_ascii=False) + "\n")
+        options.json.write_text(json.dumps({**origin, "figures": figures}, indent=2, ensure_ascii=False) + "\n")
     return 0
 
 

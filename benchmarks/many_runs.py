@@ -12,10 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.commits import commit_of
-from benchmarks.timing import machine, today, versions
+from benchmarks.provenance import CPU, commit, machine, provenance
 
 Row = dict[str, Any]
 
@@ -43,28 +40,27 @@ def all_runs(run: Callable[..., Row], todo: Mapping[Path, tuple[Any, ...]], work
 
 
 def _make(run: Callable[..., Row], path: Path, arguments: tuple[Any, ...]) -> None:
-    commit, processor = commit_of("HEAD"), machine(torch.device("cpu"))
-    row = {**run(*arguments), "commit": commit, "cpu": f"{processor['cpu']}, {processor['instructions']}"}
+    processor = machine(CPU)
+    origin = {"commit": commit(), "cpu": f"{processor['cpu']}, {processor['instructions']}"}
+    row = {**run(*arguments), **origin}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(row) + "\n")
     os.replace(partial, path)  # a run that is cut off in mid-write is one that has not been made
 
 
-def write_results(directory: Path, rows: list[Row], **settings: Any) -> None:
+def write_results(module: str, directory: Path, rows: list[Row], **settings: Any) -> None:
     """Write ``results.json``, and ``environment.json``: when, where and on what the runs were made.
 
+    :param module: the name of the benchmark's module.
     :param directory: it is made if there is none.
     :param rows: the rows of the runs, as :func:`all_runs` returns them; ``environment.json`` says how many are of each
         commit, which may be several, since finished runs are not made again.
     :param settings: what else ``environment.json`` says.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    where = {
-        "date": today(),
-        "commits": Counter(row["commit"] for row in rows),
-        "machine": machine(torch.device("cpu")),
-    }
-    environment = {**where, "versions": versions(), **settings}
+    origin = provenance(module)
+    del origin["commit"]
+    environment = {**origin, "commits": Counter(row["commit"] for row in rows), **settings}
     for name, value in (("results.json", rows), ("environment.json", environment)):
         (directory / name).write_text(json.dumps(value, indent=1) + "\n")

@@ -38,7 +38,7 @@ from agents.policies.causal_lm_policy import load_policy
 from agents.rollouts.sampling import sample_texts
 from agents.runs.config import EnvConfig
 from benchmarks.plot_style import STYLE
-from benchmarks.timing import machine, today, versions
+from benchmarks.provenance import provenance
 from text_env.builtin import LANGUAGE_MODEL
 
 matplotlib.use("Agg")
@@ -728,7 +728,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
-    environment = {"date": today(), "machine": machine(torch.device(args.device)), "versions": versions()}
+    environment = provenance("benchmarks.overoptimization", arguments, torch.device(args.device))
     policies = [
         Policy(
             Proxy(size, seed, args.max_pairs, args.start_texts, args.device),
@@ -745,7 +745,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     proxy_seconds = {(run["size"], run["seed"]): run["proxy_seconds"] for run in results}
     environment |= {
-        "command": " ".join(["python -m benchmarks.overoptimization", *(arguments or sys.argv[1:])]),
         "settings": {**settings, "algo": "ppo", "gold": GOLD},
         "start": start,
         # Of all processes together, those of earlier, interrupted calls as well.

@@ -25,7 +25,8 @@ import torch
 
 from agents.policies.causal_lm_policy import CausalLMPolicy, load_policy
 from agents.rollouts.sampling import collect_texts
-from benchmarks.timing import alternate, machine, today, versions
+from benchmarks.provenance import provenance
+from benchmarks.timing import alternate
 from text_env.vector_env import TextVectorEnv
 
 CLIP_RANGE = 0.2
@@ -111,6 +112,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="where the figures go")
     options = parser.parse_args(args)
+    origin = provenance("benchmarks.precision", args)
     torch.set_num_threads(options.threads)
     env = TextVectorEnv(
         options.episodes,
@@ -149,10 +151,7 @@ def main(args: list[str] | None = None) -> int:
     print(json.dumps(figures, indent=2))
     if options.json is not None:
         result = {
-            "command": f"python -m benchmarks.precision {' '.join(args if args is not None else sys.argv[1:])}",
-            "date": today(),
-            "machine": machine(torch.device("cpu")),
-            "versions": versions(),
+            **origin,
             "what": "ratios before any update; times relative to those with the bfloat16 head",
             "figures": figures,
         }

@@ -21,7 +21,8 @@ import tyro
 from agents.cli import EvaluateConfig, evaluate_policy, print_evaluation, print_pairs
 from agents.evaluation.intervals import compare, wilson_interval
 from agents.runs.config import EnvConfig, TrainConfig
-from benchmarks.whole_run import ADAPTER, keep, provenance, train_anew, verdict
+from benchmarks.provenance import provenance
+from benchmarks.whole_run import ADAPTER, keep, train_anew, verdict
 
 TASK_KWARGS = {
     "min_terms": "2",

@@ -41,8 +41,8 @@ from agents.algorithms.rloo import RLOO
 from agents.algorithms.vineppo import VinePPO
 from benchmarks.faults import at_every_system_call, examine_damages, killed_at_every_call, too_large_at_every_size
 from benchmarks.kills import kill_runs
+from benchmarks.provenance import provenance
 from benchmarks.soak import soak
-from benchmarks.timing import machine, today, versions
 from text_env.constraints import ForbiddenTokens
 from text_env.vector_env import TextVectorEnv
 
@@ -164,19 +164,14 @@ def main(args: Sequence[str] | None = None) -> int:
     options = parser.parse_args(args)
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"Expected parts among {', '.join(PARTS)}, got {', '.join(sorted(unknown))}.")
+    origin = provenance("benchmarks.reliability", args)
     with tempfile.TemporaryDirectory() as work:
         figures = measure(
             options.parts or PARTS, Path(work), options.flips, options.step, options.kills, options.minutes
         )
     if options.json is not None:
-        about = {
-            "command": f"python -m benchmarks.reliability {' '.join(args if args is not None else sys.argv[1:])}",
-            "date": today(),
-            "machine": machine(torch.device("cpu")),
-            "versions": versions(),
-        }
         before = json.loads(options.json.read_text()) if options.json.exists() else {}
-        results = {**before, **{part: {**about, "figures": found} for part, found in figures.items()}}
+        results = {**before, **{part: {**origin, "figures": found} for part, found in figures.items()}}
         options.json.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     return 0
 

@@ -379,7 +379,14 @@ def main(options: Options) -> int:
     }
     rows = all_runs(run, todo, options.workers)
     tasks = {name: TASKS[name]._asdict() for name in options.tasks}
-    write_results(options.out, rows, factors=FACTORS, tasks=tasks, options={**asdict(options), "out": str(options.out)})
+    write_results(
+        "benchmarks.robustness",
+        options.out,
+        rows,
+        factors=FACTORS,
+        tasks=tasks,
+        options={**asdict(options), "out": str(options.out)},
+    )
     plot(rows, options.out / "robustness.png")
     Console(width=140).print(table(rows))  # in fewer columns, names and figures are cut short
     return int(any(map(is_below, rows)))

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.commits import ROOT, checked_out, commit_of, run_in
-from benchmarks.timing import machine, today, versions
+from benchmarks.provenance import provenance
 
 KEYS = (
     "rollout_vs_generate",
@@ -50,7 +50,6 @@ def ratios(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
 
 
 def main(args: list[str] | None = None) -> int:
-    import torch
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("base", help="commit to compare with")
@@ -60,9 +59,9 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, help="of each figure in each run; fewer, to try something out")
     parser.add_argument("--json", type=Path, help="write the ratios here")
     options = parser.parse_args(args)
-    commit = commit_of(options.base)
+    origin, base = provenance("benchmarks.same_speed", args), commit_of(options.base)
     found: dict[str, list[float]] = {}
-    with checked_out(commit) as other, tempfile.TemporaryDirectory() as scratch:
+    with checked_out(base) as other, tempfile.TemporaryDirectory() as scratch:
         for number in range(options.rounds):
             figures = {}
             trees = [other, ROOT] if number % 2 == 0 else [ROOT, other]
@@ -84,11 +83,8 @@ def main(args: list[str] | None = None) -> int:
     if options.json is not None:
         result = {
             "what": "speed of this commit ÷ speed of the base, of this project's side of each figure",
-            "base": commit,
-            "commit": commit_of("HEAD"),
-            "date": today(),
-            "machine": machine(torch.device("cpu")),
-            "versions": versions(),
+            "base": base,
+            **origin,
             "figures": table,
         }
         options.json.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")

@@ -17,7 +17,8 @@ import tyro
 
 from agents.cli import EvaluateConfig, evaluate_policy, print_evaluation, print_pairs
 from agents.runs.config import EnvConfig, TrainConfig
-from benchmarks.whole_run import ADAPTER, keep, provenance, train_anew, verdict
+from benchmarks.provenance import provenance
+from benchmarks.whole_run import ADAPTER, keep, train_anew, verdict
 
 # What the run has to show on held-out prompts.
 MIN_GOLD_GAIN, MAX_KL, MAX_PERPLEXITY_RATIO, MAX_MINUTES, MAX_RSS_GB = 0.3, 20.0, 1.5, 40.0, 4.0

@@ -27,7 +27,8 @@ from benchmarks.long_texts import growing_texts, sixty_four_rows
 from benchmarks.models import EPISODES, PEERS, RESPONSE, Subject, gpt2_4m, hazard_for, word_prompts, words
 from benchmarks.peers.turns import Child
 from benchmarks.plan import Figures, Plan
-from benchmarks.timing import alternate, commit, entry, machine, seconds_of, speed_ratio, today, versions
+from benchmarks.provenance import machine, provenance
+from benchmarks.timing import alternate, entry, seconds_of, speed_ratio
 
 MODELS = ("builtin", "gpt2-4m", "smollm2")
 CRITICS = {False: "with a value head", True: "with a separate critic"}
@@ -415,14 +416,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if keys & NEED_PEERS and not (PEERS / "smollm2" / "tokenizer_config.json").exists():
         console.print("Making .venv-peers (once) …")
         subprocess.run(["make", "peers"], cwd=ROOT, check=True)
-    how = {
-        "command": " ".join(["python -m benchmarks.throughput", *(arguments or sys.argv[1:])]),
-        "commit": commit(),
-        "date": today(),
-        "load_at_start": machine(plan.device).pop("load_at_start"),
-        "versions": versions(),
-        "threads": torch.get_num_threads(),
-    }
+    how = {**provenance("benchmarks.throughput", arguments, plan.device), "threads": torch.get_num_threads()}
+    how["load_at_start"] = how.pop("machine")["load_at_start"]  # the file says the rest once, for all figures
     file = args.json or file_for(plan.device)
     report = before(file, plan.device)
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -7,15 +7,9 @@ several is reported.
 
 from __future__ import annotations
 
-import datetime
 import gc
-import importlib.metadata
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -111,50 +105,6 @@ def reached(value: float, goal: str) -> bool | None:
     return value >= float(number) if sign == ">=" else value <= float(number)
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """
-    :param device: where the models are.
-    :return: what the figures depend on.
-    """
-    names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    memory = [int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),  # which products of matrices depend on
-        "cores": os.cpu_count(),
-        "memory_gib": round(memory[0] / 2**20, 1) if memory else None,
-        "load_at_start": os.getloadavg()[0],
-        "system": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of everything that the figures depend on."""
-    names = ("torch", "transformers", "tokenizers", "stable-baselines3", "gymnasium", "numpy")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
-
-
-def commit() -> str | None:
-    """
-    :return: the hash of the commit that is measured; None where there is no repository.
-    """
-    asked = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return asked.stdout.strip() or None
-
-
-def today() -> str:
-    """Date and time in UTC."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
 def _synchronize() -> None:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
-
-
-def _lines(path: str) -> list[str]:
-    file = Path(path)
-    return file.read_text().splitlines() if file.exists() else []

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from rich.table import Table
 from agents.algorithms.ppo import PPO
 from agents.algorithms.snapshot import trained
 from benchmarks import models, rollout, update
-from benchmarks.timing import alternate, machine, today, versions
+from benchmarks.provenance import provenance
+from benchmarks.timing import alternate
 
 LORA = {"lora": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}}
 WAYS: dict[str, dict[str, Any]] = {
@@ -133,14 +133,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--response", type=int, default=120)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
+    origin = provenance("benchmarks.training", arguments, torch.device(args.device))
     torch.manual_seed(0)
     subject = models.subject("gpt2-4m", torch.device(args.device))
     figures = measured(subject._replace(episodes=args.episodes, response=args.response), args.ways, args.repeats)
     report = {
-        "command": " ".join(["python -m benchmarks.training", *(arguments or sys.argv[1:])]),
-        "date": today(),
-        "machine": machine(torch.device(args.device)),
-        "versions": versions(),
+        **origin,
         "threads": torch.get_num_threads(),
         "figures": figures,
     }

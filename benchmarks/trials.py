@@ -218,7 +218,7 @@ def report(rows: list[dict[str, Any]], options: Options) -> None:
     :param rows: the trials.
     :param options: the settings of the benchmark.
     """
-    write_results(options.out, rows)
+    write_results("benchmarks.trials", options.out, rows)
     for name in dict.fromkeys(row["trial"] for row in rows):
         mine = [row for row in rows if row["trial"] == name]
         objectives = " ".join(f"{row['objective']:.3f}" for row in mine)

@@ -5,21 +5,15 @@ is kept of it.
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from agents.cli import console
 from agents.runs.config import TrainConfig
 from agents.runs.train import train
-from benchmarks.commits import commit_of
-from benchmarks.timing import machine, today, versions
 
 ADAPTER: dict[str, Any] = {"lora_r": 16, "lora_alpha": 32, "lora_target_modules": "q_proj,v_proj", "dtype": "bfloat16"}
 """How SmolLM2 is trained on two CPU cores: the weights in bfloat16, a LoRA adapter on queries and values."""
@@ -37,20 +31,6 @@ def train_anew(settings: TrainConfig) -> float:
     start = time.perf_counter()
     train(settings)
     return time.perf_counter() - start
-
-
-def provenance(module: str) -> dict[str, Any]:
-    """
-    :param module: the name of the benchmark's module.
-    :return: what the figures of this process came from: ``command``, ``commit``, ``date``, ``machine``, ``versions``.
-    """
-    return {
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
-        "commit": commit_of("HEAD"),
-        "date": today(),
-        "machine": machine(torch.device("cpu")),
-        "versions": versions(),
-    }
 
 
 def keep(result: Mapping[str, Any], run_dir: Path, out: Path) -> None:

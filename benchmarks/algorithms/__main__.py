@@ -22,13 +22,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from tqdm import tqdm
 
 from benchmarks.algorithms.gradient_noise import measure
 from benchmarks.algorithms.learners import BUDGETS, DEFAULT, KL_COEF, LEARNERS, MAIN, PEERS
 from benchmarks.algorithms.report import write_report
-from benchmarks.timing import machine, today, versions
+from benchmarks.provenance import provenance
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 TUNING_SEED = 1_000
@@ -147,9 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/algorithms"), help="where every run's files go")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/algorithms"))
     args = parser.parse_args(arguments)
-    args.command = arguments or sys.argv[1:]
+    origin = provenance("benchmarks.algorithms", arguments)
     with measured(args.runs) as seconds_so_far:
-        run_all(args, seconds_so_far)
+        run_all(args, origin, seconds_so_far)
 
 
 @contextlib.contextmanager
@@ -172,7 +171,7 @@ def measured(runs: Path) -> Iterator[Callable[[], float]]:
         file.write_text(f"{so_far():.0f}\n")
 
 
-def run_all(args: argparse.Namespace, seconds_so_far: Callable[[], float]) -> None:
+def run_all(args: argparse.Namespace, origin: dict[str, Any], seconds_so_far: Callable[[], float]) -> None:
     """Tuning, runs, gradients, report."""
     args.out.mkdir(parents=True, exist_ok=True)
     trials = tune(args.algos, args.total_timesteps, args.runs)
@@ -191,10 +190,7 @@ def run_all(args: argparse.Namespace, seconds_so_far: Callable[[], float]) -> No
     write(args.out / "results.json", sorted(results, key=lambda r: (args.algos.index(r["algorithm"]), r["seed"])))
     write(args.out / "gradient_noise.json", measure(args.gradient_rollouts))
     environment = {
-        "date": today(),
-        "machine": machine(torch.device("cpu")),
-        "versions": versions(),
-        "command": " ".join(["python -m benchmarks.algorithms", *args.command]),
+        **origin,
         "duration": seconds_so_far(),
         "total_timesteps": args.total_timesteps,
         "kl_coef": KL_COEF,

@@ -48,7 +48,7 @@ from agents.models.pretrained import load_causal_lm
 from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.collector import collect_episodes
 from agents.rollouts.episode_buffer import EpisodeBuffer
-from benchmarks.timing import machine, today, versions
+from benchmarks.provenance import provenance
 from text_env.vector_env import TextVectorEnv, plain
 
 # Of the mean variance of a hidden unit: the best of 0.001 to 10 on held-out episodes is between 0.1 and 0.3.
@@ -286,6 +286,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    origin = provenance("benchmarks.algorithms.gradient_noise")
     result = measure(args.rollouts, seed=args.seed)
     table = Table("estimator", "signal / noise", "… minus plain REINFORCE's", "cosine with it")
     for key, row in result["estimators"].items():
@@ -294,8 +295,7 @@ def main() -> None:
     Console().print(table)
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        about = {"date": today(), "machine": machine(torch.device("cpu")), "versions": versions(), "seed": args.seed}
-        args.out.write_text(json.dumps({**about, **result}, indent=1) + "\n")
+        args.out.write_text(json.dumps({**origin, "seed": args.seed, **result}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

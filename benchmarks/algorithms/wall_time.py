@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from benchmarks.timing import machine, today, versions
+from benchmarks.provenance import provenance
 
 SIDES = ("ppo", "trl-ppo")
 
@@ -49,7 +48,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    about = {"date": today(), "machine": machine(torch.device("cpu")), "versions": versions()}
+    origin = provenance("benchmarks.algorithms.wall_time")
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     for number in range(args.rounds):
         for side in SIDES if number % 2 == 0 else reversed(SIDES):  # nobody always comes second
@@ -57,7 +56,7 @@ def main() -> None:
     ratios = np.array(seconds["ppo"]) / np.array(seconds["trl-ppo"])
     low, value, high = np.percentile(ratios, [25, 50, 75])
     result = {
-        **about,
+        **origin,
         "threads": args.threads,
         "total_timesteps": args.total_timesteps,
         "seconds_per_token": seconds,

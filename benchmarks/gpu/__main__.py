@@ -16,7 +16,6 @@ import dataclasses
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -33,7 +32,7 @@ from rich.console import Console
 
 from benchmarks.gpu.options import Options, Stage
 from benchmarks.gpu.report import as_markdown, tables
-from benchmarks.timing import commit, machine, today, versions
+from benchmarks.provenance import provenance
 
 ROOT = Path(__file__).parents[2]
 GRACE = 5.0
@@ -55,24 +54,21 @@ def driver() -> str | None:
     return None
 
 
-def provenance(options: Options) -> dict[str, Any]:
+def origin_of(options: Options) -> dict[str, Any]:
     """
     :param options: resolved.
     :return: what the figures came from.
     """
     device = torch.device(options.device or "cpu")
-    found = machine(device)
+    origin = provenance("benchmarks.gpu", device=device)
+    machine = origin["machine"]
     return {
-        "command": shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]]),
-        "commit": commit(),
-        "date": today(),
-        "device": found["device"] if device.type == "cuda" else found["cpu"] or "cpu",
+        **origin,
+        "device": machine["device"] if device.type == "cuda" else machine["cpu"] or "cpu",
         "driver": driver() if device.type == "cuda" else None,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "capability": ".".join(map(str, torch.cuda.get_device_capability(device))) if device.type == "cuda" else None,
         "memory_bytes": torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
-        "machine": found,
-        "versions": versions(),
         "options": json.loads(json.dumps(dataclasses.asdict(options), default=str)),
     }
 
@@ -156,7 +152,7 @@ def main(options: Options) -> int:
     console = Console(width=150)
     start = time.time()
     end = start + 60 * options.minutes
-    report: dict[str, Any] = {**provenance(options), "parts": {}}
+    report: dict[str, Any] = {**origin_of(options), "parts": {}}
     cores = f"{os.cpu_count()}cores" if torch.device(options.device or "cpu").type == "cpu" else ""
     name = re.sub(r"[^A-Za-z0-9]+", "-", f"{report['device']} {cores}").strip("-").lower()
     options.out.mkdir(parents=True, exist_ok=True)

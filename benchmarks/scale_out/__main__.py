@@ -20,15 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from agents.state import checkpoint
+from benchmarks.provenance import provenance
 from benchmarks.scale_out.model import of_processes
 from benchmarks.scale_out.ranks import ALGORITHMS, JOBS, MINIBATCHES
 from benchmarks.scale_out.trainings import RANKS
-from benchmarks.timing import machine, today, versions
 
 ROOT = Path(__file__).parents[2]
 # Ways to train: the engine, and the number of processes.
@@ -154,11 +153,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--response", type=int, default=64, help="the budget of a text, in tokens")
     args = parser.parse_args(arguments)
     sizes = {"episodes": args.episodes, "response": args.response}
+    origin = provenance("benchmarks.scale_out", arguments)
+    origin["versions"]["accelerate"] = importlib.metadata.version("accelerate")
     report = {
-        "command": " ".join(["python -m benchmarks.scale_out", *(arguments or sys.argv[1:])]),
-        "date": today(),
-        "machine": machine(torch.device("cpu")),
-        "versions": {**versions(), "accelerate": importlib.metadata.version("accelerate")},
+        **origin,
         "model": "random GPT-2 of 4 million parameters, float32, gloo, one thread a process",
         **sizes,
     }

@@ -34,8 +34,8 @@ from agents.evaluation.intervals import bootstrap_interval
 from agents.policies.causal_lm_policy import load_policy
 from agents.rollouts.vllm_servers import VllmServers
 from agents.state.schedules import LearningRate
+from benchmarks.provenance import provenance
 from benchmarks.vllm.server import Server, running, untied, version
-from benchmarks.whole_run import provenance
 from text_env.arithmetic import MODEL
 from text_env.builtin import ARITHMETIC_MODEL
 from text_env.vector_env import TextVectorEnv

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from benchmarks.timing import today
+from benchmarks.provenance import today
 from benchmarks.vllm import scenario
 from benchmarks.vllm.server import Server, running, untied, version
 

@@ -26,7 +26,7 @@ def test_only_what_is_missing_is_run_and_rows_keep_their_order(tmp_path: Path, w
     assert [row["square"] for row in rows] == [9, "as it was", 1]
     assert [row["commit"] for row in rows] == [commit_of("HEAD"), "an older one", commit_of("HEAD")]
     assert json.loads((tmp_path / "3.json").read_text()) == rows[0]
-    write_results(tmp_path, rows, setting=5)
+    write_results("benchmarks.nothing", tmp_path, rows, setting=5)
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert environment["commits"] == {commit_of("HEAD"): 2, "an older one": 1}
     assert environment["setting"] == 5

@@ -16,8 +16,8 @@ from transformers.utils import logging as transformers_logging
 
 from agents.models import decoding
 from benchmarks import models, throughput, timing
+from benchmarks.provenance import machine
 from benchmarks.throughput import KEYS, main
-from benchmarks.timing import machine
 
 # TRL's own PPO needs an environment of its own, which `make peers` installs.
 WITHOUT_TRL = [key for key in KEYS if "trl" not in key]
