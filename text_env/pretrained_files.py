@@ -14,15 +14,17 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 """The endings of files of weights that are not read."""
 
 
-def load_pretrained(kind: Any, name: str | Path, **options: Any) -> Any:
+def load_pretrained(kind: Any, name: str | Path, new_head: bool = False, **options: Any) -> Any:
     """Call ``kind.from_pretrained(name, **options)`` such that no code comes with the files.
 
     :param kind: one of transformers' classes: a model, which is read from safetensors or GGUF files alone, a tokenizer
         or a config.
     :param name: a directory or a hub name.
+    :param new_head: whether weights that the files don't hold may be random, as those of a head that is yet to be
+        trained.
     :param options: further arguments.
     :return: what was loaded.
-    :raises ValueError: if a file would have run code, or if the weights are pickles.
+    :raises ValueError: if a file would have run code, if the weights are pickles, or if some are missing.
     """
     if "gguf_file" not in options and _is_model(kind):
         if Path(name).is_dir():
@@ -30,7 +32,9 @@ def load_pretrained(kind: Any, name: str | Path, **options: Any) -> Any:
         _check_kernels(name)
         options["use_safetensors"] = True
     try:
-        return kind.from_pretrained(str(name), trust_remote_code=False, **options)
+        if not _is_model(kind):
+            return kind.from_pretrained(str(name), trust_remote_code=False, **options)
+        model, report = kind.from_pretrained(str(name), trust_remote_code=False, output_loading_info=True, **options)
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
@@ -42,6 +46,21 @@ def load_pretrained(kind: Any, name: str | Path, **options: Any) -> Any:
         if type(error).__name__ != "SafetensorError":
             raise
         raise ValueError(f"The weights in {str(name)!r} are damaged, or no safetensors at all: {error}") from error
+    # Of an adapter, the report is about its base alone.
+    if not new_head and not getattr(model, "_hf_peft_config_loaded", False):
+        _check_complete(name, model, sorted(report["missing_keys"]))
+    return model
+
+
+def _check_complete(name: str | Path, model: Any, missing: list[str]) -> None:
+    """Refuse a model of which some weights would be random numbers, as the head of a reward model that is none."""
+    if missing:
+        saved = ", ".join(model.config.architectures or ()) or "another model"
+        raise ValueError(
+            f"Expected {str(name)!r} to hold all weights of a {type(model).__name__}, got those of {saved}, without "
+            f"{', '.join(missing[:3])}: these would be random numbers. Name a model of the right kind; `textrlhf "
+            "reward-model` trains the head of a reward model."
+        )
 
 
 def check_adapter_files(name: str | Path) -> None:

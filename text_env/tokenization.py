@@ -84,6 +84,8 @@ def pretrained_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     place, options = pretrained_name(name)
     try:
         loaded: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, place, **options)
+        if not loaded.vocab_size:  # transformers makes one up for a model without a tokenizer
+            raise ValueError("there are no tokenizer files.")
         return loaded
     except Exception as error:
         # A broken GGUF file may raise anything. For other names only these errors mean that there is no tokenizer.

@@ -235,10 +235,11 @@ def make_vector_env(num_envs: int = 1, max_episode_steps: int | None = None, **k
 def plain(env: Any) -> TextVectorEnv:
     """Tell the text vector environment itself from one inside wrappers.
 
-    :param env: a vector environment.
-    :return: ``env``, if it is a :class:`TextVectorEnv`.
+    :param env: a vector environment, or SB3's view of one, ``agents.TextVecEnv``.
+    :return: the :class:`TextVectorEnv`.
     :raises ValueError: if it is a wrapper around one, naming the wrappers, or something else altogether.
     """
+    env = getattr(env, "outermost", env)  # of `TextVecEnv`, which this package knows nothing of
     wrappers, inner = [], env
     while isinstance(inner, VectorWrapper):
         wrappers.append(type(inner).__name__)

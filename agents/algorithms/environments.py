@@ -49,7 +49,7 @@ def as_vec_env(
             options["group_size"] = group_size
         env = make_vec_env(env, n_envs=default_rows(n_episodes, group_size, at_once), env_kwargs=options)
     if isinstance(env, TextVecEnv):
-        plain(env.outermost)  # the loop uses the innermost environment: wrappers would have no effect
+        plain(env)  # the loop uses the innermost environment: wrappers would have no effect
         return env
     if isinstance(env, VectorEnv) and isinstance(env.unwrapped, TextVectorEnv):
         return TextVecEnv(plain(env))

@@ -14,7 +14,7 @@ import warnings
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Never, Self, get_args
 
 import numpy as np
 import torch
@@ -29,19 +29,20 @@ from agents.algorithms.engine import Engine, launched, sharded
 from agents.algorithms.environments import as_vec_env, check_groups
 from agents.algorithms.gradient import Sums, add_up, to_host
 from agents.algorithms.progress_bar import ProgressBar
-from agents.algorithms.ranges import RANGES, check_ranges
+from agents.algorithms.ranges import RANGES, SB3_ARGUMENTS, check_ranges
 from agents.algorithms.resumable import Resumable
 from agents.algorithms.snapshot import Snapshot, is_finite
 from agents.models.pretrained import check_tokenizers, lora_arguments
 from agents.models.reference import Reference
 from agents.models.transfers import to_device
-from agents.objectives.advantages import variance, whiten, whiten_groups
+from agents.objectives.advantages import discounted_returns, signal_share, variance, whiten, whiten_groups
 from agents.objectives.kl import KLController, KLEstimator, kl_controller
 from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.collector import Interrupted, collect_episodes
 from agents.rollouts.episode_buffer import EpisodeBuffer, EpisodeSamples
 from agents.rollouts.source import LOCAL, rollout_source
 from agents.state import checkpoint
+from agents.state.arguments import check_argument_names
 from text_env.vector_env import TextVectorEnv
 
 if TYPE_CHECKING:
@@ -92,8 +93,9 @@ class OnPolicyAlgorithm(Resumable):
         loss at the context. ``kl_target`` refers to k1 in any case.
     :param missing_eos_penalty: a number that is subtracted from the reward, but not from the reported score, of texts
         that the response budget has cut off; None: nothing is subtracted.
-    :param normalize_advantage: whether to shift and scale advantages to mean 0 and variance 1 over the whole rollout;
-        ``"group"``: over the texts of each prompt.
+    :param normalize_advantage: whether to shift and scale advantages to mean 0 and variance 1 over the whole rollout,
+        or to a smaller variance where they vary more than the returns, by errors of the critic (see
+        :func:`agents.objectives.advantages.signal_share`); ``"group"``: over the texts of each prompt.
     :param loss_weighting: what counts the same in the loss. ``"token"``: every token, by the mean over the tokens of a
         minibatch. ``"sequence"``: every text, by the mean over texts of the mean over the tokens of each.
         ``"constant"``: every token, by the sum over tokens divided by the response budgets of all texts, so that what a
@@ -169,7 +171,9 @@ class OnPolicyAlgorithm(Resumable):
         verbose: int = 0,
         seed: int | None = None,
         device: torch.device | str = "auto",
+        **unknown: Never,
     ) -> None:
+        check_argument_names(type(self), unknown, SB3_ARGUMENTS)
         check_ranges({**vars(self), **locals()})  # those of a subclass are attributes by now
         self.kl: KLController = kl_controller(kl_coef, kl_target)
         batch_size = n_episodes if batch_size is None else batch_size
@@ -238,6 +242,14 @@ class OnPolicyAlgorithm(Resumable):
         # Before the first step after a rollout, of each micro-batch the largest distance of a ratio from 1; else None.
         self._first_ratios: list[torch.Tensor] | None = None
         self._setup_model()
+
+    def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
+        if policy_name not in self.policy_aliases:
+            raise ValueError(
+                f"Expected policy to be one of {sorted(self.policy_aliases)}, or a class of such policies, got "
+                f"{policy_name!r}: token contexts are read by a language model."
+            )
+        return self.policy_aliases[policy_name]
 
     def _setup_model(self) -> None:
         self._engine_class = self.engine_class or _engine_of_launch()
@@ -511,11 +523,20 @@ class OnPolicyAlgorithm(Resumable):
         """
         self.estimate(buffer)
         self._advantage_unit = 1.0
+        if not self.normalize_advantage:
+            return
+        advantages, ended, mask = buffer.advantages, np.zeros(buffer.n_episodes), buffer.mask
+        returns = discounted_returns(buffer.padded(buffer.rewards), ended, mask, self.gamma)[mask].astype(np.float32)
         if self.normalize_advantage == "group":
-            buffer.advantages = whiten_groups(buffer.advantages, buffer.lengths, self.vector_env.group_size)
-        elif self.normalize_advantage:
-            self._advantage_unit = math.sqrt(variance(buffer.advantages, self.engine.mean)) or 1.0
-            buffer.advantages = whiten(buffer.advantages, self.engine.mean).astype(np.float32)
+            whitened = whiten_groups(advantages, returns, buffer.lengths, self.vector_env.group_size)
+        else:
+            mean = self.engine.mean
+            share = signal_share(advantages, returns, mean)
+            unit = math.sqrt(variance(advantages, mean)) or 1.0
+            self._advantage_unit = unit / share if share else math.inf
+            whitened = share * whiten(advantages, mean)
+            self.logger.record("train/signal_share", share)
+        buffer.advantages = whitened.astype(np.float32)
 
     def update(self) -> None:
         """:meth:`train`, all or nothing: if a number of an update was not finite, weights and optimiser are set back.

@@ -109,3 +109,15 @@ def check_ranges(arguments: Mapping[str, Any]) -> None:
         value = arguments.get(name)
         if value is not None and not (name in SCHEDULES and callable(value)):
             allowed.check(name, value)
+
+
+SB3_ARGUMENTS = {
+    "n_steps": "a rollout is whole texts here, n_episodes of them",
+    "use_sde": "it is for continuous actions, and tokens are discrete",
+    "sde_sample_freq": "it is for continuous actions, and tokens are discrete",
+    "rollout_buffer_class": "it is EpisodeBuffer",
+    "rollout_buffer_kwargs": "reference, kl_coef and kl_estimator are arguments of their own",
+    "use_rms_prop": "policy_kwargs={'optimizer_class': ...} chooses the optimiser",
+    "rms_prop_eps": "policy_kwargs={'optimizer_kwargs': {'eps': ...}} sets it",
+}
+"""What to say of the arguments of SB3's algorithms that those of this package don't take."""

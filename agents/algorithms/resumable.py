@@ -64,6 +64,7 @@ class Resumable(BaseAlgorithm):
         :param exclude: not used; part of SB3's signature.
         :param include: not used; part of SB3's signature.
         :raises FloatingPointError: if a weight, or another number of the state, is NaN or infinite.
+        :raises FileExistsError: if there is something else than a checkpoint at the path, which is left as it is.
         :raises OSError: if the files can't be written; the checkpoint that was there is as it was.
         """
         state = self.state()

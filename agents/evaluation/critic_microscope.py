@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from stable_baselines3.common.vec_env import VecEnv
 
 from agents.evaluation.evaluate import draw_prompts
 from agents.evaluation.intervals import bootstrap_interval, finite, wilson_interval
@@ -29,7 +30,7 @@ from agents.rollouts.collector import collect_episodes
 from agents.rollouts.episode_buffer import EpisodeBuffer
 from text_env.prompts import Prompt
 from text_env.settings import check_integer
-from text_env.vector_env import TextVectorEnv
+from text_env.vector_env import TextVectorEnv, plain
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Branches(NamedTuple):
 
 def examine_critic(
     policy: CausalLMPolicy,
-    env: TextVectorEnv,
+    env: TextVectorEnv | VecEnv,
     target: CriticTarget,
     n_texts: int = 32,
     n_positions: int = 6,
@@ -125,6 +126,7 @@ def examine_critic(
         the values and the mean returns one by one. Intervals are of 95 %, clustered by text; None: nothing to say.
     :raises ValueError: if a number is too small, or if the critic is untrained.
     """
+    env = plain(env)
     for name, number in (("n_texts", n_texts), ("n_positions", n_positions), ("n_branches", n_branches)):
         check_integer(name, number, 2)
     if not any(parameter.any() for parameter in policy.value_head.parameters()):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from stable_baselines3.common.vec_env import VecEnv
 
 from agents.evaluation.intervals import bootstrap_interval, compare
 from agents.evaluation.right_answers import (
@@ -19,7 +20,7 @@ from agents.models.reference import Reference
 from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.episode_buffer import EpisodeBuffer
 from agents.rollouts.sampling import collect_texts, sample_texts
-from text_env.vector_env import TextVectorEnv
+from text_env.vector_env import TextVectorEnv, plain
 
 MANY_PROMPTS = 2**20  # more than this are not shuffled: generated prompts may be without end
 
@@ -42,7 +43,7 @@ class Written(NamedTuple):
 def evaluate(
     policy: CausalLMPolicy,
     reference: CausalLMPolicy,
-    env: TextVectorEnv,
+    env: TextVectorEnv | VecEnv,
     n_episodes: int,
     against: CausalLMPolicy | None = None,
     seed: int = 0,
@@ -94,6 +95,7 @@ def evaluate(
     if n_episodes < 2:
         raise ValueError(f"Expected at least 2 episodes, since one says nothing of the spread, got {n_episodes}.")
     check_samples(n_episodes, samples_per_prompt, pass_at_k or ())
+    env = plain(env)
     role, other = ("reference", reference) if against is None else ("against", against)
     drawn = draw_prompts(len(env.prompts), n_episodes, seed, samples_per_prompt)
     prompts, frozen = [env.prompts[i] for i in drawn], Reference(reference.lm)
@@ -200,7 +202,7 @@ def _text(info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def measure_policy(
-    policy: CausalLMPolicy, reference: Reference, env: TextVectorEnv, n_episodes: int
+    policy: CausalLMPolicy, reference: Reference, env: TextVectorEnv | VecEnv, n_episodes: int
 ) -> dict[str, float]:
     """Let a policy write texts, and measure them.
 

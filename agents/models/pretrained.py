@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from agents.models.adapter import ADAPTER, check_adapter, quiet_peft
 from text_env.ends_of_text import as_ids
 from text_env.pretrained_files import check_adapter_files, load_pretrained
-from text_env.tokenization import base_of_adapter, pretrained_name, pretrained_tokenizer
+from text_env.tokenization import base_of_adapter, pretrained_name, pretrained_tokenizer, vocabulary_size
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
@@ -283,5 +283,25 @@ def check_tokenizers(given: PreTrainedTokenizerBase | None, own: PreTrainedToken
     if strange:
         raise ValueError(
             f"Expected the environment to use the tokenizer of the model {model!r}; {len(strange)} of its tokens have "
-            f"another id there or none, for example {strange[:3]}. Make the environment with tokenizer={model!r}."
+            f"another id there or none, for example {strange[:3]}. Name the model that the environment's tokenizer "
+            "belongs to, policy_kwargs={'model': ...} or --model, or make the environment with the tokenizer of this "
+            f"one, tokenizer={model!r}."
+        )
+
+
+def check_vocabulary(n_tokens: int, own: PreTrainedTokenizerBase | None, model: object) -> None:
+    """As :func:`check_tokenizers`, where of the environment's tokenizer only its size is known.
+
+    :param n_tokens: V, the number of tokens of the environment.
+    :param own: the model's tokenizer, or None, in which case there is nothing to check.
+    :param model: what the model is called in the error.
+    :raises ValueError: if the model's tokenizer has another number of tokens.
+    """
+    if own is not None and vocabulary_size(own) != n_tokens:
+        raise ValueError(
+            f"Expected the environment to use the tokenizer of the model {model!r}, which has {vocabulary_size(own)} "
+            f"tokens; the environment has {n_tokens}. Name the model that the environment's tokenizer belongs to, "
+            "policy_kwargs={'model': ...}, or make the environment with the tokenizer of this one, "
+            f"tokenizer={model!r}. For a tokenizer with some more or fewer tokens, give it to the policy: "
+            "policy_kwargs={'tokenizer': ...}."
         )

@@ -6,6 +6,7 @@ Shorter rows are padded at their end.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -145,6 +146,22 @@ def variance(values: Array, mean: Callable[[Array], float] = np.mean) -> float:
     return values.dtype.type(mean((values - mean(values)) ** 2))
 
 
+def signal_share(advantages: Array, returns: Array, mean: Callable[[Array], float] = np.mean) -> float:
+    """How much of the spread of advantages can come from what was paid: min(1, σ(G) / σ(A)).
+
+    A critic is there to make advantages vary less than the returns do. Where they vary more, the rest is the critic's
+    own error; where all returns are the same, nothing but error is left. Whitening alone makes such errors as strong
+    as any signal.
+
+    :param advantages: the advantages A, float [N], without padding.
+    :param returns: the returns G of the same steps, float [N].
+    :param mean: a function that returns the mean of an array, as for :func:`variance`.
+    :return: the share, from 0 to 1; 1 if all advantages are equal.
+    """
+    own, paid = variance(advantages, mean), variance(returns, mean)
+    return math.sqrt(paid / own) if paid < own else 1.0
+
+
 def whiten(advantages: Array, mean: Callable[[Array], float] = np.mean) -> Array:
     """Shift and scale the advantages of a rollout to mean 0 and variance 1.
 
@@ -156,13 +173,15 @@ def whiten(advantages: Array, mean: Callable[[Array], float] = np.mean) -> Array
     return centred / (np.sqrt(variance(centred, mean)) + 1e-8)
 
 
-def whiten_groups(advantages: Array, lengths: Array, group_size: int) -> Array:
-    """Shift and scale the advantages of each group of episodes to mean 0 and variance 1 over the tokens of the group.
+def whiten_groups(advantages: Array, returns: Array, lengths: Array, group_size: int) -> Array:
+    """Whiten the advantages of each group of episodes over the tokens of the group, times their :func:`signal_share`.
 
     :param advantages: float [N], without padding, one episode after the other.
+    :param returns: the returns of the same steps, float [N].
     :param lengths: int [E], the number of advantages of each episode; N in all.
     :param group_size: the number k of episodes in each group.
-    :return: float [N]; zeros for a group whose advantages are all equal.
+    :return: float [N]; zeros for a group whose advantages, or whose returns, are all equal.
     """
     ends = np.cumsum(lengths.reshape(-1, group_size).sum(axis=1))
-    return np.concatenate([whiten(group) for group in np.split(advantages, ends[:-1])])
+    groups = zip(*(np.split(values, ends[:-1]) for values in (advantages, returns)), strict=True)
+    return np.concatenate([signal_share(a, g) * whiten(a) for a, g in groups])

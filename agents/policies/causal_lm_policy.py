@@ -22,6 +22,7 @@ from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.common.utils import get_device
+from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -37,6 +38,7 @@ from agents.models.pretrained import (
     add_lora,
     check_positions,
     check_tokenizers,
+    check_vocabulary,
     load_causal_lm,
     model_ends,
     tokenizer_beside,
@@ -44,7 +46,7 @@ from agents.models.pretrained import (
 from agents.models.transfers import to_device
 from agents.policies.optimizers import EPS, optimizer_named
 from text_env.ends_of_text import as_ids
-from text_env.vector_env import TextVectorEnv
+from text_env.vector_env import TextVectorEnv, plain
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 FORBIDDEN_LOGIT = -1e8  # as in sb3-contrib: its exponential is exactly 0, and its gradient is finite
@@ -163,8 +165,11 @@ class CausalLMActorCritic(BasePolicy):
             "gradient_checkpointing": gradient_checkpointing,
             "constraint": constraint,
         }
+        assert isinstance(action_space, spaces.Discrete)
         own_tokenizer = tokenizer_beside(model)
         check_tokenizers(tokenizer, own_tokenizer, model)
+        if tokenizer is None:
+            check_vocabulary(int(action_space.n), own_tokenizer, model)
         self.tokenizer = tokenizer if tokenizer is not None else own_tokenizer
         loaded = load_causal_lm(model, dtype)
         base = unwrapped(loaded)
@@ -172,7 +177,6 @@ class CausalLMActorCritic(BasePolicy):
         critic, value_head = make_critic(base, separate_critic, dtype, self.tokenizer, longest, value_bins, value_sigma)
         if lora is not None:
             loaded = add_lora(loaded, lora, model)
-        assert isinstance(action_space, spaces.Discrete)
         check_positions(base, longest)
         distribution = TokenDistribution(
             int(action_space.n),
@@ -590,7 +594,7 @@ def is_actor(name: str, parameter: nn.Parameter) -> bool:
 
 def load_policy(
     model: str | Path | PreTrainedModel | PeftModel,
-    env: TextVectorEnv,
+    env: TextVectorEnv | VecEnv,
     device: str = "auto",
     dtype: str = "float32",
     temperature: float = 1.0,
@@ -610,6 +614,7 @@ def load_policy(
     :return: the policy.
     :raises ValueError: for the reasons of ``CausalLMPolicy``.
     """
+    env = plain(env)
     policy = CausalLMPolicy(
         env.single_observation_space,
         env.single_action_space,

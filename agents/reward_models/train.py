@@ -258,6 +258,7 @@ def load_base(base: str, dtype: str, conversational: bool) -> tuple[PreTrainedMo
             model: PreTrainedModel = load_pretrained(
                 AutoModelForSequenceClassification,
                 name,
+                new_head=True,
                 num_labels=1,
                 dtype=resolve_dtype(dtype),
                 ignore_mismatched_sizes=True,

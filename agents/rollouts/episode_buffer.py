@@ -36,6 +36,7 @@ from agents.models.causal_lm import OtherLogits, Positions
 from agents.models.contexts import Contexts, check_spaces, contexts_of, packed_positions
 from agents.models.distribution import TokenDistribution
 from agents.models.finite import check_scores
+from agents.models.pretrained import check_vocabulary
 from agents.models.reference import Reference
 from agents.models.sizes import sizes_of
 from agents.models.transfers import to_device
@@ -135,7 +136,8 @@ class EpisodeBuffer(RolloutBuffer):
     :param kl_estimator: the estimator k of the penalty: ``"k1"``, ``"k2"`` or ``"k3"`` (see
         :mod:`agents.objectives.kl`); None: no penalty. Only the policy gradient of k1 is that of the KL divergence
         (``docs/ppo.md``). The algorithms of this package set it to ``"exact"`` where they are told so.
-    :raises ValueError: for another estimator, or spaces that are not the text environment's.
+    :raises ValueError: for another estimator, for spaces that are not the text environment's, or if the tokenizer of a
+        reference that is given by name has another number of tokens.
     """
 
     def __init__(
@@ -154,7 +156,9 @@ class EpisodeBuffer(RolloutBuffer):
         check_spaces(observation_space, action_space, "EpisodeBuffer")
         if isinstance(reference, str):
             assert isinstance(action_space, spaces.Discrete)
-            reference = Reference.load(reference, n_tokens=int(action_space.n), device=device)
+            name, n_tokens = reference, int(action_space.n)
+            reference = Reference.load(name, n_tokens=n_tokens, device=device)
+            check_vocabulary(n_tokens, reference.tokenizer, name)
         self.reference = reference
         self.kl: KLController = FixedKL(kl_coef) if isinstance(kl_coef, int | float) else kl_coef
         if kl_estimator == "exact":

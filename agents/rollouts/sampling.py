@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from stable_baselines3.common.vec_env import VecEnv
+
 from agents.models.reference import Reference
 from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.collector import collect_episodes
 from agents.rollouts.episode_buffer import EpisodeBuffer
-from text_env.vector_env import TextVectorEnv
+from text_env.vector_env import TextVectorEnv, plain
 
 
 def sample_texts(
-    policy: CausalLMPolicy, env: TextVectorEnv, prompts: Sequence[Any], deterministic: bool = False
+    policy: CausalLMPolicy, env: TextVectorEnv | VecEnv, prompts: Sequence[Any], deterministic: bool = False
 ) -> list[dict[str, Any]]:
     """Let a policy write one completion for each prompt.
 
@@ -27,7 +29,11 @@ def sample_texts(
 
 
 def collect_texts(
-    policy: CausalLMPolicy, env: TextVectorEnv, n_episodes: int, reference: Reference | None = None, **options: Any
+    policy: CausalLMPolicy,
+    env: TextVectorEnv | VecEnv,
+    n_episodes: int,
+    reference: Reference | None = None,
+    **options: Any,
 ) -> tuple[EpisodeBuffer, list[dict[str, Any]]]:
     """Let a policy write whole episodes, as in training.
 
@@ -38,6 +44,7 @@ def collect_texts(
     :param options: further arguments of :func:`agents.rollouts.collector.collect_episodes`.
     :return: the buffer that holds the episodes, and the final info of each episode.
     """
+    env = plain(env)
     spaces = env.single_observation_space, env.single_action_space
     buffer = EpisodeBuffer(0, *spaces, policy.device, n_envs=env.num_envs, reference=reference)
     policy.set_training_mode(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
 import math
@@ -15,7 +16,8 @@ from text_env.imports import is_address, is_object_name
 
 def argument_defaults(cls: type[Any]) -> dict[str, Any]:
     """
-    :param cls: a class whose constructor may pass ``**kwargs`` on to that of its base class.
+    :param cls: a class whose constructor may pass ``**kwargs`` on to that of its base class; not if they are annotated
+        as ``Never``, with which a constructor refuses them itself.
     :return: the arguments that the constructor takes, those of the base classes included, with their defaults;
         ``inspect.Parameter.empty`` for an argument without a default.
     """
@@ -24,13 +26,34 @@ def argument_defaults(cls: type[Any]) -> dict[str, Any]:
     defaults: dict[str, Any] = {}
     for signature in signatures:
         *parameters, last = signature.parameters.values()
-        hands_on = last.kind is inspect.Parameter.VAR_KEYWORD
-        for parameter in parameters if hands_on else [*parameters, last]:
+        any_more = last.kind is inspect.Parameter.VAR_KEYWORD
+        hands_on = any_more and last.annotation != "Never"
+        for parameter in parameters if any_more else [*parameters, last]:
             defaults.setdefault(parameter.name, parameter.default)
         if not hands_on:
             break
     del defaults["self"]
     return defaults
+
+
+def check_argument_names(cls: type[Any], given: Iterable[str], elsewhere: Mapping[str, str]) -> None:
+    """
+    :param cls: a class, as for :func:`argument_defaults`.
+    :param given: the names of keyword arguments.
+    :param elsewhere: what to say of names that similar classes know.
+    :raises TypeError: for names that its constructor doesn't take; it names the nearest ones that it does.
+    """
+    known = argument_defaults(cls)
+    said = []
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = elsewhere.get(name) or (f"did you mean {near[0]!r}?" if near else "")
+            said.append(f"{name!r}" + (f" ({hint})" if hint else ""))
+    if said:
+        raise TypeError(
+            f"{cls.__name__} got an unexpected keyword argument {', '.join(said)}; known are {', '.join(known)}."
+        )
 
 
 def class_name(cls: type[Any]) -> str:

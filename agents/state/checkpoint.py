@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from agents.state.arguments import is_plain
-from agents.state.manifest import CheckpointError, seal, verify
+from agents.state.manifest import MANIFEST, CheckpointError, seal, verify
 from agents.state.replacing import present, replacing
 
 Tree = dict[str, Any]
@@ -44,13 +44,15 @@ def save(
     :raises TypeError: for a key that is no string, or a value that is no tree, no tensor and no JSON value.
     :raises ValueError: for a top-level key that can't be the name of a file.
     :raises FloatingPointError: if ``finite``, and a tensor holds NaN or an infinite number; it names the tensor.
+    :raises FileExistsError: if there is something else than a checkpoint, which is left as it is.
     :raises OSError: if the files can't be written (a full disk). The old checkpoint is as it was.
     """
+    directory = _replaceable(path)
     files: dict[str, _Tensors] = defaultdict(_Tensors)
     values, names = _taken_apart(tree, (), files)
     if finite:
         _check_finite(files)
-    with replacing(_directory(path)) as partial:
+    with replacing(directory) as partial:
         for entry, tensors in files.items():
             _write(tensors.by_name, partial / f"{entry}.safetensors")
         (partial / STATE).write_text(json.dumps({"values": values, "tensors": names}, indent=1))
@@ -90,11 +92,12 @@ def copy(source: str | Path, target: str | Path) -> None:
     :param target: the directory of its copy, which is replaced as a whole.
     :raises FileNotFoundError: if there is no checkpoint.
     :raises CheckpointError: if it is damaged.
+    :raises FileExistsError: if there is something else than a checkpoint at ``target``, which is left as it is.
     :raises OSError: if the copy can't be written.
     """
     directory = present(_directory(source))
     verify(directory)
-    with replacing(_directory(target)) as partial:
+    with replacing(_replaceable(target)) as partial:
         for path in directory.iterdir():
             try:
                 os.link(path, partial / path.name)  # no file of a checkpoint is ever changed
@@ -182,7 +185,26 @@ def _put_together(values: Tree, names: Mapping[str, Any], tensors: Mapping[str, 
 
 def _directory(path: str | Path) -> Path:
     path = Path(path)
+    path = path if path.name else path.resolve()  # "."
     return path.with_suffix("") if path.suffix == ".zip" else path
+
+
+def _replaceable(path: str | Path) -> Path:
+    """The directory of a checkpoint that is to be written: nobody's other files are taken for an older one."""
+    directory = _directory(path)
+    if directory.is_dir():
+        names = sorted(file.name for file in directory.iterdir())
+        if not names or {MANIFEST, STATE} & set(names):  # a damaged checkpoint may have lost one of the two
+            return directory
+        found = f"a directory that holds {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}"
+    elif directory.exists():
+        found = "a file"
+    else:
+        return directory
+    raise FileExistsError(
+        f"Expected a path for a checkpoint at which there is nothing yet, or an older checkpoint, which is replaced; "
+        f"{directory} is {found}. Nothing was written: choose another path."
+    )
 
 
 def _check_finite(files: Mapping[str, _Tensors]) -> None:

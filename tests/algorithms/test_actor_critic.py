@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from learners import largest_difference, make_env, make_ppo, weights_of
+from learners import constant, largest_difference, make_env, make_ppo, weights_of
 
 from agents.algorithms.a2c import A2C
 from agents.algorithms.ppo import PPO
@@ -66,6 +66,26 @@ def test_a_critic_that_is_fitted_comes_nearer_to_the_returns() -> None:
         samples = model.buffer.pack(np.arange(8))
         after = float(((model.policy.evaluate_values(samples.observations) - samples.returns) ** 2).mean())
     assert after < 0.5 * before
+
+
+@pytest.mark.parametrize("group", [False, True])
+def test_where_all_texts_are_paid_the_same_the_critics_errors_move_the_critic_alone(group: bool) -> None:
+    moved = {}
+    for normalize in (("group" if group else True), False):
+        env = make_env(reward=constant, group_size=2) if group else make_env(reward=constant)
+        kwargs: dict[str, Any] = {"kl_coef": 0.0, "policy_kwargs": {"separate_critic": True}}
+        model = make_ppo(env, normalize_advantage=normalize, **kwargs)
+        with torch.no_grad():
+            for parameter in model.policy.value_head.parameters():
+                parameter.normal_()
+        actor, critic = split(model, weights_of(model.policy))
+        model.learn(1)
+        assert model.buffer.values.std() > 0.1
+        after = split(model, weights_of(model.policy))
+        moved[normalize] = largest_difference(actor, after[0])
+        assert largest_difference(critic, after[1]) > 1e-5
+    assert moved.pop(False) > 1e-5  # the control: these errors would move the policy
+    assert list(moved.values()) == [0.0]
 
 
 def test_lambda_of_the_critic_changes_its_targets_and_not_the_advantages() -> None:

@@ -22,7 +22,7 @@ from agents.algorithms.dapo import DAPO
 from agents.algorithms.grpo import GRPO
 from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.algorithms.ppo import PPO
-from agents.algorithms.ranges import RANGES
+from agents.algorithms.ranges import RANGES, SB3_ARGUMENTS
 from agents.algorithms.reinforce import REINFORCE
 from agents.algorithms.rloo import RLOO
 from agents.algorithms.vineppo import VinePPO
@@ -438,3 +438,17 @@ def test_a_schedule_that_gives_nan_is_refused_before_it_reaches_the_optimiser(na
     with pytest.raises(ValueError, match=f"Expected {name} to be a finite number >= 0, got nan"):
         model.learn(10)
     assert largest_difference(before, weights_of(model.policy)) == 0.0
+
+
+def test_an_unknown_argument_names_the_algorithm_and_what_to_write_instead() -> None:
+    with pytest.raises(TypeError, match=r"^PPO got an unexpected .* 'n_steps' \(.* n_episodes of them\);"):
+        make_ppo(n_steps=64)
+    with pytest.raises(TypeError, match=r"'clip_rnge' \(did you mean 'clip_range'\?\); known are policy, env, "):
+        make_ppo(clip_rnge=0.1)
+    for algorithm in ALGORITHMS:
+        assert not set(SB3_ARGUMENTS) & set(argument_defaults(algorithm))
+
+
+def test_an_unknown_policy_names_those_that_there_are() -> None:
+    with pytest.raises(ValueError, match=r"policy to be one of \['CausalLMPolicy'\], .* got 'MlpPolicy'"):
+        PPO("MlpPolicy", make_env(2))

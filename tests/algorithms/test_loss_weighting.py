@@ -13,7 +13,7 @@ from agents.algorithms.grpo import GRPO
 from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.algorithms.ppo import PPO
 from agents.algorithms.rloo import RLOO
-from agents.objectives.advantages import whiten
+from agents.objectives.advantages import signal_share, whiten
 
 BUDGET = 8  # of the tiny environment
 
@@ -129,7 +129,9 @@ def test_advantages_are_whitened_within_each_group() -> None:
     plain = collected(PPO, normalize_advantage=False)
     for first in range(0, 8, 2):
         group = slice(plain.buffer.starts[first], plain.buffer.starts[first + 2])
-        np.testing.assert_allclose(model.buffer.advantages[group], whiten(plain.buffer.advantages[group]), atol=1e-5)
+        advantages, returns = plain.buffer.advantages[group], plain.buffer.returns[group]
+        expected = signal_share(advantages, returns) * whiten(advantages)
+        np.testing.assert_allclose(model.buffer.advantages[group], expected, atol=1e-5)
     rollout = collected(PPO, normalize_advantage=True)
     assert np.abs(model.buffer.advantages - rollout.buffer.advantages).max() > 0.05
     assert model.buffer.advantages.dtype == np.float32

@@ -19,7 +19,7 @@ from stable_baselines3.common.env_util import make_vec_env as sb3_make_vec_env
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from tiny import tiny_tokenizer
 
-from agents.policies.causal_lm_policy import CausalLMPolicy
+from agents.policies.causal_lm_policy import CausalLMActorCritic, CausalLMPolicy
 from agents.policies.maskable import MaskableCausalLMPolicy
 from agents.policies.token_features import TokenFeatures
 from agents.rollouts.sb3_vec_env import make_vec_env
@@ -120,7 +120,7 @@ def make_plug(plug: Plug, seen: TextsSeen, frozen: bool = False) -> Any:
     if isinstance(plug.policy, str):
         features_kwargs = {"features_dim": 32, "model": MODEL if frozen else None}
         policy_kwargs = {"features_extractor_class": TokenFeatures, "features_extractor_kwargs": features_kwargs}
-    elif issubclass(plug.policy, CausalLMPolicy):
+    elif issubclass(plug.policy, CausalLMActorCritic):
         policy_kwargs = {"model": make_model(ends=0.1)}
     keywords = {"policy_kwargs": policy_kwargs} if policy_kwargs else {}
     return plug.algorithm(plug.policy, env, seed=0, device="cpu", **keywords, **plug.kwargs)

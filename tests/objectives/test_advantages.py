@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from agents.objectives.advantages import (
     discounted_returns,
     gae,
     length_adaptive_lambda,
+    signal_share,
     variance,
     whiten,
     whiten_groups,
@@ -100,14 +103,36 @@ def test_whitening_by_a_mean_over_two_processes_is_whitening_of_both_together() 
 def test_groups_are_whitened_one_by_one() -> None:
     # Two groups of two texts, of lengths 1 + 2 and 1 + 1. First: 1, 2, 6 with mean 3 and variance (4 + 1 + 9)/3.
     # Second: 5, 5, which stays zero however large the other group is.
-    whitened = whiten_groups(np.array([1.0, 2.0, 6.0, 5.0, 5.0]), np.array([1, 2, 1, 1]), 2)
+    advantages, lengths = np.array([1.0, 2.0, 6.0, 5.0, 5.0]), np.array([1, 2, 1, 1])
+    whitened = whiten_groups(advantages, advantages, lengths, 2)
+    np.testing.assert_allclose(whitened, [*np.array([-2.0, -1.0, 3.0]) / np.sqrt(14 / 3), 0.0, 0.0], atol=1e-7)
+    # The second group's texts are paid the same, so that its advantages are errors of the critic alone.
+    advantages, returns = np.array([1.0, 2.0, 6.0, 5.0, 4.0]), np.array([1.0, 2.0, 6.0, 3.0, 3.0])
+    whitened = whiten_groups(advantages, returns, lengths, 2)
     np.testing.assert_allclose(whitened, [*np.array([-2.0, -1.0, 3.0]) / np.sqrt(14 / 3), 0.0, 0.0], atol=1e-7)
 
 
 def test_one_group_of_everything_is_whitened_as_the_rollout_is() -> None:
     advantages, lengths = np.random.default_rng(0).normal(1.0, 3.0, 20), np.array([3, 5, 8, 4])
-    np.testing.assert_array_equal(whiten_groups(advantages, lengths, 4), whiten(advantages))
-    assert np.abs(whiten_groups(advantages, lengths, 2) - whiten(advantages)).max() > 0.05
+    np.testing.assert_array_equal(whiten_groups(advantages, advantages, lengths, 4), whiten(advantages))
+    assert np.abs(whiten_groups(advantages, advantages, lengths, 2) - whiten(advantages)).max() > 0.05
+
+
+def test_the_signal_share_worked_out_by_hand() -> None:
+    # Returns 0 and 2 have the standard deviation 1; advantages −2 and 2 have 2, so half of their spread is error.
+    returns = np.array([0.0, 2.0])
+    assert signal_share(np.array([-2.0, 2.0]), returns) == 0.5
+    assert signal_share(np.array([-0.5, 0.5]), returns) == 1.0  # a critic that has taken half of the spread away
+    assert signal_share(np.array([-2.0, 2.0]), np.array([1.0, 1.0])) == 0.0
+    assert signal_share(np.array([3.0, 3.0]), np.array([1.0, 1.0])) == 1.0  # whitening makes zeros of these
+
+
+def test_without_a_critic_the_signal_share_is_one_and_an_independent_critic_lowers_it() -> None:
+    generator = np.random.default_rng(0)
+    returns, noise = generator.normal(size=(2, 100_000))
+    assert signal_share(returns, returns) == 1.0
+    # Var(G − V) = Var(G) + Var(V) = 1 + 3² for a critic that knows nothing of the returns.
+    assert signal_share(returns - 3 * noise, returns) == pytest.approx(1 / math.sqrt(10), rel=0.02)
 
 
 # ---- identities ----------------------------------------------------------------------------------------------------

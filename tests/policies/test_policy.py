@@ -31,10 +31,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, T5Conf
 
 from agents.models.critic import ValueHead
 from agents.models.distribution import LogProbAndEntropy
-from agents.models.pretrained import load_causal_lm
+from agents.models.pretrained import load_causal_lm, tokenizer_beside
 from agents.models.reference import Reference
 from agents.policies.causal_lm_policy import CausalLMPolicy, load_policy
+from agents.rollouts.episode_buffer import EpisodeBuffer
 from agents.rollouts.sampling import sample_texts
+from agents.rollouts.sb3_vec_env import TextVecEnv
+from text_env.tokenization import pretrained_tokenizer
 
 LORA = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
 
@@ -437,3 +440,30 @@ def test_the_value_head_learns_ten_times_as_fast_as_the_language_model() -> None
     assert head(hidden).item() == pytest.approx(-0.05 * ValueHead.SCALE)
     head.set(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor(0.5))
     assert head(hidden).item() == pytest.approx(10.5)
+
+
+def test_an_environment_of_another_number_of_tokens_is_refused_where_its_tokenizer_is_not_known(tmp_path: Path) -> None:
+    env = make_env(2)
+    spaces_of_env = env.single_observation_space, env.single_action_space
+    directory = save_model(tmp_path / "model")
+    CausalLMPolicy(*spaces_of_env, lambda _: 0.0, model=directory)
+    message = r"'builtin', which has 2048 tokens; the environment has \d+\. Name the model .* policy_kwargs"
+    with pytest.raises(ValueError, match=message):
+        CausalLMPolicy(*spaces_of_env, lambda _: 0.0)
+    EpisodeBuffer(8, *spaces_of_env, "cpu", reference=directory)
+    with pytest.raises(ValueError, match=message):
+        EpisodeBuffer(8, *spaces_of_env, "cpu", reference="builtin")
+
+
+def test_policies_are_loaded_for_the_environment_in_either_form() -> None:
+    env = TextVecEnv(make_env(2))
+    policy = load_policy(make_model(), env, device="cpu")
+    (text,) = sample_texts(policy, env, list(env.vector_env.prompts)[:1])
+    assert text["completion"]
+
+
+def test_a_directory_without_a_tokenizer_has_none_and_none_is_made_up(tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path)
+    assert tokenizer_beside(str(tmp_path)) is None
+    with pytest.raises(ValueError, match="there are no tokenizer files"):
+        pretrained_tokenizer(str(tmp_path))

@@ -379,3 +379,30 @@ def test_an_environment_of_another_size_does_not_go_on(run: PPO, tmp_path: Path)
     run.save(tmp_path / "checkpoint")
     with pytest.raises(ValueError, match=r"Expected an environment of 4 rows, .* got 3\."):
         PPO.load(tmp_path / "checkpoint", env=make_env(3), device="cpu")
+
+
+@pytest.mark.parametrize("found", ["a directory that holds chapters, thesis.txt", "a file"])
+def test_saving_leaves_what_is_no_checkpoint_as_it_is(run: PPO, tmp_path: Path, found: str) -> None:
+    path = tmp_path / "mine"
+    if found == "a file":
+        path.write_text("words")
+    else:
+        (path / "chapters").mkdir(parents=True)
+        (path / "thesis.txt").write_text("words")
+    with pytest.raises(FileExistsError, match=f"mine is {found}. Nothing was written"):
+        run.save(path)
+    assert (path if path.is_file() else path / "thesis.txt").read_text() == "words"
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith("mine")] == ["mine"]
+
+
+def test_saving_replaces_checkpoints_and_fills_empty_directories(
+    run: PPO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    run.save(tmp_path / "empty")
+    (tmp_path / "empty" / "manifest.json").unlink()  # damaged, and still a checkpoint
+    run.save(tmp_path / "empty")
+    PPO.load(tmp_path / "empty", env=make_env(), device="cpu")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileExistsError, match="a directory that holds empty"):
+        run.save(".")

@@ -33,6 +33,7 @@ from transformers import (
 from agents.cli import main
 from agents.rollouts.sampling import sample_texts
 from text_env import NO_ACTION, TextVectorEnv
+from text_env.builtin import LANGUAGE_MODEL
 from text_env.rewards import (
     FinishedTexts,
     Normalized,
@@ -433,6 +434,11 @@ def by_hand(directory: str) -> list[Any]:
         with torch.no_grad():
             logits.append(model(torch.tensor([tokenizer(prompt + completion)["input_ids"]])).logits[0].double())
     return logits
+
+
+def test_a_language_model_is_no_reward_model_since_its_head_would_be_random() -> None:
+    with pytest.raises(ValueError, match=r"got those of LlamaForCausalLM, without score\.weight: .* reward-model"):
+        make_reward(str(LANGUAGE_MODEL))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
