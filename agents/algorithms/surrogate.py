@@ -100,6 +100,8 @@ class Surrogate(OnPolicyAlgorithm):
         before = Weights(actor) if self.before is None else self.before.weights.of(actor)
         region = TrustRegion(self.policy, before, self.trust_region, self.engine, self.micro_batch_tokens)
         super().train()
+        if self._first_ratios is not None:  # no step of the policy was taken, as while the critic warms up
+            return
         reached, kept = region.hold(self.buffer, self._rounding)
         # Towards the rate at which this update would have ended at the limit. Of an update that went very far that is
         # badly known, hence the lower bound, and the way back up is taken more slowly.

@@ -209,3 +209,12 @@ def test_weights_that_are_no_numbers_are_taken_back() -> None:
 def test_a_limit_that_is_not_above_zero_is_refused(limit: Any) -> None:
     with pytest.raises(ValueError, match=r"Expected trust_region .*> 0, got"):
         make_ppo(trust_region=limit)
+
+
+def test_a_warm_up_of_the_critic_is_no_update_of_the_policy() -> None:
+    model = make_ppo(critic_warmup_episodes=8, trust_region=1e-9)
+    model.learn(1, log_interval=0)
+    assert not {"train/update_kl", "train/update_kept"} & set(model.logger.name_to_value)
+    assert model.step_factor == 1.0
+    model.learn(1, log_interval=0)
+    assert model.logger.name_to_value["train/update_kl"] > 0
