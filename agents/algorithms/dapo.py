@@ -43,7 +43,7 @@ class DAPO(GroupRelative):
         super().__init__(policy, env, clip_range_high=clip_range_high, kl_coef=kl_coef, **kwargs)
 
     def sample(self, collect: Collect) -> list[dict[str, Any]]:
-        """Sample groups until the rollout is full of those whose scores differ."""
+        """Sample groups until the rollout is full of those whose texts are paid differently."""
         self.buffer.reset()
         n_episodes = self.engine.share(self.n_episodes)
         rollout: list[dict[str, Any]] = []
@@ -52,7 +52,9 @@ class DAPO(GroupRelative):
             sampled = self.new_buffer()
             episodes = collect(n_episodes - len(rollout), sampled)
             scores += [episode["score"] for episode in episodes]
-            kept = informative_groups(np.array(scores[-len(episodes) :]), self.vector_env.group_size)
+            penalty = self.missing_eos_penalty or 0.0
+            paid = [e["score"] - penalty * (e["finish_reason"] == "length") for e in episodes]
+            kept = informative_groups(np.array(paid), self.vector_env.group_size)
             if round_number == self.max_sampling_rounds:
                 kept[:] = True
             self.buffer.extend(sampled, np.flatnonzero(kept))

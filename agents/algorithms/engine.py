@@ -100,7 +100,7 @@ class Engine:
         :param values: numbers of this process, at least one; other processes may have more or fewer.
         :return: the mean of the numbers of all processes, all with the same weight.
         """
-        return float(values.mean())
+        return float(values.mean(dtype=np.float64))
 
     def largest(self, value: float) -> float:
         """

@@ -62,6 +62,11 @@ Losses = Callable[[np.ndarray], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 # clip range is clipped, or not, for no reason; and as many tokens count more or less than they should.
 FIRST_RATIO_BOUND = 0.1
 
+# What two float32 passes make of the same log-probability, in nats, and of a sum of many numbers, as a share of the
+# largest: advantages that differ by no more are the same.
+PASSES_AGREE_TO = 3e-5
+FLOAT32_IS_GOOD_TO = 1e-5
+
 
 class OnPolicyAlgorithm(Resumable):
     """The base class of PPO, VinePPO, A2C, REINFORCE, RLOO, GRPO and DAPO.
@@ -136,6 +141,8 @@ class OnPolicyAlgorithm(Resumable):
     default_group_size: ClassVar[int] = 1
     # False: the KL penalty is a term of the loss and not of the reward.
     kl_in_reward: ClassVar[bool] = True
+    # False: advantages may have been divided by a standard deviation before they are normalised.
+    advantages_have_unit_of_rewards: ClassVar[bool] = True
     state_attributes: ClassVar[tuple[str, ...]] = ("step_factor",)
     # The engine decides how gradients are applied, and what several processes agree on. None: that of a single process,
     # unless several were launched.
@@ -442,14 +449,17 @@ class OnPolicyAlgorithm(Resumable):
 
     def _iterate(self, total_timesteps: int, callback: BaseCallback, log_interval: int) -> None:
         while self.num_timesteps < total_timesteps:
+            before = self.num_timesteps
             if not self.collect_rollouts(callback):
                 break
             self._iterations += 1
-            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-            # The last rollout exceeds the total, and schedules are not defined for negative progress.
-            self._current_progress_remaining = max(0.0, self._current_progress_remaining)
+            # Schedules are read in the middle of the rollout. At its end, where SB3 reads them, a rate that falls to 0
+            # would be 0 at the last update, which is one of ten in a short run. The last rollout exceeds the total.
+            middle = (before + min(self.num_timesteps, total_timesteps)) / 2
+            self._current_progress_remaining = 1.0 - middle / total_timesteps
             self.update()
-            self.kl.update(self.engine.mean(self.buffer.episode_sums(self.buffer.log_ratio)))
+            if self._first_ratios is None:  # the policy was trained, and not the critic alone
+                self.kl.update(self.engine.mean(self.buffer.episode_sums(self.buffer.log_ratio)))
             if log_interval and self._iterations % log_interval == 0:
                 self._dump_logs(self._iterations)
 
@@ -483,7 +493,8 @@ class OnPolicyAlgorithm(Resumable):
             interrupted = True
         seconds = time.perf_counter() - start
         # During the rollout a process counts its own tokens. From here on all processes have the same count.
-        self.num_timesteps = before + int(self.engine.total(self.num_timesteps - before))
+        n_tokens = int(self.engine.total(self.num_timesteps - before))
+        self.num_timesteps = before + n_tokens
         if self.engine.total(interrupted):
             return False
         self.policy.clear_cache()  # the update would empty it anyway, and the reference needs memory
@@ -495,7 +506,7 @@ class OnPolicyAlgorithm(Resumable):
             self.logger.record(name, figure)
         self._first_ratios = []  # the next step is the first one after these texts were sampled
         self._log_rollout(episodes)
-        self.logger.record("time/tokens_per_second", (self.num_timesteps - before) / seconds)
+        self.logger.record("time/tokens_per_second", n_tokens / seconds)
         callback.update_locals({"episodes": episodes})
         callback.on_rollout_end()
         if self.num_timesteps < self._total_timesteps:
@@ -525,18 +536,32 @@ class OnPolicyAlgorithm(Resumable):
         self._advantage_unit = 1.0
         if not self.normalize_advantage:
             return
-        advantages, ended, mask = buffer.advantages, np.zeros(buffer.n_episodes), buffer.mask
+        advantages, ended, mask, mean = buffer.advantages, np.zeros(buffer.n_episodes), buffer.mask, self.engine.mean
         returns = discounted_returns(buffer.padded(buffer.rewards), ended, mask, self.gamma)[mask].astype(np.float32)
+        floor = self._rounding_of_advantages(buffer, returns)
+        # An exact divergence is in the loss at its own price, and in no return at the first context.
+        paid = returns if self.advantages_have_unit_of_rewards and self.kl_estimator != "exact" else advantages
         if self.normalize_advantage == "group":
-            whitened = whiten_groups(advantages, returns, buffer.lengths, self.vector_env.group_size)
+            whitened = whiten_groups(advantages, paid, buffer.lengths, self.vector_env.group_size, floor)
         else:
-            mean = self.engine.mean
-            share = signal_share(advantages, returns, mean)
-            unit = math.sqrt(variance(advantages, mean)) or 1.0
-            self._advantage_unit = unit / share if share else math.inf
-            whitened = share * whiten(advantages, mean)
+            share = signal_share(advantages, paid, mean)
+            self._advantage_unit = math.sqrt(variance(advantages, mean)) or 1.0
+            whitened = share * whiten(advantages, mean, floor)
             self.logger.record("train/signal_share", share)
         buffer.advantages = whitened.astype(np.float32)
+
+    def _rounding_of_advantages(self, buffer: EpisodeBuffer, returns: np.ndarray) -> float:
+        """The standard deviation that advantages may have by rounding alone: as differences of values and returns, and
+        as sums of a KL penalty that is 0, of two passes over the same text.
+        """
+        largest = max(float(np.abs(numbers).max()) for numbers in (buffer.values, returns))
+        penalty = 0.0
+        if self.kl_in_reward:
+            name = self.policy.distribution.autocast
+            dtype = self.policy.lm.model.dtype if name is None else getattr(torch, name)
+            off = PASSES_AGREE_TO + 2 * torch.finfo(dtype).eps * float(np.abs(buffer.log_probs).max())  # per token
+            penalty = self.kl.coef * off * math.sqrt(buffer.n_tokens / buffer.n_episodes)
+        return self.engine.largest(FLOAT32_IS_GOOD_TO * largest + penalty)
 
     def update(self) -> None:
         """:meth:`train`, all or nothing: if a number of an update was not finite, weights and optimiser are set back.
@@ -616,9 +641,9 @@ class OnPolicyAlgorithm(Resumable):
                 if stopped:
                     break
                 self.engine.step()
+            self._n_updates += 1  # as SB3 counts, one that was stopped as well
             if stopped:
                 break
-            self._n_updates += 1
         for name, values in history.items():
             self.logger.record(f"train/{name}", float(np.mean(values)))
         seconds = time.perf_counter() - start

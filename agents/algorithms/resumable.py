@@ -14,6 +14,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from agents.algorithms.engine import Engine
 from agents.algorithms.environments import check_facts, environment_facts, spaces_of
 from agents.algorithms.found import check_found
+from agents.algorithms.ranges import SCHEDULES
 from agents.models.reference import Reference
 from agents.objectives.kl import KLController
 from agents.policies.causal_lm_policy import CausalLMPolicy
@@ -119,8 +120,9 @@ class Resumable(BaseAlgorithm):
         if env is None:
             return cls._without_environment(state, policy, policy_kwargs, device)
         arguments = arguments_again(state["arguments"], live["arguments"], kwargs, "{}=...")
-        if isinstance(arguments.get("learning_rate"), dict):
-            arguments["learning_rate"] = LearningRate.from_json(arguments["learning_rate"])
+        for name in SCHEDULES:
+            if isinstance(arguments.get(name), dict):
+                arguments[name] = LearningRate.from_json(arguments[name])
         model = cls(policy, env, device=device, policy_kwargs=policy_kwargs, **arguments)
         if "reference" in kwargs:  # one that is given keeps its own weights
             state = {name: value for name, value in state.items() if name != "reference"}
@@ -183,8 +185,9 @@ class Resumable(BaseAlgorithm):
         generators, *others = self.engine.gather(generator_states(self._text_env.vector_env.np_random))
         arguments = kept_arguments(self, set(argument_defaults(type(self))) - NOT_KEPT)
         arguments["stats_window_size"] = self._stats_window_size
-        if isinstance(self.learning_rate, LearningRate):
-            arguments["learning_rate"] = self.learning_rate.to_json()
+        for name in SCHEDULES:
+            if isinstance(arguments.get(name), LearningRate):
+                arguments[name] = arguments[name].to_json()
         arguments, live = written_down(arguments)
         policy_kwargs, live_policy_kwargs = written_down(self.policy_kwargs)
         if self.reference_was_given:

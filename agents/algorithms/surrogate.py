@@ -94,6 +94,7 @@ class Surrogate(OnPolicyAlgorithm):
     def train(self) -> None:
         """Update as the algorithm does, within the trust region."""
         if self.trust_region is None:
+            self.step_factor = 1.0  # it may have been switched off
             super().train()
             return
         actor = self.policy.optimizer.param_groups[0]["params"]
@@ -108,6 +109,7 @@ class Surrogate(OnPolicyAlgorithm):
         self.step_factor = min(1.0, self.step_factor * (max(kept, 0.5) if kept < 1 else 1.2))
         self.logger.record("train/update_kl", reached)
         self.logger.record("train/update_kept", kept)
+        self.logger.record("train/step_factor", self.step_factor)
 
     def _report_first(self, distance: float, means: dict[str, float]) -> None:
         super()._report_first(distance, means)

@@ -211,12 +211,12 @@ def _branch(
         n_envs=env.num_envs,
         reference=target.reference,
         kl_coef=target.kl_coef,
-        kl_estimator=target.kl_estimator,
     )
+    buffer.kl_estimator = target.kl_estimator  # which may be exact
     policy.set_training_mode(False)
     prompts, responses = [state.prompt for state in each], [state.response for state in each]
     infos = collect_episodes(policy, env, len(each), buffer, prompts=prompts, responses=responses)
-    buffer.finalize()
+    buffer.finalize(policy)
     chosen = [part.tolist() for part in np.split(buffer.actions, buffer.starts[1:-1])]
     values = buffer.values[buffer.starts[:-1]].astype(np.float64)
     return Branches(

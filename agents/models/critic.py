@@ -20,6 +20,7 @@ from agents.objectives.value_targets import cross_entropy, hl_gauss, two_hot
 from text_env.builtin import REWARD_MODEL
 from text_env.classifier_reward import SequenceClassifierReward
 from text_env.pretrained_files import load_pretrained
+from text_env.reward_limits import LimitedReward
 from text_env.rewards import reward_normalization
 
 
@@ -31,6 +32,8 @@ def critic_for(reward: Any, tokenizer: PreTrainedTokenizerBase) -> bool | str:
     :return: the name of the reward model, if the reward is one that a critic can start as: it knows already what is
         good, and only has to learn what is likely. Else True, for a copy of the policy's decoder.
     """
+    if isinstance(reward, LimitedReward):
+        reward = reward.reward
     if not isinstance(reward, SequenceClassifierReward) or reward.source is None or reward.chat_template:
         return True
     score = getattr(reward.model, "score", None)

@@ -135,7 +135,15 @@ def informative_groups(scores: Array, group_size: int) -> Array:
     return np.repeat(groups.min(axis=1) < groups.max(axis=1), group_size)
 
 
-def variance(values: Array, mean: Callable[[Array], float] = np.mean) -> float:
+def mean_of(values: Array) -> float:
+    """
+    :param values: float [N].
+    :return: the mean, summed in float64: that of equal numbers is the number.
+    """
+    return float(values.mean(dtype=np.float64))
+
+
+def variance(values: Array, mean: Callable[[Array], float] = mean_of) -> float:
     """The variance of an array: the mean squared distance from its mean.
 
     :param values: float [N].
@@ -146,7 +154,7 @@ def variance(values: Array, mean: Callable[[Array], float] = np.mean) -> float:
     return values.dtype.type(mean((values - mean(values)) ** 2))
 
 
-def signal_share(advantages: Array, returns: Array, mean: Callable[[Array], float] = np.mean) -> float:
+def signal_share(advantages: Array, returns: Array, mean: Callable[[Array], float] = mean_of) -> float:
     """How much of the spread of advantages can come from what was paid: min(1, σ(G) / σ(A)).
 
     A critic is there to make advantages vary less than the returns do. Where they vary more, the rest is the critic's
@@ -162,26 +170,29 @@ def signal_share(advantages: Array, returns: Array, mean: Callable[[Array], floa
     return math.sqrt(paid / own) if paid < own else 1.0
 
 
-def whiten(advantages: Array, mean: Callable[[Array], float] = np.mean) -> Array:
+def whiten(advantages: Array, mean: Callable[[Array], float] = mean_of, floor: float = 0.0) -> Array:
     """Shift and scale the advantages of a rollout to mean 0 and variance 1.
 
     :param advantages: float [N], without padding.
     :param mean: a function that returns the mean of an array, as for :func:`variance`.
+    :param floor: the standard deviation up to which advantages count as equal, since rounding alone may have led to it.
     :return: float [N]; zeros if there is only one advantage, or if all are equal.
     """
     centred = advantages - mean(advantages)
-    return centred / (np.sqrt(variance(centred, mean)) + 1e-8)
+    spread = np.sqrt(variance(centred, mean))
+    return centred / (spread + 1e-8) if spread > floor else np.zeros_like(centred)
 
 
-def whiten_groups(advantages: Array, returns: Array, lengths: Array, group_size: int) -> Array:
+def whiten_groups(advantages: Array, returns: Array, lengths: Array, group_size: int, floor: float = 0.0) -> Array:
     """Whiten the advantages of each group of episodes over the tokens of the group, times their :func:`signal_share`.
 
     :param advantages: float [N], without padding, one episode after the other.
     :param returns: the returns of the same steps, float [N].
     :param lengths: int [E], the number of advantages of each episode; N in all.
     :param group_size: the number k of episodes in each group.
+    :param floor: as for :func:`whiten`.
     :return: float [N]; zeros for a group whose advantages, or whose returns, are all equal.
     """
     ends = np.cumsum(lengths.reshape(-1, group_size).sum(axis=1))
     groups = zip(*(np.split(values, ends[:-1]) for values in (advantages, returns)), strict=True)
-    return np.concatenate([signal_share(a, g) * whiten(a) for a, g in groups])
+    return np.concatenate([signal_share(a, g) * whiten(a, floor=floor) for a, g in groups])
