@@ -215,6 +215,26 @@ def test_the_algorithms_page_says_how_many_gradient_steps_a_rollout_has() -> Non
         assert int(row["steps a rollout"]) == defaults["n_epochs"] * math.ceil(defaults["n_episodes"] / size)
 
 
+def test_pages_say_the_speeds_that_the_table_has() -> None:
+    table = [list(row.values())[:3] for row in rows(ROOT / "docs" / "performance.md", "figure |")]
+    first = {name: [cell.split(" (")[0] for cell in figures if cell] for name, *figures in table}
+    beside = [figures for name, figures in first.items() if re.search(r"÷ `generate\b", name)]
+    amd, intel = ([float(figures[n]) for figures in beside if n < len(figures)] for n in (0, 1))
+    readme, token = (" ".join((ROOT / name).read_text().split()) for name in ("README.md", "docs/token_by_token.md"))
+    assert f"{min(amd):.2f} to {max(amd):.2f} times as fast as `generate()`" in readme
+    head, own = first["TRL 1.12.0 PPO iteration ÷ ours"], first["… ours with a separate critic, as TRL has it"]
+    assert f"{own[0]} times as fast as TRL's, and with the critic as a head on the policy {head[0]} times" in readme
+    assert f"it was {min(intel):.2f} to {max(intel):.2f}, {own[1]} and {head[1]}" in readme
+    assert f"{amd[0]:.2f} times as fast as transformers' `generate()`" in token
+    assert f"({intel[0]:.2f} on an Intel Xeon, older)" in token
+    share = next(figures for name, figures in first.items() if name.startswith("share of the rollout"))
+    assert f"{100 * float(share[0]):.1f} % of a rollout is spent in" in token
+    update = next(figures for name, figures in first.items() if name.startswith("PPO update ÷ bare"))
+    assert f"{update[0]} times the tokens a second of a bare forward and backward pass" in token
+    assert f"takes {head[0]} times as long" in token
+    assert f"and {own[0]} times as long as one with a critic of its own" in token
+
+
 def missing_names(text: str) -> list[str]:
     """The dotted names of either package that nothing bears."""
 
