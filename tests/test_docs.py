@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from agents.runs.algorithms import ALGORITHMS
+from agents.runs.commands import COMMANDS
 from agents.state.arguments import argument_defaults
 
 ROOT = Path(__file__).parents[1]
@@ -233,6 +234,13 @@ def test_pages_say_the_speeds_that_the_table_has() -> None:
     assert f"{update[0]} times the tokens a second of a bare forward and backward pass" in token
     assert f"takes {head[0]} times as long" in token
     assert f"and {own[0]} times as long as one with a critic of its own" in token
+
+
+def test_the_page_about_the_command_line_shows_and_explains_every_command() -> None:
+    page = (ROOT / "docs" / "command_line.md").read_text()
+    shown = re.findall(r"^textrlhf ([\w-]+)", "".join(code for _, code in FENCE.findall(page)), re.MULTILINE)
+    assert set(shown) == set(COMMANDS)
+    assert [name for name in COMMANDS if f"- **`{name}`**" not in page] == []
 
 
 def missing_names(text: str) -> list[str]:
