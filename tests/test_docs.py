@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import ast
 import functools
+import itertools
+import math
 import pkgutil
 import re
 from pathlib import Path
 
 import pytest
+
+from agents.runs.algorithms import ALGORITHMS
+from agents.runs.commands import COMMANDS
+from agents.state.arguments import argument_defaults
 
 ROOT = Path(__file__).parents[1]
 CODE = ("agents", "text_env", "benchmarks", "data", "examples")
@@ -161,6 +167,80 @@ def test_what_the_build_files_name_is_there(name: str) -> None:
     text = (ROOT / name).read_text()
     assert PATH.findall(text)
     assert missing_paths(text) == []
+
+
+def rows(page: Path, first: str) -> list[dict[str, str]]:
+    """The table whose header begins with a cell, as the cells of each row by the header's; without a header, by ""."""
+    lines = iter(page.read_text().splitlines())
+    header = next(cells(line) for line in lines if line.startswith(f"| {first}"))
+    next(lines)
+    table = list(itertools.takewhile(lambda line: line.startswith("|"), lines))
+    return [dict(zip(header, cells(line), strict=True)) for line in table]
+
+
+def cells(line: str) -> list[str]:
+    """The cells of a row of a table."""
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def default_of(name: str, argument: str) -> object:
+    """The default of an algorithm's argument, or of its environment's `group_size`."""
+    algorithm = ALGORITHMS[name.lower()]
+    own = {"group_size": algorithm.default_group_size}
+    return {**argument_defaults(algorithm), **own}.get(argument, "–")
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_page_of_an_algorithm_has_the_defaults_of_its_class(name: str) -> None:
+    page = ROOT / "docs" / f"{name}.md"
+    table = [list(row.values()) for row in rows(page, "argument")]
+    said = {argument.strip("`"): ast.literal_eval(default.strip("`")) for argument, default, *_ in table}
+    assert {"learning_rate", "n_episodes", "batch_size", "n_epochs", "kl_coef"} <= set(said)
+    assert said == {argument: default_of(name, argument) for argument in said}
+
+
+def test_the_table_of_all_algorithms_has_the_defaults_of_their_classes() -> None:
+    table = rows(ROOT / "docs" / "algorithms.md", "| `learning_rate`")
+    assert [row.pop("").strip("`").lower() for row in table] == list(ALGORITHMS)
+    for name, row in zip(ALGORITHMS, table, strict=True):
+        said = {key.strip("`"): cell if cell == "–" else ast.literal_eval(cell.strip("`")) for key, cell in row.items()}
+        assert said == {argument: default_of(name, argument) for argument in said}
+
+
+def test_the_algorithms_page_says_how_many_gradient_steps_a_rollout_has() -> None:
+    table = rows(ROOT / "docs" / "algorithms.md", "| advantage")
+    assert [row[""].strip("`").lower() for row in table] == list(ALGORITHMS)
+    for row in table:
+        defaults = argument_defaults(ALGORITHMS[row[""].strip("`").lower()])
+        size = defaults["batch_size"] or defaults["n_episodes"]
+        assert int(row["steps a rollout"]) == defaults["n_epochs"] * math.ceil(defaults["n_episodes"] / size)
+
+
+def test_pages_say_the_speeds_that_the_table_has() -> None:
+    table = [list(row.values())[:3] for row in rows(ROOT / "docs" / "performance.md", "figure |")]
+    first = {name: [cell.split(" (")[0] for cell in figures if cell] for name, *figures in table}
+    beside = [figures for name, figures in first.items() if re.search(r"÷ `generate\b", name)]
+    amd, intel = ([float(figures[n]) for figures in beside if n < len(figures)] for n in (0, 1))
+    readme, token = (" ".join((ROOT / name).read_text().split()) for name in ("README.md", "docs/token_by_token.md"))
+    assert f"{min(amd):.2f} to {max(amd):.2f} times as fast as `generate()`" in readme
+    head, own = first["TRL 1.12.0 PPO iteration ÷ ours"], first["… ours with a separate critic, as TRL has it"]
+    assert f"{own[0]} times as fast as TRL's, and with the critic as a head on the policy {head[0]} times" in readme
+    assert f"it was {min(intel):.2f} to {max(intel):.2f}, {own[1]} and {head[1]}" in readme
+    assert f"{amd[0]:.2f} times as fast as transformers' `generate()`" in token
+    assert f"({intel[0]:.2f} on an Intel Xeon, older)" in token
+    share = next(figures for name, figures in first.items() if name.startswith("share of the rollout"))
+    assert f"{100 * float(share[0]):.1f} % of a rollout is spent in" in token
+    update = next(figures for name, figures in first.items() if name.startswith("PPO update ÷ bare"))
+    assert f"{update[0]} times the tokens a second of a bare forward and backward pass" in token
+    assert f"takes {head[0]} times as long" in token
+    assert f"and {own[0]} times as long as one with a critic of its own" in token
+
+
+def test_the_page_about_the_command_line_shows_and_explains_every_command() -> None:
+    page = (ROOT / "docs" / "command_line.md").read_text()
+    shown = re.findall(r"^textrlhf ([\w-]+)", "".join(code for _, code in FENCE.findall(page)), re.MULTILINE)
+    assert set(shown) == set(COMMANDS)
+    assert [name for name in COMMANDS if f"- **`{name}`**" not in page] == []
 
 
 def missing_names(text: str) -> list[str]:

@@ -55,11 +55,11 @@ def test_every_page_is_in_the_navigation() -> None:
     assert len(PAGES) >= 20
 
 
-def test_every_algorithm_has_a_page_with_equation_code_metrics_and_command() -> None:
+def test_every_algorithm_has_a_page_with_equation_code_example_metrics_and_command() -> None:
     for name in ("a2c", "reinforce", "rloo", "grpo", "dapo", "vineppo"):
         text = (ROOT / "docs" / f"{name}.md").read_text()
         headings = re.findall(r"^## (.*)$", text, re.M)
-        assert headings == ["What it is", "Code", "Metrics", "Command and curve"], name
+        assert headings == ["What it is", "Code", "An example, and the defaults", "Metrics", "Command and curve"], name
         assert "<!-- code: agents/" in text
         assert f"({name}.md)" in (ROOT / "docs" / "algorithms.md").read_text()
 

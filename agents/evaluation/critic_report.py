@@ -14,10 +14,9 @@ def critic_table(result: dict[str, Any]) -> Table:
     :param result: what :func:`agents.evaluation.critic_microscope.examine_critic` returned.
     :return: the figures by position and overall, and below them who orders siblings right.
     """
-    size = f"{result['texts']} texts, {result['positions']} positions, {result['branches']} branches"
     table = Table(
         *("position", "states", "value", "return", "bias", "rmse", "explained", "tau"),
-        title=f"The critic: {size}",
+        title=f"The critic: {_size(result)}",
         caption=_caption(result),
     )
     for row in result["by_position"]:
@@ -25,6 +24,10 @@ def critic_table(result: dict[str, Any]) -> Table:
     table.add_section()
     table.add_row("all", *_cells(result["overall"]), style="bold")
     return table
+
+
+def _size(result: dict[str, Any]) -> str:
+    return f"{result['texts']} texts, {result['positions']} positions, {result['branches']} branches"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -51,16 +54,19 @@ def _caption(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot_critic(result: dict[str, Any], path: Path) -> None:
+def plot_critic(result: dict[str, Any], path: Path, whose: str = "") -> None:
     """Plot the values against what followed, the error and the share explained by position, and who orders siblings
     right.
 
     :param result: what :func:`agents.evaluation.critic_microscope.examine_critic` returned.
     :param path: the PNG file that is written.
+    :param whose: of which run or policy the critic is, for the title.
     """
     import matplotlib.figure
 
-    figure = matplotlib.figure.Figure(figsize=(9, 6.5), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(9, 6.9), layout="constrained")
+    owner = f" of {whose}" if whose else ""
+    figure.suptitle(f"The critic{owner}: {_size(result)}", x=0.01, ha="left", parse_math=False)
     panels = figure.subplots(2, 2)
     for axes, draw in zip(panels.flat, (_calibration, _errors, _explained, _siblings), strict=True):
         draw(axes, result)
@@ -100,16 +106,21 @@ def _errors(axes: Any, result: dict[str, Any]) -> None:
 
 
 def _explained(axes: Any, result: dict[str, Any]) -> None:
-    x = _positions(axes, result)
-    for name, label, colour in (
-        ("explained_variance", "variance explained", "tab:blue"),
-        ("kendall_tau", "rank agreement τ", "tab:orange"),
-    ):
-        shares = np.array([row[name] for row in result["by_position"]], dtype=np.float64)
-        axes.plot(x, shares, color=colour, marker="o", markersize=4, label=label)
+    x = np.array(_positions(axes, result))
+    names = ("explained_variance", "kendall_tau")
+    lines = np.array([[row[name] for row in result["by_position"]] for name in names], dtype=np.float64)
+    lowest = lines[np.isfinite(lines)].min(initial=0.0)
+    axes.set_ylim(max(-1.1, lowest - 0.05), 1.05)
+    looks = (("variance explained", "tab:blue"), ("rank agreement τ", "tab:orange"))
+    for shares, (label, colour) in zip(lines, looks, strict=True):
+        # A critic that misleads may be far below 0, and would leave the rest no room: such a point is an arrow.
+        outside = shares < -1.05
+        axes.plot(x, np.where(outside, np.nan, shares), color=colour, marker="o", markersize=4, label=label)
+        axes.plot(x[outside], np.full(outside.sum(), -1.04), color=colour, marker="v", linestyle="none")
+        for position, share in zip(x[outside], shares[outside], strict=True):
+            beside: Any = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "fontsize": "small"}
+            axes.annotate(f"{share:.1f}".replace("-", "−"), (position, -1.04), color=colour, **beside)
     axes.axhline(0, color="tab:gray", linewidth=1)
-    # A critic that misleads may be far below 0, and would leave the rest no room.
-    axes.set_ylim(max(-1.05, min(-0.05, axes.dataLim.y0 - 0.05)), 1.05)
     axes.set_title("How much it knows (1: all)", loc="left", fontweight="bold")
     axes.legend(frameon=False, fontsize="small")
 

@@ -140,7 +140,8 @@ def make_vec_env(
     seed: int | None = None,
     env_kwargs: dict[str, Any] | None = None,
 ) -> TextVecEnv:
-    """SB3's function of the same name, for the text environment. All rows share one vector environment.
+    """SB3's function of the same name for the text environment, with four of its arguments. All rows share one vector
+    environment, and have no processes, monitors or wrappers of their own.
 
     :param env_id: the registered name of the environment.
     :param n_envs: the number of rows.

@@ -16,7 +16,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from agents.runs.curves import dashes
 from benchmarks.algorithms.sentences import (
+    SMOOTHING,
     Estimate,
     Run,
     bootstrap,
@@ -101,25 +103,28 @@ def learning_curves(runs: Runs) -> Figure:
         if key != "own" and "ppo" in runs:
             x, middle, _, _ = curve_of(runs["ppo"])
             axis.plot(x, middle, color="#888888", linewidth=1.6, linestyle="--", label="ppo (own)")
-        for name in names:
+        for number, name in enumerate(names):
             x, middle, low, high = curve_of(runs[name])
             axis.fill_between(x, low, high, color=colour(name), alpha=0.16, linewidth=0)
-            axis.plot(x, middle, color=colour(name), linewidth=2, label=name)
+            axis.plot(x, middle, color=colour(name), linewidth=2, linestyle=dashes(number), label=name)
         axis.set_title(FAMILIES[key])
         axis.set_xlabel("training tokens (thousands)")
         axis.margins(x=0)
         axis.set_xlim(left=0)
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=9.5)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=9.5, handlelength=3.2)
     axes[0][0].set_ylabel("training score (IQM, 95 % band)")
     return figure
 
 
 def curve_of(runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """
-    :return: tokens in thousands, IQM, lower and upper bound, ``[GRID]`` each, as far as the shortest run goes.
+    :return: tokens in thousands, IQM, lower and upper bound, ``[GRID]`` each, as far as all runs have the mean of
+        ``SMOOTHING`` bins. Nearer to the end it is of fewer, and in the last bin are but the few texts that ended
+        after the budget, which are the longest.
     """
     curves = [smoothed_curve(run) for run in runs]
-    x = np.linspace(0, min(tokens[-1] for tokens, _ in curves), GRID)
+    ends = [tokens[-1 - SMOOTHING // 2] if len(tokens) > SMOOTHING else tokens[-1] for tokens, _ in curves]
+    x = np.linspace(0, min(ends), GRID)
     return x / 1000, *iqm_curve(np.array([np.interp(x, tokens, scores) for tokens, scores in curves]))
 
 

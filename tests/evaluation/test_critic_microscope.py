@@ -14,7 +14,7 @@ from learners import PROMPTS, make_env, make_model, make_policy, plain_log_probs
 from rich.console import Console
 
 from agents.evaluation.critic_microscope import CriticTarget, State, _branch, _positions, examine_critic, siblings
-from agents.evaluation.critic_report import critic_table, plot_critic
+from agents.evaluation.critic_report import _explained, critic_table, plot_critic
 from agents.models.reference import Reference
 from agents.policies.causal_lm_policy import CausalLMPolicy
 from text_env.vector_env import TextVectorEnv
@@ -103,7 +103,7 @@ def test_where_no_siblings_differ_nothing_is_said_of_their_order(tmp_path: Path)
 def test_the_result_is_json_a_table_and_a_picture(tmp_path: Path) -> None:
     result = examined(lambda true: 0.8 * true)
     assert json.loads(json.dumps(result)) == result
-    plot_critic(result, tmp_path / "critic.png")
+    plot_critic(result, tmp_path / "critic.png", "runs/mine")
     assert (tmp_path / "critic.png").read_bytes().startswith(b"\x89PNG")
     console = Console(width=120)
     with console.capture() as captured:
@@ -112,6 +112,17 @@ def test_the_result_is_json_a_table_and_a_picture(tmp_path: Path) -> None:
     assert f"{result['siblings']['decided']} pairs of {result['siblings']['pairs']} that differ: critic 100%" in shown
     assert f"{result['overall']['bias']:+.2f}" in shown
     assert len(result["states"]["value"]) == result["overall"]["states"] == 24 * 3
+
+
+def test_a_share_far_below_zero_is_an_arrow_that_says_its_number() -> None:
+    import matplotlib.figure
+
+    axes = matplotlib.figure.Figure().subplots()
+    shares = [(0.0, -4.17, 0.1), (0.5, None, None), (0.8, 0.2, 0.3)]
+    names = ("position", "explained_variance", "kendall_tau")
+    _explained(axes, {"by_position": [dict(zip(names, row, strict=True)) for row in shares]})
+    assert [text.get_text() for text in axes.texts] == ["−4.2"]
+    assert axes.get_ylim()[0] > -1.2
 
 
 # ---- states and branches -------------------------------------------------------------------------------------------
