@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from agents.algorithms.ppo import PPO
 from agents.objectives.advantages import discounted_returns
 from agents.policies.causal_lm_policy import is_actor
 from agents.rollouts.collector import collect_episodes
+from agents.state.schedules import LearningRate
 
 
 def split(model: PPO, weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -86,6 +88,34 @@ def test_where_all_texts_are_paid_the_same_the_critics_errors_move_the_critic_al
         assert largest_difference(critic, after[1]) > 1e-5
     assert moved.pop(False) > 1e-5  # the control: these errors would move the policy
     assert list(moved.values()) == [0.0]
+
+
+@pytest.mark.parametrize("score", [0.0, 0.7])
+def test_where_nothing_was_paid_but_what_rounding_makes_of_the_penalty_nobody_moves(score: float) -> None:
+    def the_same(completions: list[str], **_: Any) -> list[float]:
+        return [score] * len(completions)
+
+    model = make_ppo(make_env(32, reward=the_same), n_episodes=32, gae_lambda=1.0)
+    actor, _ = split(model, weights_of(model.policy))
+    model.learn(1)
+    assert model.kl_coef > 0
+    assert not model.buffer.advantages.any()
+    assert largest_difference(actor, split(model, weights_of(model.policy))[0]) == 0
+
+
+def test_the_kl_coefficient_is_not_adapted_while_the_critic_warms_up() -> None:
+    model = make_ppo(critic_warmup_episodes=16, kl_target=5.0)
+    for expected in (0.04, 0.04, 0.036):  # only the last rollout is learned from by the policy
+        model.learn(1)
+        assert model.kl_coef == pytest.approx(expected)
+
+
+def test_a_schedule_of_the_critic_is_saved_like_the_policys(tmp_path: Path) -> None:
+    rate = LearningRate(1e-2, "cosine", 0.1)
+    env = make_env(tokenizer="builtin")
+    make_ppo(env, "builtin", critic_learning_rate=rate).save(tmp_path / "checkpoint")
+    again = PPO.load(tmp_path / "checkpoint", env=make_env(tokenizer="builtin"), device="cpu")
+    assert again.critic_learning_rate == rate
 
 
 def test_lambda_of_the_critic_changes_its_targets_and_not_the_advantages() -> None:

@@ -133,3 +133,14 @@ def test_a_resumed_run_of_dapo_is_the_run_that_was_never_stopped(tmp_path: Any) 
 def test_no_rounds_at_all_are_refused() -> None:
     with pytest.raises(ValueError, match="max_sampling_rounds >= 1, got 0"):
         make(max_sampling_rounds=0)
+
+
+def test_a_group_in_which_only_the_penalty_differs_is_kept() -> None:
+    penalised, rounds = rollout(make(constant, max_sampling_rounds=5, missing_eos_penalty=1.0))
+    paid = penalised.buffer.episode_sums(penalised.buffer.rewards).reshape(-1, K)
+    assert penalised.buffer.truncated.any()
+    assert not penalised.buffer.truncated.all()
+    assert (paid.min(axis=1) < paid.max(axis=1)).any()
+    _, all_rounds = rollout(make(constant, max_sampling_rounds=5))
+    assert [len(scores) for scores in all_rounds] == [N_EPISODES] * 5  # the control: without it nothing is kept
+    assert sum(map(len, rounds)) < N_EPISODES * 5

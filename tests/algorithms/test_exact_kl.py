@@ -10,13 +10,16 @@ import pytest
 import stable_baselines3 as sb3
 import torch
 from learners import (
+    constant,
     counted_forwards,
     even_tokens,
     in_float64,
+    largest_difference,
     make_env,
     make_model,
     make_ppo,
     plain_log_probs,
+    weights_of,
 )
 
 import agents.models.sizes
@@ -454,3 +457,11 @@ def test_stable_baselines3s_algorithms_refuse_it() -> None:
     model.rollout_buffer.kl_estimator = "exact"
     with pytest.raises(ValueError, match=r"Expected finalize\(policy\) for kl_estimator='exact'"):
         model.learn(16)
+
+
+def test_the_divergence_keeps_its_price_where_all_texts_are_paid_the_same() -> None:
+    env = make_env(max_new_tokens=1, reward=constant)  # the first context's divergence is in no reward
+    model = make_exact(env, learning_rate=1e-2, n_episodes=32, batch_size=None, n_epochs=1)
+    before = weights_of(model.policy)
+    model.learn(1)
+    assert largest_difference(before, weights_of(model.policy)) > 1e-3

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from learners import largest_difference, length_of, make_env, make_ppo, weights_of
+from learners import even_tokens, largest_difference, length_of, make_env, make_ppo, weights_of
 
+from agents.algorithms.dapo import DAPO
 from agents.algorithms.grpo import GRPO
 from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.algorithms.ppo import PPO
@@ -152,3 +153,14 @@ def test_whitening_within_groups_needs_groups() -> None:
 def test_choices_that_do_not_exist_are_refused(argument: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_ppo(make_env(reward=length_of), **argument)
+
+
+@pytest.mark.parametrize("algorithm", [GRPO, DAPO])
+def test_advantages_that_have_no_unit_are_whitened_whatever_the_unit_of_the_score(algorithm: Any) -> None:
+    spreads = []
+    for scale in (1.0, 0.01):
+        env = make_env(4, reward=lambda scale=scale, **batch: [scale * x for x in even_tokens(**batch)], group_size=2)
+        model: Any = make_ppo(env, algorithm=algorithm, normalize_advantage=True)
+        model.learn(1)
+        spreads.append(model.buffer.advantages.std())
+    assert spreads == pytest.approx([1.0, 1.0], abs=1e-3)

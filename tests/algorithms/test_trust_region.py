@@ -218,3 +218,13 @@ def test_a_warm_up_of_the_critic_is_no_update_of_the_policy() -> None:
     assert model.step_factor == 1.0
     model.learn(1, log_interval=0)
     assert model.logger.name_to_value["train/update_kl"] > 0
+
+
+def test_a_trust_region_that_is_switched_off_leaves_the_learning_rate_as_it_is() -> None:
+    model = make_ppo(learning_rate=1e-2, trust_region=1e-4)
+    model.learn(1, log_interval=0)
+    assert model.logger.name_to_value["train/step_factor"] == model.step_factor == 0.5
+    model.trust_region = None
+    model.learn(1, log_interval=0)
+    assert model.step_factor == 1.0
+    assert model.policy.optimizer.param_groups[0]["lr"] == 1e-2

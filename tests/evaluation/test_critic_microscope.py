@@ -191,3 +191,16 @@ def test_an_untrained_critic_and_single_branches_are_refused() -> None:
         with pytest.raises(ValueError, match="to be an integer of at least 2, got 1"):
             examine_critic(make_policy(env), env, CriticTarget(), *sizes)
     assert len(env.prompts) == len(PROMPTS)
+
+
+def test_an_exact_divergence_is_paid_for_the_contexts_after_the_state_alone() -> None:
+    env = env_of(reward=lambda completions, **_: [3.0] * len(completions))
+    policy, other = make_policy(env, min_new_tokens=LENGTH), make_policy(env, min_new_tokens=LENGTH)
+    with torch.no_grad():
+        for parameter in other.lm.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    target = CriticTarget(Reference(other.lm), kl_coef=0.5, kl_estimator="exact")
+    last, first = State(0, 0, env.prompts[0], [7] * (LENGTH - 1)), State(0, 0, env.prompts[0], [])
+    branches = _branch(policy, env, target, [last, first], 4)
+    assert branches.returns[0].tolist() == [3.0] * 4  # after its token there is no further context
+    assert (branches.returns[1] < 3.0).all()

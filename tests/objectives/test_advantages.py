@@ -74,15 +74,28 @@ def test_whitening_is_the_standard_score_worked_out_by_hand() -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("size", [1, 2, 7, 100, 12_345])
 def test_variance_and_whitening_are_to_the_last_bit_what_numpy_makes_of_them(size: int, dtype: type) -> None:
-    """Also with a mean that is a Python number, as one that has come from other processes is."""
+    """With sums in float64."""
     values = np.random.default_rng(size).normal(0.3, 2.0, size).astype(dtype)
-    centred = values - values.mean()
-    expected = centred / (centred.std() + 1e-8)
-    for mean in (np.mean, lambda x: float(x.mean())):
-        assert variance(values, mean) == values.var()
-        whitened = whiten(values, mean)
-        assert whitened.dtype == dtype
-        assert whitened.tobytes() == expected.tobytes()
+    centred = values - float(values.mean(dtype=np.float64))
+    spread = np.sqrt(dtype(np.mean((centred - float(centred.mean(dtype=np.float64))) ** 2, dtype=np.float64)))
+    assert variance(values) == pytest.approx(values.var(dtype=np.float64), rel=1e-6)
+    whitened = whiten(values)
+    assert whitened.dtype == dtype
+    assert whitened.tobytes() == (centred / (spread + 1e-8)).tobytes()
+
+
+@pytest.mark.parametrize("number", [0.1, 0.7, 1.7, 1e6 / 3])
+def test_equal_advantages_are_whitened_to_zeros_whatever_their_rounding(number: float) -> None:
+    equal = np.full(3000, number, np.float32)
+    assert not whiten(equal).any()
+    assert not whiten_groups(equal, equal, np.full(30, 100), 3).any()
+
+
+def test_advantages_that_differ_by_rounding_alone_are_equal() -> None:
+    noise = np.random.default_rng(0).normal(0.0, 1e-6, 100).astype(np.float32)
+    assert whiten(noise).std() == pytest.approx(0.99, abs=0.02)
+    assert not whiten(noise, floor=1e-5).any()
+    np.testing.assert_array_equal(whiten(1e3 * noise, floor=1e-5), whiten(1e3 * noise))
 
 
 def test_whitening_by_a_mean_over_two_processes_is_whitening_of_both_together() -> None:
