@@ -40,9 +40,11 @@ from agents.runs.config import EnvConfig, TrainConfig, load_config, names_from_r
 from agents.runs.errors import described
 from agents.runs.look_commands import PlayConfig, PushConfig, ReportConfig, WatchConfig
 from agents.runs.usage import usage
+from text_env.imports import UntrustedNameError
 
 if TYPE_CHECKING:
     from agents.policies.causal_lm_policy import CausalLMPolicy
+    from text_env.vector_env import TextVectorEnv
 
 # Here stands only what imports in no time. PyTorch, transformers and Stable-Baselines3 take seconds, so each function
 # imports what it needs of them: a typing error, and --help, are answered at once.
@@ -120,20 +122,20 @@ def _sample(config: SampleConfig, env_config: EnvConfig) -> None:
 
     from agents.policies.causal_lm_policy import load_policy
     from agents.rollouts.sampling import sample_texts
+    from agents.runs.not_scored import score_of
     from agents.state.devices import check_device
 
     check_device(config.device)
     # Only the score is shown.
     env_config = dataclasses.replace(env_config, max_prompt_tokens=None, gold=None, metrics=None)
     prompts = [prompt for prompt in config.prompt for _ in range(config.n)]
-    # The right answers of these prompts are unknown, so that a task can't judge what is written.
-    judge = env_config.unjudged() if env_config.has_task else {}
-    env = env_config.make(len(prompts), config.policy, prompts=prompts, **judge)
+    judge = env_config.unjudged(UNKNOWN_ANSWER) if env_config.has_task else {}
+    env = _env_to_write_in(env_config, len(prompts), config.policy, prompts=prompts, **judge)
     set_random_seed(config.seed)
     policy = load_policy(config.policy, env, config.device, config.dtype, config.temperature)
     for info in sample_texts(policy, env, prompts, config.greedy):
-        score = "" if env_config.has_task else f" [dim]({info['score']:+.2f})[/dim]"
-        console.print(f"[bold]{escape(info['prompt'])}[/bold]{escape(info['completion'])}{score}", soft_wrap=True)
+        text = f"[bold]{escape(info['prompt'])}[/bold]{escape(info['completion'])}"
+        console.print(f"{text} [dim]({escape(score_of(info))})[/dim]", soft_wrap=True)
 
 
 def run_push(config: PushConfig) -> int:
@@ -202,8 +204,8 @@ def _play(config: PlayConfig, run: TrainConfig | None) -> None:
     given: dict[str, Any] = {}
     if config.prompt is not None:
         given = {"prompts": [config.prompt], "max_prompt_tokens": None}
-        given |= env_config.unjudged() if env_config.has_task else {}  # the right answer is unknown
-    env = env_config.make(1, config.policy, group_size=1, **given)
+        given |= env_config.unjudged(UNKNOWN_ANSWER) if env_config.has_task else {}
+    env = _env_to_write_in(env_config, 1, config.policy, group_size=1, **given)
     set_random_seed(config.seed)
     has_critic = run is not None and (Path(config.policy) / VALUE_HEAD_FILE).exists()
     critic = separate_critic(run.critic or "head") if run is not None and has_critic else False
@@ -213,6 +215,20 @@ def _play(config: PlayConfig, run: TrainConfig | None) -> None:
     play(Play(policy, env, config.seed), config.top, console)
 
 
+def _env_to_write_in(env_config: EnvConfig, num_envs: int, model: str, **given: Any) -> TextVectorEnv:
+    """The environment for texts that are shown, whether or not there is somebody to judge them."""
+    from agents.runs.not_scored import score_where_possible
+
+    try:
+        env = env_config.make(num_envs, model, **given)
+    except UntrustedNameError as error:  # perhaps of the reward alone, which writing doesn't need
+        env = env_config.make(num_envs, model, **given, **env_config.unjudged("--trust would score it"))
+        console.print(f"Texts are not scored. {escape(str(error))}", style="dim", highlight=False, soft_wrap=True)
+    score_where_possible(env)
+    return env
+
+
+UNKNOWN_ANSWER = "the right answer of this prompt is unknown"
 TASK_OPTIONS = ("max_new_tokens", "task", "task_kwargs")
 
 

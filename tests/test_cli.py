@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from pathlib import Path
@@ -375,6 +376,18 @@ def test_text_in_square_brackets_is_printed_as_it_is(run: Run, capsys: pytest.Ca
     options = ["--prompt", "[red] [/nothing] x", "--max-new-tokens", "1", "--greedy", "--device", "cpu", "--trust"]
     assert main(["sample", "--policy", str(run.directory / "policy"), *options]) == 0
     assert "[red] [/nothing] x" in capsys.readouterr().out
+
+
+def test_a_text_is_shown_where_the_reward_needs_a_column_that_a_typed_prompt_does_not_have(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--max-new-tokens", "4", "--reward", "2*test_cli:agrees+0.1*sentiment", "--device", "cpu", "--prompt"]
+    assert main(["sample", "--policy", "builtin", *options, "The movie"]) == 0
+    reason = "not scored: TypeError: agrees() missing 1 required positional argument: 'answer'"
+    assert re.search(rf"The movie.* \({re.escape(reason)}\)", " ".join(capsys.readouterr().out.split()))
+    monkeypatch.setattr("sys.stdin", io.StringIO("g\nb\ng\n"))
+    assert main(["play", "builtin", *options, "The movie"]) == 0
+    assert " ".join(capsys.readouterr().out.split()).count(f"{reason} · ended by") == 2
 
 
 # ---- demo ----------------------------------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ class CriticConfig:
 class SampleConfig:
     """Let a policy write texts.
 
-    The reward's score stands behind each, unless the prompts are problems of a task.
+    The reward's score stands behind each, or why there is none.
     """
 
     policy: str
@@ -182,8 +182,9 @@ class SampleConfig:
     seed: int = 0
     """The seed of the texts."""
     trust: bool = False
-    """Import what the run's config.yaml names as 'module:object', which runs code. Without it this is refused, since a
-    run may come from somebody else. What is named on the command line is always imported."""
+    """Import what the run's config.yaml names as 'module:object', which runs code. Without it texts are not scored by
+    such a reward, and anything else of the kind is refused, since a run may come from somebody else. What is named on
+    the command line is always imported."""
     device: str = "auto"
     """'auto', 'cpu', 'cuda', …"""
     dtype: str = "float32"

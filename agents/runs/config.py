@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +14,7 @@ import gymnasium as gym
 import tyro
 import yaml
 
+from agents.runs.not_scored import NotScored
 from agents.runs.yaml_values import hints_of, mapping, read_mapping, typed
 from agents.state.arguments import check_number
 from agents.state.schedules import LearningRate
@@ -115,11 +116,12 @@ class EnvConfig(EpisodeSettings):
         task, kwargs = self._task()
         return make_task(task, **{name: value for name, value in kwargs.items() if name != "split"})
 
-    def unjudged(self) -> dict[str, Any]:
+    def unjudged(self, why: str = "nothing is judged here") -> dict[str, Any]:
         """
+        :param why: what the final infos give as the reason.
         :return: arguments of :meth:`make` with which nothing judges the texts: all scores are 0, without metrics.
         """
-        judge: dict[str, Any] = {"reward": _no_score, "metrics": None}
+        judge: dict[str, Any] = {"reward": NotScored(why), "metrics": None}
         if self.has_task:
             judge |= {"task": dataclasses.replace(self.made_task(), metrics={}), "task_kwargs": None}
         return judge
@@ -181,10 +183,6 @@ class EnvConfig(EpisodeSettings):
             return plain(env)
         except ValueError as error:
             raise ValueError(f"env={self.env!r}: {error}") from error
-
-
-def _no_score(completions: Sequence[Any], **_: Any) -> list[float]:
-    return [0.0] * len(completions)
 
 
 @dataclass

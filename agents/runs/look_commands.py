@@ -111,8 +111,9 @@ class PlayConfig:
     seed: int = 0
     """The seed of the prompt and of the tokens that the model samples."""
     trust: bool = False
-    """Import what the run's config.yaml names as 'module:object', which runs code. Without it this is refused, since a
-    run may come from somebody else. What is named on the command line is always imported."""
+    """Import what the run's config.yaml names as 'module:object', which runs code. Without it texts are not scored by
+    such a reward, and anything else of the kind is refused, since a run may come from somebody else. What is named on
+    the command line is always imported."""
     device: str = "auto"
     """'auto', 'cpu', 'cuda', …"""
     dtype: str = "float32"
