@@ -25,7 +25,7 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from agents.evaluation.report import answers_table, evaluation_table, texts_table
+from agents.evaluation.report import answers_table, evaluation_table, prompts_in_words, texts_table
 from agents.reward_models.config import RewardModelConfig
 from agents.runs.commands import (
     COMMANDS,
@@ -38,9 +38,10 @@ from agents.runs.commands import (
 )
 from agents.runs.config import EnvConfig, TrainConfig, load_config, names_from_run
 from agents.runs.errors import described
-from agents.runs.look_commands import PlayConfig, PushConfig, ReportConfig, WatchConfig
+from agents.runs.look_commands import PlayConfig, PushConfig, ReportConfig, WatchConfig, policy_of
 from agents.runs.usage import usage
 from text_env.imports import UntrustedNameError
+from text_env.tokenization import BUILTIN_MODELS
 
 if TYPE_CHECKING:
     from agents.policies.causal_lm_policy import CausalLMPolicy
@@ -74,16 +75,25 @@ def evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate a policy in the environment of its run, except for what the options change.
 
     :param config: the options.
-    :return: what :func:`agents.evaluation.evaluate.evaluate` returns, and ``prompt_set``, the name of the prompts.
+    :return: what :func:`agents.evaluation.evaluate.evaluate` returns, and what
+        :meth:`agents.runs.config.EnvConfig.prompt_set` says.
+    :raises FileNotFoundError: if there is no such policy.
     :raises UntrustedNameError: if the run names code, and ``config.trust`` is False.
     :raises ValueError: if no reference is given, and the policy belongs to no run that names one.
     """
+    against = None if config.against is None else policy_of(config.against)
+    config = dataclasses.replace(config, policy=policy_of(config.policy), against=against)
     with run_of(config) as run:
         env_config = _changed(run.env if run is not None else EnvConfig(), config, "reward", "gold", *TASK_OPTIONS)
         reference = config.reference or (run.model if run is not None else None)
+        if reference is None and not Path(config.policy).exists() and config.policy not in BUILTIN_MODELS:
+            raise FileNotFoundError(
+                f"There is no directory {config.policy!r}. If it is the name of a model on the hub, pass --reference "
+                "as well, the model that it is compared with."
+            )
         if reference is None:
             raise ValueError(f"{config.policy!r} belongs to no run that says what it started from: pass --reference.")
-        return _evaluate(config, env_config, reference)
+        return _evaluate(config, env_config, reference, None if run is None else run.env)
 
 
 def run_critic(config: CriticConfig) -> int:
@@ -98,6 +108,7 @@ def run_critic(config: CriticConfig) -> int:
 
     result = examine_run(config)
     console.print(critic_table(result))
+    console.print(prompts_in_words(result), highlight=False, markup=False, soft_wrap=True)
     plot_critic(result, config.picture())
     console.print(f"Wrote {config.picture()}")
     if config.json is not None:
@@ -112,6 +123,7 @@ def run_sample(config: SampleConfig) -> int:
     :return: the exit status.
     """
     config.check()
+    config = dataclasses.replace(config, policy=policy_of(config.policy))
     with run_of(config) as run:
         _sample(config, _changed(run.env if run is not None else EnvConfig(), config, "reward", *TASK_OPTIONS))
     return 0
@@ -337,7 +349,7 @@ def run_demo(config: DemoConfig) -> int:
     train(settings)
     console.print(f"Trained in {time.perf_counter() - start:.0f} s. Now {config.episodes} texts on held-out prompts.\n")
     question = EvaluateConfig(policy=str(config.run_dir / "policy"), episodes=config.episodes, seed=config.seed)
-    result = _evaluate(question, settings.env, str(settings.model))
+    result = _evaluate(question, settings.env, str(settings.model), settings.env)
     print_evaluation(result)
     (config.run_dir / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     _print_texts(config.run_dir / "samples.jsonl")
@@ -389,7 +401,9 @@ def print_pairs(result: dict[str, Any]) -> None:
         console.print(texts_table(result))
 
 
-def _evaluate(config: EvaluateConfig, env_config: EnvConfig, reference: str) -> dict[str, Any]:
+def _evaluate(
+    config: EvaluateConfig, env_config: EnvConfig, reference: str, trained: EnvConfig | None
+) -> dict[str, Any]:
     from stable_baselines3.common.utils import set_random_seed
 
     from agents.evaluation.evaluate import evaluate
@@ -417,9 +431,7 @@ def _evaluate(config: EvaluateConfig, env_config: EnvConfig, reference: str) -> 
         config.samples_per_prompt,
         config.pass_at_k,
     )
-    # A task poses its own prompts where no others are named.
-    own = env_config.has_task and env_config.prompts == "builtin"
-    return {**result, "prompt_set": env_config.made_task().name if own else str(env_config.prompts)}
+    return {**result, **env_config.prompt_set(trained)}
 
 
 def _print_texts(path: Path) -> None:

@@ -42,10 +42,10 @@ class ResumeConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Compare a policy with its reference, or with another policy, on held-out prompts."""
+    """Compare a policy with its reference, or with another policy, on held-out prompts if there are some."""
 
     policy: str
-    """The directory of a trained policy, or the name of any model."""
+    """The directory of a run or of a policy, or the name of any model."""
     reference: str | None = None
     """The model that the policy is compared with, and by which KL divergence and perplexity are measured.
     By default it is the model that the policy's run started from."""
@@ -56,7 +56,8 @@ class EvaluateConfig:
     gold: str | None = None
     """A second score; by default that of the policy's run."""
     prompts: str | None = None
-    """The prompts; by default the held-out ones of the policy's run or of `--task`, or else 'builtin:eval'."""
+    """The prompts. By default the held-out ones of the policy's run or of `--task`, or else 'builtin:eval'. A file of
+    your own has no held-out part: without this option it is the prompts that the run was trained on, which is said."""
     task: str | None = None
     """A task with a right answer; by default that of the policy's run."""
     task_kwargs: dict[str, str] = field(default_factory=dict)
@@ -106,14 +107,15 @@ class EvaluateConfig:
 class CriticConfig:
     """Ask whether a critic is any good: compare its values with what really follows.
 
-    The policy writes texts for held-out prompts, and writes on several times from states along each of them.
+    The policy writes texts for prompts, held-out ones if there are some, and writes on several times from states along
+    each of them.
     docs/ppo.md says what the figures mean.
     """
 
     policy: Path
     """The directory of a run, or of the policy in it."""
     prompts: str | None = None
-    """The prompts; by default the held-out ones of the run."""
+    """The prompts; by default the held-out ones of the run, or else those that it was trained on."""
     texts: int = 32
     """The number of texts."""
     positions: int = 6
@@ -161,7 +163,7 @@ class SampleConfig:
     """
 
     policy: str
-    """The directory of a trained policy, or the name of any model."""
+    """The directory of a run or of a policy, or the name of any model."""
     prompt: list[str]
     """One or more prompts."""
     n: int = 1

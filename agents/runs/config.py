@@ -81,11 +81,22 @@ class EnvConfig(EpisodeSettings):
 
     def held_out(self) -> EnvConfig:
         """
-        :return: the same environment with the prompts that are held out, if there are such.
+        :return: the same environment with the prompts that are held out; with those of the training if there are none.
         """
         if self.has_task:
             return dataclasses.replace(self, task_kwargs={**self.task_kwargs, "split": "eval"})
-        return dataclasses.replace(self, prompts="builtin:eval") if self.prompts == "builtin" else self
+        builtin = _plain_name(self.prompts) == _plain_name(EnvConfig.prompts)
+        return dataclasses.replace(self, prompts="builtin:eval") if builtin else self
+
+    def prompt_set(self, trained: EnvConfig | None) -> dict[str, Any]:
+        """
+        :param trained: the environment of the run that is evaluated in this one; None: no run is known.
+        :return: ``prompt_set``, the name of the prompts, and ``trained_on``, whether the run was trained on them.
+        """
+        if self.has_task and self.prompts == EnvConfig.prompts:  # the task's own, of which a part is held out
+            return {"prompt_set": self.made_task().name, "trained_on": False}
+        same = trained is not None and _plain_name(trained.prompts) == _plain_name(self.prompts)
+        return {"prompt_set": str(self.prompts), "trained_on": same}
 
     def for_evaluation(self, prompts: str | None = None) -> EnvConfig:
         """
@@ -185,6 +196,13 @@ class EnvConfig(EpisodeSettings):
             raise ValueError(f"env={self.env!r}: {error}") from error
 
 
+def _plain_name(prompts: Any) -> Any:
+    """Prompts by a name under which they are compared."""
+    if prompts == "builtin:train":
+        prompts = "builtin"
+    return Path(prompts) if isinstance(prompts, str) else prompts
+
+
 @dataclass
 class TrainConfig:
     """Train a language model by reinforcement learning.
@@ -280,7 +298,7 @@ class TrainConfig:
     sample_every: int = 5
     """The number of iterations between two entries of samples.jsonl."""
     n_samples: int = 6
-    """The number of held-out prompts in samples.jsonl."""
+    """The number of prompts in samples.jsonl: held-out ones, or the first of your own file, which has none."""
     track: Literal["wandb", "trackio", "mlflow"] | None = None
     """A tracker that shows the run as well: 'wandb', 'trackio' or 'mlflow' (pip install "textrlhf[wandb]" and so
     on). Where it keeps its runs, and who you are there, it is told in its own way, such as by WANDB_MODE or

@@ -244,7 +244,7 @@ def again(run: RunFiles) -> dict[str, Any]:
         "the same run once more": f"textrlhf train --config {path}/config.yaml --run-dir {other}",
         "with another seed": f"textrlhf train --config {path}/config.yaml --run-dir {other} --seed 1",
         "go on with it": f"textrlhf train --resume {path}",
-        "measure its policy on held-out prompts": f"textrlhf evaluate --policy {path}/policy",
+        "measure its policy": f"textrlhf evaluate --policy {path}/policy",
         "write with its policy": f"textrlhf play {path}",
     }
     config = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)

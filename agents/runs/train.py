@@ -1,7 +1,7 @@
 """A training run, from its configuration to the directory of its results, and on from there after it was stopped.
 
-The directory holds ``config.yaml``, ``progress.csv``, TensorBoard events, ``samples.jsonl`` (texts for fixed held-out
-prompts, every few iterations), ``episodes.jsonl`` (a few episodes of the training, token by token), ``checkpoints/``,
+The directory holds ``config.yaml``, ``progress.csv``, TensorBoard events, ``samples.jsonl`` (texts for fixed prompts,
+every few iterations), ``episodes.jsonl`` (a few episodes of the training, token by token), ``checkpoints/``,
 ``learning_curve.png`` and ``policy/`` (a plain Hugging Face directory with a model card). Of several processes
 (``torchrun``, ``accelerate launch``) the first writes all of it.
 """
