@@ -43,6 +43,7 @@ class Run:
 
     def train(self, directory: Path, *more: str) -> int:
         names = ["--model", self.model, "--prompts", self.prompts, "--reward", "learners:even_tokens"]
+        names += ["--gold", "sentiment"]
         return main(["train", *names, *TINY, "--total-timesteps", "100", "--run-dir", str(directory), *more])
 
     def evaluate(self, policy: Path | str, *more: str) -> int:

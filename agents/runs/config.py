@@ -19,6 +19,7 @@ from agents.runs.yaml_values import hints_of, mapping, read_mapping, typed
 from agents.state.arguments import check_number
 from agents.state.schedules import LearningRate
 from text_env.imports import names_from
+from text_env.reward_names import parse_sum
 from text_env.settings import EpisodeSettings, check_integer
 from text_env.shaping import PotentialShaping
 from text_env.task_names import make_task, model_of_task, said_by_name
@@ -26,6 +27,7 @@ from text_env.tasks import Task
 from text_env.vector_env import TextVectorEnv, plain, wrapped_error
 from text_env.wrappers import CONTINUOUS_ID
 
+LEXICON = "sentiment"
 KEYWORDS = ("algo_kwargs", "reward_kwargs", "task_kwargs")
 
 
@@ -65,9 +67,10 @@ class EnvConfig(EpisodeSettings):
     """Arguments of the classifiers among the rewards, for example `--reward-kwargs batch_size 64 dtype bfloat16`."""
     env: str = "TextRLHF-v0"
     """The registered name of the environment."""
-    gold: str | None = "sentiment"
+    gold: str | None = "auto"
     """A second score, named in the same way as a reward, which is logged as gold_score and never trained on.
-    A task has none unless another than the default is named."""
+    By default ('auto') it is 'sentiment', a lexicon, beside the built-in reward or a sum with it, and there is none
+    beside another. A task has none unless another than 'sentiment' is named."""
     shaping_every: int = 1
     """The number of tokens after which the potential is computed again."""
 
@@ -127,6 +130,15 @@ class EnvConfig(EpisodeSettings):
         task, kwargs = self._task()
         return make_task(task, **{name: value for name, value in kwargs.items() if name != "split"})
 
+    def gold_reward(self) -> str | None:
+        """
+        :return: the name of the second score; None: there is none.
+        """
+        if self.gold != EnvConfig.gold:  # runs wrote down "sentiment" beside every task when it was the default
+            return None if self.gold == LEXICON and self.has_task else self.gold
+        # The lexicon is what the built-in reward has learned; of what another one rewards it says nothing.
+        return LEXICON if _with_builtin(self.reward) and not self.has_task else None
+
     def unjudged(self, why: str = "nothing is judged here") -> dict[str, Any]:
         """
         :param why: what the final infos give as the reason.
@@ -164,14 +176,13 @@ class EnvConfig(EpisodeSettings):
         """
         said_by_name(self.env)  # which refuses to import the module in front of an untrusted name
         options = {option.name: getattr(self, option.name) for option in dataclasses.fields(EpisodeSettings)}
-        no_gold = not self.gold or (self.has_task and self.gold == EnvConfig.gold)
-        gold = {} if no_gold else {"gold_score": self.gold}
+        gold = self.gold_reward()
         shaping = None
         if self.shaping is not None and gamma is not None:
             shaping = PotentialShaping(self.shaping, gamma, self.shaping_every)
         options.update(
             tokenizer=self.tokenizer or model,
-            metrics={**(self.metrics or {}), **gold} or None,
+            metrics={**(self.metrics or {}), **({"gold_score": gold} if gold else {})} or None,
             shaping=shaping,
             reward_kwargs=parsed(self.reward_kwargs),
             task_kwargs=self._task()[1],
@@ -194,6 +205,15 @@ class EnvConfig(EpisodeSettings):
             return plain(env)
         except ValueError as error:
             raise ValueError(f"env={self.env!r}: {error}") from error
+
+
+def _with_builtin(reward: Any) -> bool:
+    """Whether it is the built-in reward, or a weighted sum with it."""
+    names = reward if isinstance(reward, Mapping) else []
+    if isinstance(reward, str):
+        with contextlib.suppress(ValueError):  # which whoever makes the reward says better
+            names = parse_sum(reward)
+    return any(str(name).partition("(")[0] == "builtin" for name in names)
 
 
 def _plain_name(prompts: Any) -> Any:
