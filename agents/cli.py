@@ -273,10 +273,20 @@ def run_resume(config: ResumeConfig) -> int:
     :return: the exit status.
     """
     config.check()
+    from agents.algorithms.engine import launched
     from agents.runs.train import resume
 
-    resume(config)
-    _print_written(config.resume)
+    model = resume(config)
+    if model.num_timesteps > model._num_timesteps_at_start:
+        _print_written(config.resume)
+    elif not launched()[0]:
+        console.print(
+            f"{config.resume} was finished already, after {model.num_timesteps:,} tokens: nothing was trained. "
+            "--total-timesteps makes it longer.",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )
     return 0
 
 

@@ -504,7 +504,7 @@ def test_a_directory_that_holds_a_run_is_not_overwritten(run: Run, capsys: pytes
     before = (run.directory / "progress.csv").read_bytes()
     message = failed(capsys, run.train(run.directory))
     assert "FileExistsError" in message
-    assert "holds a run already: `textrlhf train --resume" in message
+    assert f"holds a run already: `textrlhf train --resume {run.directory} --trust` goes on with it" in message
     assert "choose another --run-dir for a new one" in message
     assert (run.directory / "progress.csv").read_bytes() == before
 

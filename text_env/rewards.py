@@ -387,7 +387,12 @@ def _make_by_name(name: str, kwargs: Mapping[str, Any]) -> Any:
         check_may_contact(name)
         return HttpReward(name)
     if is_object_name(name):
-        return _made(import_object(name), kwargs)
+        found = import_object(name)
+        if not callable(found) and not isinstance(found, str | Path | Mapping):
+            raise TypeError(
+                f"Expected {name!r} to name a reward, which is a function or another callable, got {found!r}."
+            )
+        return _made(found, kwargs)
     if "/" in name:
         return shared_classifier(name, **kwargs)
     raise ValueError(

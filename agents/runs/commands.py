@@ -31,6 +31,8 @@ class ResumeConfig:
     trust: bool = False
     """Import what the run's config.yaml names as 'module:object', which runs code. Without it this is refused, since a
     run may come from somebody else."""
+    progress: bool = True
+    """Show a progress bar, unless the run was started without."""
 
     def check(self) -> None:
         """
@@ -144,7 +146,8 @@ class CriticConfig:
         """
         for name in ("texts", "positions", "branches"):
             check_integer(name, getattr(self, name), 2)
-        check_writable("--plot", self.picture())
+        if self.plot is not None or self.policy.is_dir():  # else there is no critic, which is the better message
+            check_writable("--plot", self.picture())
         if self.json is not None:
             check_writable("--json", self.json)
 

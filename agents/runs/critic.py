@@ -57,6 +57,11 @@ def _examined(config: CriticConfig, run: TrainConfig, run_dir: Path, directory: 
 
 def _directories(given: Path) -> tuple[Path, Path]:
     """The directory of the run and that of the policy, of which either is given."""
+    if not given.is_dir():
+        raise FileNotFoundError(
+            f"There is no directory {str(given)!r}. A critic is looked for in the directory of a run or of a run's "
+            "policy; a model by its name has none that was trained."
+        )
     given = given.resolve()
     run_dir = given if (given / "config.yaml").exists() else given.parent
     if not (run_dir / "config.yaml").exists():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,20 +15,13 @@ from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.rollouts.sampling import sample_texts
 from agents.runs.config import TrainConfig
 from agents.runs.curves import TOKENS, colour, dashes, smoothed
+from agents.runs.hints import resume_command
 from agents.runs.run_files import read_run
 from agents.state.replacing import sync
 
 CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
 LOGS = ("progress.csv", "samples.jsonl", "episodes.jsonl", "tracker.json")
 RESULTS = ("policy", "learning_curve.png")
-
-
-def resume_command(directory: Path) -> str:
-    """
-    :param directory: of a run.
-    :return: the command that goes on with it.
-    """
-    return f"textrlhf train --resume {shlex.quote(str(directory))}"
 
 
 def check_directory(directory: Path) -> None:

@@ -35,6 +35,7 @@ from agents.runs.config import (
     parsed,
     separate_critic,
 )
+from agents.runs.hints import resume_command
 from agents.runs.logs import ProgressTable, keep_lines, replace_text, run_logger
 from agents.runs.model_card import write_card
 from agents.runs.recording import (
@@ -43,7 +44,6 @@ from agents.runs.recording import (
     check_directory,
     plot_learning_curve,
     remove_start,
-    resume_command,
 )
 from agents.runs.stopping import StopOnSignal, Stopped, take_every
 from agents.runs.token_records import RecordEpisodes
@@ -123,7 +123,8 @@ def resume(options: ResumeConfig) -> OnPolicyAlgorithm:
         state = history.newest()[1] if history.timesteps() else None
         for _, reason in history.damaged:
             warnings.warn(f"{reason} The checkpoint before it is taken.", stacklevel=2)
-        config = dataclasses.replace(config, total_timesteps=total)
+        progress = config.progress and options.progress
+        config = dataclasses.replace(config, total_timesteps=total, progress=progress)
         if rank:
             return _learn_along(config, new_algorithm(config), state)
         return _learn(config, directory, new_algorithm(config), resumed=True, state=state)
