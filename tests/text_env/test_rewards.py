@@ -235,7 +235,7 @@ def test_names_are_matched_before_directories(tmp_path: Path, monkeypatch: Any) 
         ({"sentiment": float("nan")}, ValueError, "Expected finite weights"),
         ("nobody/no-such-model", ValueError, "Expected a directory or hub name of a Hugging Face sequence classifier"),
         ("no_such_module:reward", ValueError, "no module 'no_such_module'"),
-        ("sys:path", TypeError, "Expected a reward to be a callable"),
+        ("sys:path", TypeError, "Expected 'sys:path' to name a reward, which is a function"),
         (3, TypeError, "Expected a reward to be a callable"),
     ],
 )
