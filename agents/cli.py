@@ -25,7 +25,7 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from agents.evaluation.report import answers_table, evaluation_table, texts_table
+from agents.evaluation.report import answers_table, evaluation_table, prompts_in_words, texts_table
 from agents.reward_models.config import RewardModelConfig
 from agents.runs.commands import (
     COMMANDS,
@@ -38,11 +38,14 @@ from agents.runs.commands import (
 )
 from agents.runs.config import EnvConfig, TrainConfig, load_config, names_from_run
 from agents.runs.errors import described
-from agents.runs.look_commands import PlayConfig, PushConfig, ReportConfig, WatchConfig
+from agents.runs.look_commands import PlayConfig, PushConfig, ReportConfig, WatchConfig, policy_of
 from agents.runs.usage import usage
+from text_env.imports import UntrustedNameError
+from text_env.tokenization import BUILTIN_MODELS
 
 if TYPE_CHECKING:
     from agents.policies.causal_lm_policy import CausalLMPolicy
+    from text_env.vector_env import TextVectorEnv
 
 # Here stands only what imports in no time. PyTorch, transformers and Stable-Baselines3 take seconds, so each function
 # imports what it needs of them: a typing error, and --help, are answered at once.
@@ -72,16 +75,25 @@ def evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate a policy in the environment of its run, except for what the options change.
 
     :param config: the options.
-    :return: what :func:`agents.evaluation.evaluate.evaluate` returns, and ``prompt_set``, the name of the prompts.
+    :return: what :func:`agents.evaluation.evaluate.evaluate` returns, and what
+        :meth:`agents.runs.config.EnvConfig.prompt_set` says.
+    :raises FileNotFoundError: if there is no such policy.
     :raises UntrustedNameError: if the run names code, and ``config.trust`` is False.
     :raises ValueError: if no reference is given, and the policy belongs to no run that names one.
     """
+    against = None if config.against is None else policy_of(config.against)
+    config = dataclasses.replace(config, policy=policy_of(config.policy), against=against)
     with run_of(config) as run:
         env_config = _changed(run.env if run is not None else EnvConfig(), config, "reward", "gold", *TASK_OPTIONS)
         reference = config.reference or (run.model if run is not None else None)
+        if reference is None and not Path(config.policy).exists() and config.policy not in BUILTIN_MODELS:
+            raise FileNotFoundError(
+                f"There is no directory {config.policy!r}. If it is the name of a model on the hub, pass --reference "
+                "as well, the model that it is compared with."
+            )
         if reference is None:
             raise ValueError(f"{config.policy!r} belongs to no run that says what it started from: pass --reference.")
-        return _evaluate(config, env_config, reference)
+        return _evaluate(config, env_config, reference, None if run is None else run.env)
 
 
 def run_critic(config: CriticConfig) -> int:
@@ -96,6 +108,7 @@ def run_critic(config: CriticConfig) -> int:
 
     result = examine_run(config)
     console.print(critic_table(result))
+    console.print(prompts_in_words(result), highlight=False, markup=False, soft_wrap=True)
     plot_critic(result, config.picture())
     console.print(f"Wrote {config.picture()}")
     if config.json is not None:
@@ -110,6 +123,7 @@ def run_sample(config: SampleConfig) -> int:
     :return: the exit status.
     """
     config.check()
+    config = dataclasses.replace(config, policy=policy_of(config.policy))
     with run_of(config) as run:
         _sample(config, _changed(run.env if run is not None else EnvConfig(), config, "reward", *TASK_OPTIONS))
     return 0
@@ -120,20 +134,20 @@ def _sample(config: SampleConfig, env_config: EnvConfig) -> None:
 
     from agents.policies.causal_lm_policy import load_policy
     from agents.rollouts.sampling import sample_texts
+    from agents.runs.not_scored import score_of
     from agents.state.devices import check_device
 
     check_device(config.device)
     # Only the score is shown.
     env_config = dataclasses.replace(env_config, max_prompt_tokens=None, gold=None, metrics=None)
     prompts = [prompt for prompt in config.prompt for _ in range(config.n)]
-    # The right answers of these prompts are unknown, so that a task can't judge what is written.
-    judge = env_config.unjudged() if env_config.has_task else {}
-    env = env_config.make(len(prompts), config.policy, prompts=prompts, **judge)
+    judge = env_config.unjudged(UNKNOWN_ANSWER) if env_config.has_task else {}
+    env = _env_to_write_in(env_config, len(prompts), config.policy, prompts=prompts, **judge)
     set_random_seed(config.seed)
     policy = load_policy(config.policy, env, config.device, config.dtype, config.temperature)
     for info in sample_texts(policy, env, prompts, config.greedy):
-        score = "" if env_config.has_task else f" [dim]({info['score']:+.2f})[/dim]"
-        console.print(f"[bold]{escape(info['prompt'])}[/bold]{escape(info['completion'])}{score}", soft_wrap=True)
+        text = f"[bold]{escape(info['prompt'])}[/bold]{escape(info['completion'])}"
+        console.print(f"{text} [dim]({escape(score_of(info))})[/dim]", soft_wrap=True)
 
 
 def run_push(config: PushConfig) -> int:
@@ -202,8 +216,8 @@ def _play(config: PlayConfig, run: TrainConfig | None) -> None:
     given: dict[str, Any] = {}
     if config.prompt is not None:
         given = {"prompts": [config.prompt], "max_prompt_tokens": None}
-        given |= env_config.unjudged() if env_config.has_task else {}  # the right answer is unknown
-    env = env_config.make(1, config.policy, group_size=1, **given)
+        given |= env_config.unjudged(UNKNOWN_ANSWER) if env_config.has_task else {}
+    env = _env_to_write_in(env_config, 1, config.policy, group_size=1, **given)
     set_random_seed(config.seed)
     has_critic = run is not None and (Path(config.policy) / VALUE_HEAD_FILE).exists()
     critic = separate_critic(run.critic or "head") if run is not None and has_critic else False
@@ -213,6 +227,20 @@ def _play(config: PlayConfig, run: TrainConfig | None) -> None:
     play(Play(policy, env, config.seed), config.top, console)
 
 
+def _env_to_write_in(env_config: EnvConfig, num_envs: int, model: str, **given: Any) -> TextVectorEnv:
+    """The environment for texts that are shown, whether or not there is somebody to judge them."""
+    from agents.runs.not_scored import score_where_possible
+
+    try:
+        env = env_config.make(num_envs, model, **given)
+    except UntrustedNameError as error:  # perhaps of the reward alone, which writing doesn't need
+        env = env_config.make(num_envs, model, **given, **env_config.unjudged("--trust would score it"))
+        console.print(f"Texts are not scored. {escape(str(error))}", style="dim", highlight=False, soft_wrap=True)
+    score_where_possible(env)
+    return env
+
+
+UNKNOWN_ANSWER = "the right answer of this prompt is unknown"
 TASK_OPTIONS = ("max_new_tokens", "task", "task_kwargs")
 
 
@@ -245,10 +273,20 @@ def run_resume(config: ResumeConfig) -> int:
     :return: the exit status.
     """
     config.check()
+    from agents.algorithms.engine import launched
     from agents.runs.train import resume
 
-    resume(config)
-    _print_written(config.resume)
+    model = resume(config)
+    if model.num_timesteps > model._num_timesteps_at_start:
+        _print_written(config.resume)
+    elif not launched()[0]:
+        console.print(
+            f"{config.resume} was finished already, after {model.num_timesteps:,} tokens: nothing was trained. "
+            "--total-timesteps makes it longer.",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )
     return 0
 
 
@@ -321,7 +359,7 @@ def run_demo(config: DemoConfig) -> int:
     train(settings)
     console.print(f"Trained in {time.perf_counter() - start:.0f} s. Now {config.episodes} texts on held-out prompts.\n")
     question = EvaluateConfig(policy=str(config.run_dir / "policy"), episodes=config.episodes, seed=config.seed)
-    result = _evaluate(question, settings.env, str(settings.model))
+    result = _evaluate(question, settings.env, str(settings.model), settings.env)
     print_evaluation(result)
     (config.run_dir / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     _print_texts(config.run_dir / "samples.jsonl")
@@ -373,7 +411,9 @@ def print_pairs(result: dict[str, Any]) -> None:
         console.print(texts_table(result))
 
 
-def _evaluate(config: EvaluateConfig, env_config: EnvConfig, reference: str) -> dict[str, Any]:
+def _evaluate(
+    config: EvaluateConfig, env_config: EnvConfig, reference: str, trained: EnvConfig | None
+) -> dict[str, Any]:
     from stable_baselines3.common.utils import set_random_seed
 
     from agents.evaluation.evaluate import evaluate
@@ -401,9 +441,7 @@ def _evaluate(config: EvaluateConfig, env_config: EnvConfig, reference: str) -> 
         config.samples_per_prompt,
         config.pass_at_k,
     )
-    # A task poses its own prompts where no others are named.
-    own = env_config.has_task and env_config.prompts == "builtin"
-    return {**result, "prompt_set": env_config.made_task().name if own else str(env_config.prompts)}
+    return {**result, **env_config.prompt_set(trained)}
 
 
 def _print_texts(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from pathlib import Path
@@ -21,6 +22,7 @@ from agents.policies.causal_lm_policy import load_policy
 from agents.runs.algorithms import algorithm_named
 from agents.runs.commands import SampleConfig
 from agents.runs.config import EnvConfig, TrainConfig, dump_config, load_config
+from agents.runs.model_card import write_card
 from agents.state.history import CheckpointHistory
 from agents.state.schedules import LearningRate
 from text_env.builtin import prompts
@@ -41,6 +43,7 @@ class Run:
 
     def train(self, directory: Path, *more: str) -> int:
         names = ["--model", self.model, "--prompts", self.prompts, "--reward", "learners:even_tokens"]
+        names += ["--gold", "sentiment"]
         return main(["train", *names, *TINY, "--total-timesteps", "100", "--run-dir", str(directory), *more])
 
     def evaluate(self, policy: Path | str, *more: str) -> int:
@@ -294,6 +297,43 @@ def test_evaluate_uses_held_out_prompts_by_default(tmp_path: Path) -> None:
         assert {text["prompt"] for text in result["texts"]} <= held_out
 
 
+def test_prompts_without_a_held_out_part_are_called_what_the_run_was_trained_on(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other.txt").write_text("\n".join(PROMPTS))
+    out = run.directory / "evaluation.json"
+    options = ["evaluate", "--policy", str(run.directory), "--episodes", "4", "--device", "cpu", "--trust"]
+    for named, trained_on in (([], True), (["--prompts", str(tmp_path / "other.txt")], False)):
+        assert main([*options, *named, "--json", str(out)]) == 0
+        assert json.loads(out.read_text())["trained_on"] is trained_on
+        assert ("which the run was trained on" in " ".join(capsys.readouterr().out.split())) is trained_on
+        assert (", which it was trained on)" in write_card(run.directory).read_text()) is trained_on
+    out.unlink()
+    for name in ("builtin", "builtin:train"):
+        assert EnvConfig(prompts=name).for_evaluation().prompt_set(EnvConfig(prompts=name)) == {
+            "prompt_set": "builtin:eval",
+            "trained_on": False,
+        }
+    assert EnvConfig(prompts="./a.txt").for_evaluation().prompt_set(EnvConfig(prompts="a.txt"))["trained_on"]
+
+
+def test_evaluate_takes_a_run_or_its_policy_and_says_where_there_is_none(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = []
+    for policy in (run.directory, run.directory / "policy"):
+        options = ["--against", str(policy), "--episodes", "4", "--json", str(tmp_path / "out.json")]
+        assert run.evaluate(policy, *options) == 0
+        results.append((tmp_path / "out.json").read_text())
+    assert results[0] == results[1]
+    capsys.readouterr()
+    assert main(["sample", "--policy", str(run.directory), "--prompt", "a", "--device", "cpu", "--trust"]) == 0
+    missing = str(tmp_path / "nothing")
+    capsys.readouterr()
+    assert f"There is no directory '{missing}'." in failed(capsys, run.evaluate(missing))
+    assert "belongs to no run" in failed(capsys, run.evaluate("builtin"))
+
+
 # ---- critic --------------------------------------------------------------------------------------------------------
 
 SMALL = ["--texts", "6", "--positions", "2", "--branches", "3", "--device", "cpu", "--trust"]
@@ -307,6 +347,7 @@ def test_critic_examines_a_run_by_what_it_paid_and_draws_a_picture(
     assert picture.read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
     assert "The critic: 6 texts, 2 positions, 3 branches" in shown
+    assert f"prompts: {run.prompts}, which the run was trained on" in shown
     result = json.loads(path.read_text())
     assert result["overall"]["states"] == len(result["states"]["value"])
     assert len(set(result["states"]["value"])) > 2  # the critic that was saved, not a new one
@@ -375,6 +416,18 @@ def test_text_in_square_brackets_is_printed_as_it_is(run: Run, capsys: pytest.Ca
     options = ["--prompt", "[red] [/nothing] x", "--max-new-tokens", "1", "--greedy", "--device", "cpu", "--trust"]
     assert main(["sample", "--policy", str(run.directory / "policy"), *options]) == 0
     assert "[red] [/nothing] x" in capsys.readouterr().out
+
+
+def test_a_text_is_shown_where_the_reward_needs_a_column_that_a_typed_prompt_does_not_have(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--max-new-tokens", "4", "--reward", "2*test_cli:agrees+0.1*sentiment", "--device", "cpu", "--prompt"]
+    assert main(["sample", "--policy", "builtin", *options, "The movie"]) == 0
+    reason = "not scored: TypeError: agrees() missing 1 required positional argument: 'answer'"
+    assert re.search(rf"The movie.* \({re.escape(reason)}\)", " ".join(capsys.readouterr().out.split()))
+    monkeypatch.setattr("sys.stdin", io.StringIO("g\nb\ng\n"))
+    assert main(["play", "builtin", *options, "The movie"]) == 0
+    assert " ".join(capsys.readouterr().out.split()).count(f"{reason} · ended by") == 2
 
 
 # ---- demo ----------------------------------------------------------------------------------------------------------
@@ -451,9 +504,21 @@ def test_a_directory_that_holds_a_run_is_not_overwritten(run: Run, capsys: pytes
     before = (run.directory / "progress.csv").read_bytes()
     message = failed(capsys, run.train(run.directory))
     assert "FileExistsError" in message
-    assert "holds a run already: `textrlhf train --resume" in message
+    assert f"holds a run already: `textrlhf train --resume {run.directory} --trust` goes on with it" in message
     assert "choose another --run-dir for a new one" in message
     assert (run.directory / "progress.csv").read_bytes() == before
+
+
+def test_a_policy_that_was_saved_from_python_is_not_replaced_by_a_run(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "mine"
+    load_policy(run.model, make_env(1), "cpu").save_pretrained(directory / "policy")
+    (directory / "samples.jsonl").write_text("mine")
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    message = failed(capsys, run.train(directory, "--no-progress"))
+    assert "mine holds no run, but policy and samples.jsonl, which a run would replace; choose another" in message
+    assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
 
 
 def test_unknown_names_are_refused_with_the_known_ones(

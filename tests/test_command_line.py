@@ -161,7 +161,7 @@ NOTHING = ["--model", "/nosuch/model"]  # which would be the error, if it were l
         ("--temperature 0", "Expected temperature to be a finite number > 0, got 0.0."),
         ("--lora-r 0", "Expected lora_r to be an integer of at least 1, got 0."),
         ("--device nosuch", "such as 'cuda'; got 'nosuch': "),
-        ("--device cuda:99", "such as 'cuda'; got 'cuda:99': "),  # no machine has as many
+        ("--device cuda:99", "got 'cuda:99': "),  # no machine has as many
         ("--dtype int8", "Expected dtype 'auto', 'float32'"),
         ("--algo-kwargs clip_range [", "Expected clip_range to be YAML, as `0.1`, `null` or `[1, 2]` are; got '['."),
     ],
@@ -175,6 +175,19 @@ def test_a_training_that_cannot_be_is_refused_in_a_line_before_anything_is_loade
     assert not run_dir.exists()
 
 
+def test_a_cuda_device_that_is_not_there_is_called_that(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no NVIDIA driver")
+
+    monkeypatch.setattr("torch.zeros", refuse)
+    shown = failed(capsys, main(["train", *NOTHING, "--device", "cuda"]))
+    assert "there is no CUDA device here, or this PyTorch is made without CUDA; got 'cuda': no NVIDIA driver" in shown
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -186,10 +199,31 @@ def test_a_training_that_cannot_be_is_refused_in_a_line_before_anything_is_loade
         ("evaluate --policy /nosuch --json /", "/ can't be written; choose another --json."),
         ("evaluate --policy builtin --reference builtin --device nosuch", "got 'nosuch': "),
         ("critic --policy . --branches 1", "Expected branches to be an integer of at least 2, got 1."),
-        ("critic --policy /nosuch", "There is no directory /nosuch to write critic.png in."),
+        (
+            "critic --policy /nosuch",
+            "There is no directory '/nosuch'. A critic is looked for in the directory of a run",
+        ),
+        (
+            "critic --policy builtin",
+            "There is no directory 'builtin'. A critic is looked for in the directory of a run",
+        ),
+        ("critic --policy /nosuch --plot /nosuch/x", "There is no directory /nosuch to write x in."),
         ("critic --policy . --plot /", "/ can't be written; choose another --plot."),
         ("sample --policy /nosuch --prompt a --n 0", "Expected n to be an integer of at least 1, got 0."),
         ("sample --policy /nosuch --prompt a --device nosuch", "got 'nosuch': "),
+        (
+            "sample --policy tiny-lama --prompt a",
+            "model where no other tokenizer is named, to be 'builtin', a directory",
+        ),
+        (
+            "sample --policy tiny-lama --prompt a",
+            "got 'tiny-lama', which is no directory here, and could not be loaded",
+        ),
+        ("train --run-dir /nosuch/a --prompts os:O_APPEND", "Expected prompts='os:O_APPEND' to name a function that"),
+        (
+            "train --run-dir /nosuch/a --reward os:O_APPEND",
+            "Expected 'os:O_APPEND' to name a reward, which is a function",
+        ),
         ("demo --run-dir /nosuch/demo --total-timesteps 0", "Expected total_timesteps to be an integer of at least 1"),
         ("demo --run-dir /nosuch/demo --episodes 0", "Expected episodes to be an integer of at least 1, got 0."),
         ("reward-model --out /nosuch/rm --base /nosuch --epochs 0", "Expected epochs to be a finite number > 0"),

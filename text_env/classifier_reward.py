@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from text_env.chat_templates import apply_chat_template
 from text_env.finished_texts import ASSISTANT, Messages, assistant_texts, split_opening, written
-from text_env.pretrained_files import load_pretrained
+from text_env.pretrained_files import load_pretrained, not_loaded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -169,7 +169,7 @@ class SequenceClassifierReward:
             except (OSError, ValueError) as error:
                 raise ValueError(
                     f"Expected a directory or hub name of a Hugging Face sequence classifier, got {str(model)!r}, "
-                    f"which could not be loaded: {error}"
+                    f"{not_loaded(model, str(error))}"
                 ) from error
             self.model: PreTrainedModel = loaded.to(target)
             tokenizer = str(model) if tokenizer is None else tokenizer

@@ -42,10 +42,10 @@ class _File:
     given: Mapping[str, Any]
 
     def names_are_given(self, name: str) -> bool:
-        return any(name in _names_in(value) for value in self.given.values())
+        return any(name in names_in(value) for value in self.given.values())
 
     def field_with(self, name: str) -> str | None:
-        return next((field for field, value in self.fields.items() if name in _names_in(value)), None)
+        return next((field for field, value in self.fields.items() if name in names_in(value)), None)
 
 
 # Not a context variable: what another thread imports, such as one that the environment started, is refused as well.
@@ -112,8 +112,11 @@ def _check_may_use(name: str, danger: str) -> None:
         raise UntrustedNameError(f"{where}: {name!r} {danger}{instead}")
 
 
-def _names_in(value: Any) -> set[str]:
-    """The names of objects and environments in a value, also inside sums of rewards, lists and mappings."""
+def names_in(value: Any) -> set[str]:
+    """
+    :param value: what a file says.
+    :return: the names of objects, environments and servers in it, also inside sums of rewards, lists and mappings.
+    """
     names: set[str] = set()
     todo, seen = [value], set()
     while todo:

@@ -63,6 +63,19 @@ def _check_complete(name: str | Path, model: Any, missing: list[str]) -> None:
         )
 
 
+def not_loaded(name: str | Path, reason: str) -> str:
+    """
+    :param name: a directory or a hub name, which could not be loaded.
+    :param reason: why not.
+    :return: the end of a sentence that says so. transformers asks the hub for whatever is no directory, and complains
+        of the network where somebody has misspelt one.
+    """
+    if Path(name).exists():
+        return f"which could not be loaded: {reason}"
+    line = reason.strip().partition("\n")[0]
+    return f"which is no directory here, and could not be loaded from the hub or its cache: {line}"
+
+
 def check_adapter_files(name: str | Path) -> None:
     """Refuse a PEFT adapter whose files would run code: pickles, and a config that names a module to import.
 

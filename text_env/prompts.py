@@ -84,6 +84,7 @@ def load_prompts(spec: str | Path | Iterable[str | Mapping[str, Any]]) -> list[d
         frame, an Arrow table or a mapping from names to columns, with a column ``"prompt"``. A prompt is a string or,
         as in TRL's conversational format, a list of messages ``{"role": ..., "content": ...}``.
     :return: mappings with the key ``"prompt"``.
+    :raises TypeError: if ``"module:function"`` names something else than a function.
     :raises ValueError: for an unknown name or file, an empty list, an entry without a prompt, a column whose name
         cannot be a keyword of a reward, a prompt that is not Unicode text, or a list with both plain and conversational
         prompts.
@@ -156,7 +157,12 @@ def _load_by_name(spec: str | Path) -> Any:
     if table_format(path) is not None:
         return read_rows(path, "prompts")
     if is_object_name(name):
-        return import_object(name)()
+        if not callable(found := import_object(name)):
+            raise TypeError(
+                f"Expected prompts={name!r} to name a function that returns prompts, got {found!r}: write one, or give "
+                "the list itself (in Python), or a file."
+            )
+        return found()
     raise ValueError(
         f"Unknown prompts {name!r}. Known names: {', '.join(KNOWN_PROMPTS)}. Otherwise give a file "
         f"({', '.join(FORMATS)}; all but the last with or without .gz), 'module:function', or a list of strings."

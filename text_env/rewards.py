@@ -111,7 +111,7 @@ def score_where_it_applies(reward: Any, texts: FinishedTexts) -> NDArray[np.floa
     except RewardError:
         raise  # the error of a part of a weighted sum names that part already
     except Exception as error:
-        hint = " Let it accept **kwargs." if "unexpected keyword argument" in str(error) else ""
+        hint = _call_hint(reward, texts)
         hint += "".join(f" {note}" for note in getattr(error, "__notes__", ()))
         raise RewardError(
             f"Reward {name!r} raised {type(error).__name__}: {str(error).rstrip('.')}.{hint} It was called with "
@@ -125,6 +125,20 @@ def score_where_it_applies(reward: Any, texts: FinishedTexts) -> NDArray[np.floa
             f"{texts.show(0)}."
         )
     return np.array([_number(name, value, texts, index) for index, value in enumerate(values)], np.float64)
+
+
+def _call_hint(reward: Any, texts: FinishedTexts) -> str:
+    """How a reward is called, if it doesn't take that call."""
+    try:
+        inspect.signature(reward).bind(**texts.as_keywords(), **_extras(reward, texts))
+    except TypeError as error:
+        more = " Let it accept **kwargs." if "unexpected keyword argument" in str(error) else ""
+        columns = f"the columns {sorted(texts.columns)}" if texts.columns else "no further columns"
+        call = f"{reward_name(reward)}(prompts=[…], completions=[…], completion_ids=[…], **columns)"
+        return f"{more} Rewards are called as {call}, and these prompts have {columns}."
+    except ValueError:  # some functions that are not written in Python
+        pass
+    return ""
 
 
 def _extras(reward: Any, texts: FinishedTexts) -> dict[str, Any]:
@@ -373,7 +387,12 @@ def _make_by_name(name: str, kwargs: Mapping[str, Any]) -> Any:
         check_may_contact(name)
         return HttpReward(name)
     if is_object_name(name):
-        return _made(import_object(name), kwargs)
+        found = import_object(name)
+        if not callable(found) and not isinstance(found, str | Path | Mapping):
+            raise TypeError(
+                f"Expected {name!r} to name a reward, which is a function or another callable, got {found!r}."
+            )
+        return _made(found, kwargs)
     if "/" in name:
         return shared_classifier(name, **kwargs)
     raise ValueError(

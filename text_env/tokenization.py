@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from text_env.builtin import ARITHMETIC_MODEL, LANGUAGE_MODEL
 from text_env.chat_templates import apply_chat_template
-from text_env.pretrained_files import load_pretrained, read_json
+from text_env.pretrained_files import load_pretrained, not_loaded, read_json
 from text_env.streams import TokenStream
 
 if TYPE_CHECKING:
@@ -92,8 +92,9 @@ def pretrained_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         if not (options or isinstance(error, OSError | ValueError | ImportError)):
             raise
         raise ValueError(
-            f"Expected tokenizer to be 'builtin', a directory with tokenizer files, a hub name, a GGUF file or a "
-            f"Hugging Face tokenizer; got {str(name)!r}, which could not be loaded: {error}"
+            f"Expected tokenizer, or model where no other tokenizer is named, to be 'builtin', a directory with "
+            f"tokenizer files, a hub name, a GGUF file or a Hugging Face tokenizer; got {str(name)!r}, "
+            f"{not_loaded(name, str(error))}"
         ) from error
 
 

@@ -42,7 +42,7 @@ from agents.rollouts.collector import Interrupted, collect_episodes
 from agents.rollouts.episode_buffer import EpisodeBuffer, EpisodeSamples
 from agents.rollouts.source import LOCAL, rollout_source
 from agents.state import checkpoint
-from agents.state.arguments import check_argument_names
+from agents.state.arguments import check_argument_names, check_number
 from text_env.vector_env import TextVectorEnv
 
 if TYPE_CHECKING:
@@ -427,7 +427,9 @@ class OnPolicyAlgorithm(Resumable):
         :param reset_num_timesteps: whether to count tokens from 0. False continues an earlier training.
         :param progress_bar: whether to show a progress bar with the latest score and KL divergence.
         :return: the algorithm.
+        :raises ValueError: if ``total_timesteps`` is no number.
         """
+        check_number("total_timesteps", total_timesteps)
         _ = self._text_env  # raises where there is no environment to learn in
         bar = ProgressBar()
         if progress_bar:

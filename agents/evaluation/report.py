@@ -8,6 +8,15 @@ from rich.markup import escape
 from rich.table import Table
 
 
+def prompts_in_words(result: dict[str, Any]) -> str:
+    """
+    :param result: an evaluation, or what the microscope says of a critic.
+    :return: which prompts it was made with.
+    """
+    trained_on = ", which the run was trained on" if result.get("trained_on") else ""
+    return f"prompts: {result['prompt_set']}{trained_on}"
+
+
 def evaluation_table(result: dict[str, Any]) -> Table:
     """
     :param result: what :func:`agents.cli.evaluate_policy` returned.
@@ -16,7 +25,7 @@ def evaluation_table(result: dict[str, Any]) -> Table:
     other = result["compared_with"]
     table = Table(
         *("", other, "policy", "change" if other == "reference" else "difference", "win rate"),
-        title=f"{result['episodes']} episodes each, prompts: {escape(result['prompt_set'])}",
+        title=f"{result['episodes']} episodes each, {escape(prompts_in_words(result))}",
         caption="In brackets: 95 % intervals. Win rate: how often the policy's text scores higher than the other's for "
         "the same prompt; ties count half.",
     )

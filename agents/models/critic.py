@@ -19,7 +19,7 @@ from agents.objectives.losses import value_loss
 from agents.objectives.value_targets import cross_entropy, hl_gauss, two_hot
 from text_env.builtin import REWARD_MODEL
 from text_env.classifier_reward import SequenceClassifierReward
-from text_env.pretrained_files import load_pretrained
+from text_env.pretrained_files import load_pretrained, not_loaded
 from text_env.reward_limits import LimitedReward
 from text_env.rewards import reward_normalization
 
@@ -214,7 +214,7 @@ def make_critic(
     except OSError as error:
         raise ValueError(
             "Expected separate_critic to be False, True (a copy of the model), 'builtin', or a directory or hub name "
-            f"of a reward model; {separate!r} could not be loaded: {error}"
+            f"of a reward model; got {separate!r}, {not_loaded(name, str(error))}"
         ) from error
     check_positions(classifier, longest)
     score = getattr(classifier, "score", None)

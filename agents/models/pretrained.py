@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from agents.models.adapter import ADAPTER, check_adapter, quiet_peft
 from text_env.ends_of_text import as_ids
-from text_env.pretrained_files import check_adapter_files, load_pretrained
+from text_env.pretrained_files import check_adapter_files, load_pretrained, not_loaded
 from text_env.tokenization import base_of_adapter, pretrained_name, pretrained_tokenizer, vocabulary_size
 
 
@@ -72,7 +72,7 @@ def load_causal_lm(
             raise
         raise ValueError(
             "Expected model to be 'builtin', a directory with config.json and weights or with a PEFT adapter, a GGUF "
-            f"file, or a hub name; got {str(model)!r}, which could not be loaded: {_first_line(error)}"
+            f"file, or a hub name; got {str(model)!r}, {not_loaded(model, _first_line(error))}"
             + (_GGUF_HINT if options else "")
         ) from error
     if getattr(loaded, "_hf_peft_config_loaded", False):  # the hub name of an adapter

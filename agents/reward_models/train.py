@@ -46,7 +46,7 @@ from text_env.builtin import LANGUAGE_MODEL
 from text_env.chat_templates import apply_chat_template
 from text_env.classifier_reward import SequenceClassifierReward, pool_by_attention_mask
 from text_env.preferences import Preference, Preferences, load_preferences
-from text_env.pretrained_files import load_pretrained
+from text_env.pretrained_files import load_pretrained, not_loaded
 from text_env.prompts import Prompts, load_prompts
 from text_env.tokenization import Message, base_of_adapter, load_tokenizer, pretrained_name
 from text_env.vector_env import TextVectorEnv
@@ -266,7 +266,7 @@ def load_base(base: str, dtype: str, conversational: bool) -> tuple[PreTrainedMo
     except (OSError, ValueError) as error:
         raise ValueError(
             "Expected base to be 'builtin', a directory or a hub name of a model that transformers' "
-            f"AutoModelForSequenceClassification takes; {base!r} could not be loaded: {error}"
+            f"AutoModelForSequenceClassification takes; got {base!r}, {not_loaded(base, str(error))}"
         ) from error
     if conversational and not tokenizer.chat_template:
         raise ValueError(

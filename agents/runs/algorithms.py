@@ -88,8 +88,10 @@ def resolved(config: TrainConfig) -> TrainConfig:
     if changes.get("batch_size") is not None:  # the algorithm's minibatch may be more than the rollout that was chosen
         n_episodes = changes.get("n_episodes", config.n_episodes)
         changes["batch_size"] = min(changes["batch_size"], n_episodes)
-    if config.env.group_size is None:
-        changes["env"] = dataclasses.replace(config.env, group_size=algorithm.default_group_size)
+    env = dataclasses.replace(config.env, gold=config.env.gold_reward())
+    if env.group_size is None:
+        env = dataclasses.replace(env, group_size=algorithm.default_group_size)
+    changes["env"] = env
     if config.model is None:
         changes["model"] = config.env.model()
     if config.run_dir is None:

@@ -31,6 +31,8 @@ class ResumeConfig:
     trust: bool = False
     """Import what the run's config.yaml names as 'module:object', which runs code. Without it this is refused, since a
     run may come from somebody else."""
+    progress: bool = True
+    """Show a progress bar, unless the run was started without."""
 
     def check(self) -> None:
         """
@@ -42,10 +44,10 @@ class ResumeConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Compare a policy with its reference, or with another policy, on held-out prompts."""
+    """Compare a policy with its reference, or with another policy, on held-out prompts if there are some."""
 
     policy: str
-    """The directory of a trained policy, or the name of any model."""
+    """The directory of a run or of a policy, or the name of any model."""
     reference: str | None = None
     """The model that the policy is compared with, and by which KL divergence and perplexity are measured.
     By default it is the model that the policy's run started from."""
@@ -56,7 +58,8 @@ class EvaluateConfig:
     gold: str | None = None
     """A second score; by default that of the policy's run."""
     prompts: str | None = None
-    """The prompts; by default the held-out ones of the policy's run or of `--task`, or else 'builtin:eval'."""
+    """The prompts. By default the held-out ones of the policy's run or of `--task`, or else 'builtin:eval'. A file of
+    your own has no held-out part: without this option it is the prompts that the run was trained on, which is said."""
     task: str | None = None
     """A task with a right answer; by default that of the policy's run."""
     task_kwargs: dict[str, str] = field(default_factory=dict)
@@ -106,14 +109,15 @@ class EvaluateConfig:
 class CriticConfig:
     """Ask whether a critic is any good: compare its values with what really follows.
 
-    The policy writes texts for held-out prompts, and writes on several times from states along each of them.
+    The policy writes texts for prompts, held-out ones if there are some, and writes on several times from states along
+    each of them.
     docs/ppo.md says what the figures mean.
     """
 
     policy: Path
     """The directory of a run, or of the policy in it."""
     prompts: str | None = None
-    """The prompts; by default the held-out ones of the run."""
+    """The prompts; by default the held-out ones of the run, or else those that it was trained on."""
     texts: int = 32
     """The number of texts."""
     positions: int = 6
@@ -142,7 +146,8 @@ class CriticConfig:
         """
         for name in ("texts", "positions", "branches"):
             check_integer(name, getattr(self, name), 2)
-        check_writable("--plot", self.picture())
+        if self.plot is not None or self.policy.is_dir():  # else there is no critic, which is the better message
+            check_writable("--plot", self.picture())
         if self.json is not None:
             check_writable("--json", self.json)
 
@@ -157,11 +162,11 @@ class CriticConfig:
 class SampleConfig:
     """Let a policy write texts.
 
-    The reward's score stands behind each, unless the prompts are problems of a task.
+    The reward's score stands behind each, or why there is none.
     """
 
     policy: str
-    """The directory of a trained policy, or the name of any model."""
+    """The directory of a run or of a policy, or the name of any model."""
     prompt: list[str]
     """One or more prompts."""
     n: int = 1
@@ -182,8 +187,9 @@ class SampleConfig:
     seed: int = 0
     """The seed of the texts."""
     trust: bool = False
-    """Import what the run's config.yaml names as 'module:object', which runs code. Without it this is refused, since a
-    run may come from somebody else. What is named on the command line is always imported."""
+    """Import what the run's config.yaml names as 'module:object', which runs code. Without it texts are not scored by
+    such a reward, and anything else of the kind is refused, since a run may come from somebody else. What is named on
+    the command line is always imported."""
     device: str = "auto"
     """'auto', 'cpu', 'cuda', …"""
     dtype: str = "float32"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,10 +14,12 @@ import gymnasium as gym
 import tyro
 import yaml
 
+from agents.runs.not_scored import NotScored
 from agents.runs.yaml_values import hints_of, mapping, read_mapping, typed
 from agents.state.arguments import check_number
 from agents.state.schedules import LearningRate
 from text_env.imports import names_from
+from text_env.reward_names import parse_sum
 from text_env.settings import EpisodeSettings, check_integer
 from text_env.shaping import PotentialShaping
 from text_env.task_names import make_task, model_of_task, said_by_name
@@ -25,6 +27,7 @@ from text_env.tasks import Task
 from text_env.vector_env import TextVectorEnv, plain, wrapped_error
 from text_env.wrappers import CONTINUOUS_ID
 
+LEXICON = "sentiment"
 KEYWORDS = ("algo_kwargs", "reward_kwargs", "task_kwargs")
 
 
@@ -64,9 +67,10 @@ class EnvConfig(EpisodeSettings):
     """Arguments of the classifiers among the rewards, for example `--reward-kwargs batch_size 64 dtype bfloat16`."""
     env: str = "TextRLHF-v0"
     """The registered name of the environment."""
-    gold: str | None = "sentiment"
+    gold: str | None = "auto"
     """A second score, named in the same way as a reward, which is logged as gold_score and never trained on.
-    A task has none unless another than the default is named."""
+    By default ('auto') it is 'sentiment', a lexicon, beside the built-in reward or a sum with it, and there is none
+    beside another. A task has none unless another than 'sentiment' is named."""
     shaping_every: int = 1
     """The number of tokens after which the potential is computed again."""
 
@@ -80,11 +84,22 @@ class EnvConfig(EpisodeSettings):
 
     def held_out(self) -> EnvConfig:
         """
-        :return: the same environment with the prompts that are held out, if there are such.
+        :return: the same environment with the prompts that are held out; with those of the training if there are none.
         """
         if self.has_task:
             return dataclasses.replace(self, task_kwargs={**self.task_kwargs, "split": "eval"})
-        return dataclasses.replace(self, prompts="builtin:eval") if self.prompts == "builtin" else self
+        builtin = _plain_name(self.prompts) == _plain_name(EnvConfig.prompts)
+        return dataclasses.replace(self, prompts="builtin:eval") if builtin else self
+
+    def prompt_set(self, trained: EnvConfig | None) -> dict[str, Any]:
+        """
+        :param trained: the environment of the run that is evaluated in this one; None: no run is known.
+        :return: ``prompt_set``, the name of the prompts, and ``trained_on``, whether the run was trained on them.
+        """
+        if self.has_task and self.prompts == EnvConfig.prompts:  # the task's own, of which a part is held out
+            return {"prompt_set": self.made_task().name, "trained_on": False}
+        same = trained is not None and _plain_name(trained.prompts) == _plain_name(self.prompts)
+        return {"prompt_set": str(self.prompts), "trained_on": same}
 
     def for_evaluation(self, prompts: str | None = None) -> EnvConfig:
         """
@@ -115,11 +130,21 @@ class EnvConfig(EpisodeSettings):
         task, kwargs = self._task()
         return make_task(task, **{name: value for name, value in kwargs.items() if name != "split"})
 
-    def unjudged(self) -> dict[str, Any]:
+    def gold_reward(self) -> str | None:
         """
+        :return: the name of the second score; None: there is none.
+        """
+        if self.gold != EnvConfig.gold:  # runs wrote down "sentiment" beside every task when it was the default
+            return None if self.gold == LEXICON and self.has_task else self.gold
+        # The lexicon is what the built-in reward has learned; of what another one rewards it says nothing.
+        return LEXICON if _with_builtin(self.reward) and not self.has_task else None
+
+    def unjudged(self, why: str = "nothing is judged here") -> dict[str, Any]:
+        """
+        :param why: what the final infos give as the reason.
         :return: arguments of :meth:`make` with which nothing judges the texts: all scores are 0, without metrics.
         """
-        judge: dict[str, Any] = {"reward": _no_score, "metrics": None}
+        judge: dict[str, Any] = {"reward": NotScored(why), "metrics": None}
         if self.has_task:
             judge |= {"task": dataclasses.replace(self.made_task(), metrics={}), "task_kwargs": None}
         return judge
@@ -151,14 +176,13 @@ class EnvConfig(EpisodeSettings):
         """
         said_by_name(self.env)  # which refuses to import the module in front of an untrusted name
         options = {option.name: getattr(self, option.name) for option in dataclasses.fields(EpisodeSettings)}
-        no_gold = not self.gold or (self.has_task and self.gold == EnvConfig.gold)
-        gold = {} if no_gold else {"gold_score": self.gold}
+        gold = self.gold_reward()
         shaping = None
         if self.shaping is not None and gamma is not None:
             shaping = PotentialShaping(self.shaping, gamma, self.shaping_every)
         options.update(
             tokenizer=self.tokenizer or model,
-            metrics={**(self.metrics or {}), **gold} or None,
+            metrics={**(self.metrics or {}), **({"gold_score": gold} if gold else {})} or None,
             shaping=shaping,
             reward_kwargs=parsed(self.reward_kwargs),
             task_kwargs=self._task()[1],
@@ -183,8 +207,20 @@ class EnvConfig(EpisodeSettings):
             raise ValueError(f"env={self.env!r}: {error}") from error
 
 
-def _no_score(completions: Sequence[Any], **_: Any) -> list[float]:
-    return [0.0] * len(completions)
+def _with_builtin(reward: Any) -> bool:
+    """Whether it is the built-in reward, or a weighted sum with it."""
+    names = reward if isinstance(reward, Mapping) else []
+    if isinstance(reward, str):
+        with contextlib.suppress(ValueError):  # which whoever makes the reward says better
+            names = parse_sum(reward)
+    return any(str(name).partition("(")[0] == "builtin" for name in names)
+
+
+def _plain_name(prompts: Any) -> Any:
+    """Prompts by a name under which they are compared."""
+    if prompts == "builtin:train":
+        prompts = "builtin"
+    return Path(prompts) if isinstance(prompts, str) else prompts
 
 
 @dataclass
@@ -282,7 +318,7 @@ class TrainConfig:
     sample_every: int = 5
     """The number of iterations between two entries of samples.jsonl."""
     n_samples: int = 6
-    """The number of held-out prompts in samples.jsonl."""
+    """The number of prompts in samples.jsonl: held-out ones, or the first of your own file, which has none."""
     track: Literal["wandb", "trackio", "mlflow"] | None = None
     """A tracker that shows the run as well: 'wandb', 'trackio' or 'mlflow' (pip install "textrlhf[wandb]" and so
     on). Where it keeps its runs, and who you are there, it is told in its own way, such as by WANDB_MODE or

@@ -18,11 +18,11 @@ from agents.state.devices import check_device
 
 
 def examine_run(config: CriticConfig) -> dict[str, Any]:
-    """Examine the critic of a run on held-out prompts.
+    """Examine the critic of a run on held-out prompts, or on those of the training where there are no others.
 
     :param config: the options.
-    :return: what :func:`agents.evaluation.critic_microscope.examine_critic` returns, and ``kl_coef``, the β that the
-        returns pay.
+    :return: what :func:`agents.evaluation.critic_microscope.examine_critic` returns; ``kl_coef``, the β that the
+        returns pay; and what :meth:`agents.runs.config.EnvConfig.prompt_set` says.
     :raises FileNotFoundError: if the directory belongs to no run, which says what the critic was trained to predict,
         or if there is no critic.
     :raises UntrustedNameError: if the run names code, and ``config.trust`` is False.
@@ -51,11 +51,17 @@ def _examined(config: CriticConfig, run: TrainConfig, run_dir: Path, directory: 
         reference = Reference(load_policy(model, env, config.device, config.dtype, run.temperature).lm)
     target = CriticTarget(reference, kl_coef, run.kl_estimator, run.missing_eos_penalty or 0.0, gamma)
     sizes = (config.texts, config.positions, config.branches)
-    return {**examine_critic(policy, env, target, *sizes, config.seed), "kl_coef": kl_coef}
+    found = examine_critic(policy, env, target, *sizes, config.seed)
+    return {**found, "kl_coef": kl_coef, **env_config.prompt_set(run.env)}
 
 
 def _directories(given: Path) -> tuple[Path, Path]:
     """The directory of the run and that of the policy, of which either is given."""
+    if not given.is_dir():
+        raise FileNotFoundError(
+            f"There is no directory {str(given)!r}. A critic is looked for in the directory of a run or of a run's "
+            "policy; a model by its name has none that was trained."
+        )
     given = given.resolve()
     run_dir = given if (given / "config.yaml").exists() else given.parent
     if not (run_dir / "config.yaml").exists():

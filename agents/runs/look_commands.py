@@ -26,6 +26,16 @@ def check_writable(option: str, path: Path) -> None:
         raise PermissionError(f"{path} can't be written; choose another {option}.")
 
 
+def policy_of(name: str) -> str:
+    """
+    :param name: the directory of a run or of a policy, or the name of any model.
+    :return: the policy; for the directory of a run its own.
+    """
+    directory = Path(name)
+    of_run = (directory / "config.yaml").is_file() and (directory / "policy").is_dir()
+    return str(directory / "policy") if of_run else name
+
+
 @dataclass
 class ReportConfig:
     """Write a report of one or more runs: a single file of HTML that needs no network.
@@ -92,7 +102,7 @@ class PlayConfig:
     """
 
     model: tyro.conf.Positional[str]
-    """The directory of a trained policy, or the name of any model."""
+    """The directory of a run or of a policy, or the name of any model."""
     prompt: str | None = None
     """The prompt; by default one of the prompts of the policy's run, as `--seed` has it."""
     top: int = 8
@@ -111,8 +121,9 @@ class PlayConfig:
     seed: int = 0
     """The seed of the prompt and of the tokens that the model samples."""
     trust: bool = False
-    """Import what the run's config.yaml names as 'module:object', which runs code. Without it this is refused, since a
-    run may come from somebody else. What is named on the command line is always imported."""
+    """Import what the run's config.yaml names as 'module:object', which runs code. Without it texts are not scored by
+    such a reward, and anything else of the kind is refused, since a run may come from somebody else. What is named on
+    the command line is always imported."""
     device: str = "auto"
     """'auto', 'cpu', 'cuda', …"""
     dtype: str = "float32"
@@ -121,9 +132,7 @@ class PlayConfig:
     @property
     def policy(self) -> str:
         """The model, for the directory of a run its policy."""
-        directory = Path(self.model)
-        of_run = (directory / "config.yaml").is_file() and (directory / "policy").is_dir()
-        return str(directory / "policy") if of_run else self.model
+        return policy_of(self.model)
 
     def check(self) -> None:
         """

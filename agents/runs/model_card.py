@@ -110,6 +110,7 @@ def _told(evaluation: dict[str, Any]) -> dict[str, Any]:
     rate = evaluation.get("win_rate")
     return {
         **{name: evaluation[name] for name in ("episodes", "prompts", "prompt_set", "compared_with")},
+        "trained_on": bool(evaluation.get("trained_on")),
         "rows": [row for row in rows if _is_number(theirs.get(row[0]))],
         "kl": f"{evaluation['kl']:.3g}",
         "win_rate": "" if rate is None else f"{100 * rate:.0f} %",

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from agents.policies.causal_lm_policy import CausalLMPolicy
+from agents.runs.not_scored import WHY, score_of
 from agents.runs.token_records import token_texts
 from text_env.rendering import printable, two_parts
 from text_env.tokenization import encode
@@ -197,9 +198,12 @@ def _choices(game: Play, sight: Sight) -> Group:
 
 
 def _outcome(info: dict[str, Any]) -> Text:
+    end = f" · ended by {info.get('finish_reason')}"
+    if WHY in info:
+        return Text.assemble((score_of(info), "bold"), end)
     numbers = {
         name: float(x) for name, x in info.items() if isinstance(x, int | float | np.number) and not isinstance(x, bool)
     }
     score = numbers.pop("score", float("nan"))
     rest = "".join(f" · {name.replace('_', ' ')} {x:+.3f}" for name, x in sorted(numbers.items()))
-    return Text.assemble((f"score {score:+.3f}", "bold"), f"{rest} · ended by {info.get('finish_reason')}")
+    return Text.assemble((f"score {score:+.3f}", "bold"), f"{rest}{end}")

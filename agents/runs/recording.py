@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,24 +15,19 @@ from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.rollouts.sampling import sample_texts
 from agents.runs.config import TrainConfig
 from agents.runs.curves import TOKENS, colour, dashes, smoothed
+from agents.runs.hints import resume_command
 from agents.runs.run_files import read_run
 from agents.state.replacing import sync
 
 CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
-
-
-def resume_command(directory: Path) -> str:
-    """
-    :param directory: of a run.
-    :return: the command that goes on with it.
-    """
-    return f"textrlhf train --resume {shlex.quote(str(directory))}"
+LOGS = ("progress.csv", "samples.jsonl", "episodes.jsonl", "tracker.json")
+RESULTS = ("policy", "learning_curve.png")
 
 
 def check_directory(directory: Path) -> None:
     """
     :param directory: where a run is to go.
-    :raises FileExistsError: if there is a run already.
+    :raises FileExistsError: if there is a run already, or something else that the run would write over.
     :raises OSError: if no directory can be made there.
     """
     if (directory / "config.yaml").exists():
@@ -44,6 +38,11 @@ def check_directory(directory: Path) -> None:
     if (directory / CHECKPOINTS).exists():
         raise FileExistsError(
             f"{directory} holds checkpoints of a run without its config.yaml; choose another --run-dir, or remove them."
+        )
+    if found := [name for name in (*RESULTS, *LOGS) if (directory / name).exists()]:
+        raise FileExistsError(
+            f"{directory} holds no run, but {' and '.join(found)}, which a run would replace; choose another "
+            "--run-dir, or move what is there."
         )
     nearest = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not nearest.is_dir():
@@ -57,14 +56,14 @@ def remove_start(directory: Path) -> None:
 
     :param directory: of the run.
     """
-    files = ("config.yaml", "progress.csv", "samples.jsonl", "episodes.jsonl", "tracker.json", "events.out.tfevents.*")
-    for pattern in files:
+    for pattern in ("config.yaml", "events.out.tfevents.*", *LOGS):
         for path in directory.glob(pattern):
             path.unlink()
 
 
 class SampleTexts(BaseCallback):
-    """Writes texts for fixed held-out prompts to a file, at the start, every few iterations and at the end.
+    """Writes texts for fixed prompts, held-out ones if there are some, to a file: at the start, every few iterations
+    and at the end.
 
     :param path: the file, ``samples.jsonl``, with one line per text: the final info of its episode, ``timesteps``, and
         the ``columns`` of its prompt, if it has any.

@@ -21,6 +21,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from agents.runs.curves import COLOURS, TOKENS, colour, dash_array, draw, in_groups, line_of, metric_of, panel
+from agents.runs.hints import resume_command, trust_option
 from agents.runs.run_files import TIMESTEPS, RunFiles, read_run, times
 
 PAGE = Path(__file__).with_name("report_page")
@@ -238,14 +239,14 @@ def again(run: RunFiles) -> dict[str, Any]:
     :param run: a run.
     :return: the commands that make it again, go on with it and look at it, and its configuration.
     """
-    path = shlex.quote(run.name)
+    path, trust = shlex.quote(run.name), trust_option(run.directory)
     other = shlex.quote(run.name.rstrip("/") + "-again")
     commands = {
         "the same run once more": f"textrlhf train --config {path}/config.yaml --run-dir {other}",
         "with another seed": f"textrlhf train --config {path}/config.yaml --run-dir {other} --seed 1",
-        "go on with it": f"textrlhf train --resume {path}",
-        "measure its policy on held-out prompts": f"textrlhf evaluate --policy {path}/policy",
-        "write with its policy": f"textrlhf play {path}",
+        "go on with it": resume_command(run.directory),
+        "measure its policy": f"textrlhf evaluate --policy {path}{trust}",
+        "write with its policy": f"textrlhf play {path}{trust}",
     }
     config = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
     return {"run": run.name, "status": run.status, "commands": commands, "config": config}

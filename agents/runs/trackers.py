@@ -27,6 +27,7 @@ import yaml
 from stable_baselines3.common.logger import KVWriter
 
 from agents.runs.config import TrainConfig, dump_config
+from agents.runs.hints import resume_command
 from agents.runs.logs import ProgressTable, replace_text
 from agents.runs.run_files import TIMESTEPS, whole_lines
 from agents.runs.yaml_values import hints_of, mapping, typed
@@ -249,8 +250,8 @@ class Tracker(KVWriter):
                 self._has_warned = True
                 warnings.warn(
                     f"{self._name} failed: {type(error).__name__}: {error} The training goes on, and so does its own "
-                    f"log; what {self._name} has missed is sent when it answers again, by `textrlhf train --resume "
-                    f"{self._directory}` if need be.",
+                    f"log; what {self._name} has missed is sent when it answers again, by "
+                    f"`{resume_command(self._directory)}` if need be.",
                     stacklevel=2,
                 )
 

@@ -1,7 +1,7 @@
 """A training run, from its configuration to the directory of its results, and on from there after it was stopped.
 
-The directory holds ``config.yaml``, ``progress.csv``, TensorBoard events, ``samples.jsonl`` (texts for fixed held-out
-prompts, every few iterations), ``episodes.jsonl`` (a few episodes of the training, token by token), ``checkpoints/``,
+The directory holds ``config.yaml``, ``progress.csv``, TensorBoard events, ``samples.jsonl`` (texts for fixed prompts,
+every few iterations), ``episodes.jsonl`` (a few episodes of the training, token by token), ``checkpoints/``,
 ``learning_curve.png`` and ``policy/`` (a plain Hugging Face directory with a model card). Of several processes
 (``torchrun``, ``accelerate launch``) the first writes all of it.
 """
@@ -35,6 +35,7 @@ from agents.runs.config import (
     parsed,
     separate_critic,
 )
+from agents.runs.hints import resume_command
 from agents.runs.logs import ProgressTable, keep_lines, replace_text, run_logger
 from agents.runs.model_card import write_card
 from agents.runs.recording import (
@@ -43,7 +44,6 @@ from agents.runs.recording import (
     check_directory,
     plot_learning_curve,
     remove_start,
-    resume_command,
 )
 from agents.runs.stopping import StopOnSignal, Stopped, take_every
 from agents.runs.token_records import RecordEpisodes
@@ -123,7 +123,8 @@ def resume(options: ResumeConfig) -> OnPolicyAlgorithm:
         state = history.newest()[1] if history.timesteps() else None
         for _, reason in history.damaged:
             warnings.warn(f"{reason} The checkpoint before it is taken.", stacklevel=2)
-        config = dataclasses.replace(config, total_timesteps=total)
+        progress = config.progress and options.progress
+        config = dataclasses.replace(config, total_timesteps=total, progress=progress)
         if rank:
             return _learn_along(config, new_algorithm(config), state)
         return _learn(config, directory, new_algorithm(config), resumed=True, state=state)

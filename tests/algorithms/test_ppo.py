@@ -507,6 +507,12 @@ def test_counts_below_one_are_refused(name: str) -> None:
         make_ppo(**{name: 0})
 
 
+def test_a_number_of_tokens_that_is_none_is_refused() -> None:
+    for wrong in ("100", None, float("nan")):
+        with pytest.raises(ValueError, match=f"Expected total_timesteps to be a finite number, got {wrong!r}"):
+            make_ppo().learn(wrong)  # type: ignore[arg-type]
+
+
 def test_a_kl_target_that_cannot_be_reached_is_refused() -> None:
     with pytest.raises(ValueError, match="Expected a target KL > 0 nats per episode, got 0"):
         make_ppo(kl_target=0.0)

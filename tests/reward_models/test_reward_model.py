@@ -462,7 +462,11 @@ def test_what_cannot_be_used_is_refused_before_training(
     tokenizer.pad_token = tokenizer.eos_token = None
     tokenizer.save_pretrained(unpadded)
     refusals: list[tuple[dict[str, Any], list[dict[str, Any]], str]] = [
-        ({"base": "no/such/model"}, toy_pairs(), "Expected base to be 'builtin'.*'no/such/model' could not be loaded"),
+        (
+            {"base": "no/such/model"},
+            toy_pairs(),
+            "Expected base to be 'builtin'.*'no/such/model', which is no directory here",
+        ),
         ({"base": str(tmp_path / "adapter")}, toy_pairs(), "is an adapter: merge it into its own base"),
         ({"base": unpadded}, toy_pairs(), "to have a pad or an eos token"),
         ({}, toy_chats(), "to have a chat template, since the preferences are conversations"),

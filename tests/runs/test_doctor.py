@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from learners import PROMPTS, constant, even_tokens, make_model
 from tiny import tiny_tokenizer
@@ -26,6 +28,7 @@ from agents.runs.config import EnvConfig, TrainConfig
 from agents.runs.doctor import CHECKS, examine
 from agents.runs.doctor_checks import patient
 from agents.runs.doctor_checks.patient import Finding
+from agents.runs.doctor_checks.rollouts import spread
 
 CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<eos>{% endfor %}"
@@ -239,6 +242,12 @@ def test_the_layers_of_an_adapter_are_named_and_missing_ones_found(tmp_path: Pat
         "Choose --lora-target-modules among c_attn (2), c_fc (2), c_proj (4).",
     )
     assert findings["adapter"].verdict == "problem"
+
+
+def test_ratios_that_are_all_alike_and_tokens_of_all_texts_are_said_as_they_are(tmp_path: Path) -> None:
+    assert spread(np.array([1.0, 1.0000001])) == "are 1"
+    assert spread(np.array([0.9, 1.1])) == "lie between 0.9 and 1.1"
+    assert re.match(r"4 texts, \d+ tokens in all, in [\d.]+ s: \d+ tokens/s; ", examined(tmp_path)["speed"].found)
 
 
 def test_a_first_ratio_that_rounding_moves_is_found(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from gymnasium.wrappers.vector import TransformReward
 from learners import PROMPTS, save_model
 
 from agents.cli import main
+from agents.runs.algorithms import resolved
 from agents.runs.config import EnvConfig, TrainConfig, dump_config, load_config
 from text_env.settings import EpisodeSettings
 from text_env.vector_env import TextVectorEnv
@@ -49,6 +50,7 @@ def test_a_config_of_an_older_run_loads_as_it_was_meant(tmp_path: Path) -> None:
     config = load_config(tmp_path / "config.yaml")
     assert config.env == EnvConfig(
         reward="builtin+0.5*sentiment",
+        gold="sentiment",
         max_new_tokens=24,
         min_new_tokens=2,
         stop=" end",
@@ -83,13 +85,33 @@ def test_options_change_the_environment_of_a_file_and_keep_what_they_do_not_show
     monkeypatch.setattr("agents.runs.train.train", trained.append)
     assert main(["train", "--config", str(path), "--max-new-tokens", "5"]) == 0
     env = dataclasses.replace(trained[0].env, group_size=None)  # type: ignore[arg-type]
-    assert env == EnvConfig(metrics={"mood": "sentiment"}, stop="x", max_new_tokens=5)
+    assert env == EnvConfig(metrics={"mood": "sentiment"}, stop="x", max_new_tokens=5, gold="sentiment")
 
 
 def test_metrics_of_a_file_are_measured_beside_the_gold_score() -> None:
-    env = EnvConfig(reward="sentiment", metrics={"mood": "sentiment"}).make(2, "builtin")
+    env = EnvConfig(metrics={"mood": "sentiment"}).make(2, "builtin")
     assert set(env.episodes.metrics) == {"mood", "gold_score"}
     assert EnvConfig(reward="sentiment", gold=None).make(2, "builtin").episodes.metrics == {}
+
+
+@pytest.mark.parametrize(
+    ("reward", "lexicon"),
+    [
+        *(("builtin", True), ("0.5*sentiment+2*builtin", True), ("builtin(batch_size=2)", True)),
+        *(({"builtin": 1.0, "sentiment": 0.5}, True), ("sentiment", False), ("length(budget=4)", False)),
+        *(("learners:even_tokens", False), ("http://builtin:8000/score", False), ({"learners:length_of": 1.0}, False)),
+        ("text_env/builtin/reward_model", False),
+    ],
+    ids=str,
+)
+def test_the_lexicon_is_the_gold_score_beside_the_built_in_reward_alone(reward: Any, lexicon: bool) -> None:
+    env = EnvConfig(reward=reward)
+    assert env.gold_reward() == ("sentiment" if lexicon else None)
+    assert resolved(TrainConfig(env=env)).env.gold == env.gold_reward()  # what config.yaml says
+    for gold in ("sentiment", "length(budget=4)", None):  # what is named counts, and config.yaml has always named it
+        assert dataclasses.replace(env, gold=gold).gold_reward() == gold
+    for gold in ("auto", "sentiment", None):
+        assert dataclasses.replace(env, gold=gold, task="arithmetic").gold_reward() is None
 
 
 def wrapped(**kwargs: Any) -> TransformReward:

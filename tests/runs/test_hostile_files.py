@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import io
 import json
 import pickle
 import signal
@@ -35,6 +36,7 @@ from text_env.chat_templates import apply_chat_template
 from text_env.rewards import make_reward
 from text_env.tokenization import load_tokenizer
 
+ASK = builtins.input
 SECONDS = 120
 """How long a test may take. One that hangs fails."""
 
@@ -104,10 +106,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
 
 # ---- the configuration of a run beside a policy --------------------------------------------------------------------
 
-EVERYWHERE = [
+OF_REWARD = [
     {"reward": "payload:run"},
     {"reward": "0.5*payload:run + 0.1*builtin"},
     {"reward": {"payload:run": 1.0}},
+]
+EVERYWHERE = [
     {"constraint": "payload:run"},
     {"constraint": "payload.sub:run.attribute"},
     {"env": "payload:Text-v0"},
@@ -124,8 +128,8 @@ OF_EVALUATE = [
     ("command", "fields"),
     [
         *(("sample", fields) for fields in EVERYWHERE),
-        *(("evaluate", fields) for fields in EVERYWHERE + OF_EVALUATE),
-        *(("critic", fields) for fields in [*EVERYWHERE, *OF_EVALUATE, {"algo": "payload:run"}]),
+        *(("evaluate", fields) for fields in OF_REWARD + EVERYWHERE + OF_EVALUATE),
+        *(("critic", fields) for fields in [*OF_REWARD, *EVERYWHERE, *OF_EVALUATE, {"algo": "payload:run"}]),
     ],
     ids=str,
 )
@@ -142,6 +146,30 @@ def test_objects_that_only_a_run_names_are_not_imported(
     assert "--trust" in message
     if command == "evaluate":  # the other commands have fewer options
         assert ("give --" in message) == (field not in ("constraint", "env", "metrics"))
+
+
+@pytest.mark.parametrize("fields", OF_REWARD, ids=str)
+def test_texts_are_written_without_the_reward_that_only_a_run_names(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+) -> None:
+    place.run_with(**fields, gold="payload:run")
+    monkeypatch.setattr(builtins, "input", ASK)
+    for command in (["sample", "--policy", str(place.model)], ["play", str(place.model)]):
+        monkeypatch.setattr("sys.stdin", io.StringIO("g\n"))
+        assert main([*command, "--prompt", "I", "--device", "cpu"]) == 0
+        message = " ".join(capsys.readouterr().out.split())
+        assert "Texts are not scored." in message
+        assert "config.yaml, reward: 'payload" in message
+        assert "not scored: --trust would score it" in message
+
+
+@pytest.mark.parametrize("fields", EVERYWHERE, ids=str)
+def test_what_else_a_run_names_is_refused_beside_its_reward(
+    place: Place, capsys: pytest.CaptureFixture[str], fields: dict[str, Any]
+) -> None:
+    place.run_with(**fields, reward="payload:other")
+    assert place.command("sample") == 1
+    assert f"config.yaml, {list(fields)[-1]}: 'payload" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("more", [("--trust",), ("--reward", "payload:run")])
@@ -163,7 +191,7 @@ def test_servers_that_only_a_run_names_are_sent_nothing(
         threading.Thread(target=server.serve_forever, daemon=True).start()
         place.run_with(reward=form.format(f"http://127.0.0.1:{server.server_address[1]}/score"))
         try:
-            assert place.command(command) == 1
+            assert place.command(command) == (0 if command == "sample" else 1)  # which writes, and scores nothing
             assert Listener.heard == []
             message = capsys.readouterr().out
             assert "config.yaml, reward: 'http://127.0.0.1" in message

@@ -125,7 +125,7 @@ def test_going_back_is_having_never_gone_there_even_after_the_end(tokenizer: Any
         play.back()
 
 
-def test_the_critic_of_a_run_is_asked_and_what_a_run_names_is_not_imported(
+def test_the_critic_of_a_run_is_asked_and_the_reward_that_it_names_is_not_imported(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
@@ -133,8 +133,11 @@ def test_the_critic_of_a_run_is_asked_and_what_a_run_names_is_not_imported(
     sizes = ["--max-new-tokens", "6", "--n-episodes", "8", "--batch-size", "4", "--total-timesteps", "60"]
     run = str(tmp_path / "run")
     assert main(["train", *names, *sizes, "--device", "cpu", "--no-progress", "--run-dir", run]) == 0
+    typed(monkeypatch, "g", "q")
+    assert main(["play", run, "--device", "cpu"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "would import the module 'learners'" in shown
+    assert "not scored: --trust would score it · ended by" in shown
     typed(monkeypatch, "1", "q")
-    assert main(["play", run, "--device", "cpu"]) == 1
-    assert "would import the module 'learners'" in " ".join(capsys.readouterr().out.split())
     assert main(["play", run, "--device", "cpu", "--trust"]) == 0
     assert re.search(r"nats · value [+-]\d", capsys.readouterr().out)

@@ -103,7 +103,7 @@ def test_one_of_two_processes_is_killed_and_the_run_ends_as_if_it_had_not_been(
     assert killed == -signal.SIGKILL
     assert status == 1
     assert "RankLost: Process 0 of 2 has lost another one: it has ended" in said
-    assert f"`textrlhf train --resume {stopped}` goes on from" in said
+    assert f"`textrlhf train --resume {stopped} --trust` goes on from" in said
     done = CheckpointHistory(stopped / "checkpoints").timesteps()[-1]
     assert 0 < done < 150
     state = checkpoint.load(CheckpointHistory(stopped / "checkpoints").path(done))

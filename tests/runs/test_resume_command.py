@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import shutil
 import signal
 import time
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from learners import PROMPTS, even_tokens, save_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents.cli import main
 from agents.runs.config import load_config
+from agents.runs.hints import resume_command
 from agents.state import checkpoint
 from agents.state.history import CheckpointHistory
 from agents.state.replacing import remove
@@ -135,7 +138,9 @@ def test_a_run_that_a_signal_stopped_says_how_to_go_on_and_ends_as_if_nothing_ha
     kill_at(30, number)
     assert runs.train(run) == 128 + number
     last = reached(run)[-1]
-    assert said(capsys) == f"Stopped by {number.name}. `textrlhf train --resume {run}` goes on from {last} tokens."
+    assert (
+        said(capsys) == f"Stopped by {number.name}. `textrlhf train --resume {run} --trust` goes on from {last} tokens."
+    )
     assert 0 < last < 250
     assert (run / "policy" / "model.safetensors").exists()
     assert resume(run) == 0
@@ -182,7 +187,7 @@ def test_an_error_in_a_rollout_costs_no_finished_iteration(
     assert str(last) == rows(run)[-1]["time/total_timesteps"]
     shown = said(capsys)
     assert "the judge has left" in shown
-    assert shown.endswith(f"`textrlhf train --resume {run}` goes on from {last} tokens.")
+    assert shown.endswith(f"`textrlhf train --resume {run} --trust` goes on from {last} tokens.")
     assert resume(run) == 0
     assert weights(run) == weights(runs.whole)
     assert rows(run) == rows(runs.whole)
@@ -280,7 +285,35 @@ def test_a_run_may_be_made_longer(runs: Runs, tmp_path: Path, capsys: pytest.Cap
 
 def test_an_existing_run_is_offered_to_be_resumed(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     assert runs.train(runs.whole) == 1
-    assert f"holds a run already: `textrlhf train --resume {runs.whole}` goes on with it" in said(capsys)
+    assert f"holds a run already: `textrlhf train --resume {runs.whole} --trust` goes on with it" in said(capsys)
+
+
+def test_a_run_that_was_finished_already_is_said_to_be(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (runs.whole / "progress.csv").read_bytes()
+    assert resume(runs.whole, "--no-progress") == 0
+    shown = said(capsys)
+    assert re.search(r"was finished already, after \d+ tokens: nothing was trained. --total-timesteps makes it", shown)
+    assert "Wrote" not in shown
+    assert (runs.whole / "progress.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("env", "algo", "trust"),
+    [
+        *(({}, "ppo", ""), ({"task": "reasoning_gym:chain_sum"}, "ppo", ""), ({"prompts": "builtin:eval"}, "ppo", "")),
+        *(({"env": "text_env:TextRLHF-v0"}, "ppo", ""), ({"prompts": ["Which of a:b and c:d?"]}, "ppo", "")),
+        *(({}, "mine:Algorithm", " --trust"), ({"env": "mine:Text-v0"}, "ppo", " --trust")),
+        *(({"reward": "builtin+0.5*mine:score"}, "ppo", " --trust"), ({"constraint": "mine:few"}, "ppo", " --trust")),
+        *(({"reward": {"mine:score": 1.0}}, "ppo", " --trust"), ({"reward": "http://host:8000"}, "ppo", " --trust")),
+        ({"task": "sums.jsonl", "task_kwargs": {"match": "mine:equal"}}, "ppo", " --trust"),
+    ],
+    ids=str,
+)
+def test_a_command_says_trust_where_the_run_names_code(
+    tmp_path: Path, env: dict[str, Any], algo: str, trust: str
+) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"algo": algo, "env": env}))
+    assert resume_command(tmp_path) == f"textrlhf train --resume {tmp_path}{trust}"
 
 
 def test_what_cannot_be_resumed_is_refused(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

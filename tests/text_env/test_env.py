@@ -239,7 +239,10 @@ def test_a_reward_that_fails_loses_nothing_so_the_step_can_be_repeated(kwargs: d
         ({"render_mode": "hologram"}, "render_mode to be None or one of"),
         ({"overlong_prompts": "drop"}, "overlong_prompts to be one of"),
         ({"metrics": {"score": "sentiment"}}, r"does not use yet, got \['score'\]"),
-        ({"tokenizer": "no/such/tokenizer"}, "Expected tokenizer to be 'builtin'"),
+        (
+            {"tokenizer": "no/such/tokenizer"},
+            "Expected tokenizer, or model .* to be 'builtin'.*'no/such/tokenizer', which is no directory",
+        ),
     ],
 )
 def test_an_argument_out_of_range_is_refused_with_what_was_expected(

@@ -160,6 +160,27 @@ def test_an_exception_in_a_reward_names_it_and_keeps_the_cause() -> None:
     assert isinstance(caught.value.__cause__, TypeError)
 
 
+@pytest.mark.parametrize(("columns", "named"), [({"topic": ["rain"]}, r"the columns \['topic'\]"), ({}, "no further")])
+def test_a_reward_that_asks_for_too_much_is_told_how_rewards_are_called(
+    columns: dict[str, list[str]], named: str
+) -> None:
+    def my_reward(prompts: list[str], completions: list[str], answer: list[str], **_: Any) -> list[float]:
+        return [1.0] * len(completions)
+
+    message = r"'answer'\. Rewards are called as my_reward\(prompts=.*, \*\*columns\), and these prompts have " + named
+    with pytest.raises(RewardError, match=message):
+        score(my_reward, FinishedTexts(["Write."], ["It"], [[1]], columns))
+
+
+def test_a_type_error_inside_a_reward_says_nothing_of_its_arguments() -> None:
+    def my_reward(completions: list[str], **_: Any) -> list[float]:
+        return len(1)  # type: ignore[arg-type, return-value]
+
+    with pytest.raises(RewardError, match="raised TypeError") as caught:
+        score(my_reward, TEXTS)
+    assert "are called as" not in str(caught.value)
+
+
 def test_a_reward_that_edits_its_arguments_harms_nobody_else() -> None:
     def vandal(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
         prompts.clear()
@@ -215,7 +236,7 @@ def test_names_are_matched_before_directories(tmp_path: Path, monkeypatch: Any) 
         ({"sentiment": float("nan")}, ValueError, "Expected finite weights"),
         ("nobody/no-such-model", ValueError, "Expected a directory or hub name of a Hugging Face sequence classifier"),
         ("no_such_module:reward", ValueError, "no module 'no_such_module'"),
-        ("sys:path", TypeError, "Expected a reward to be a callable"),
+        ("sys:path", TypeError, "Expected 'sys:path' to name a reward, which is a function"),
         (3, TypeError, "Expected a reward to be a callable"),
     ],
 )

@@ -89,10 +89,18 @@ def first_ratio(patient: Patient) -> Finding:
     return judged(
         patient,
         float(np.nan_to_num(np.abs(ratio - 1), nan=1.0).max()),
-        f"Before any update, in {dtype}, the ratios of {len(ratio)} tokens lie between {ratio.min():.6g} and "
-        f"{ratio.max():.6g}; they should be 1.",
+        f"Before any update, in {dtype}, the ratios of {len(ratio)} tokens {spread(ratio)}; they should be 1.",
         "The policy that is trained is not the one that sampled: see the findings on decoding, padding and neighbours.",
     )
+
+
+def spread(ratio: np.ndarray) -> str:
+    """
+    :param ratio: float [N].
+    :return: where the ratios lie, as a verb and numbers.
+    """
+    low, high = (f"{end:.6g}" for end in (ratio.min(), ratio.max()))
+    return f"are {low}" if low == high else f"lie between {low} and {high}"
 
 
 def speed(patient: Patient) -> Finding:
@@ -106,9 +114,9 @@ def speed(patient: Patient) -> Finding:
     n_tokens = len(buffer.actions)
     return Finding(
         "ok",
-        f"{buffer.n_episodes} texts of {n_tokens} tokens in {written.seconds:.1f} s, {n_tokens / written.seconds:.0f} "
-        f"tokens/s; {ended} of them ended by themselves within {budget} tokens. The first begins "
-        f"{decode(patient.tokenizer, [written.texts.completion_ids[0][:12]])[0]!r}.",
+        f"{buffer.n_episodes} texts, {n_tokens} tokens in all, in {written.seconds:.1f} s: "
+        f"{n_tokens / written.seconds:.0f} tokens/s; {ended} of the texts ended by themselves within {budget} tokens. "
+        f"The first begins {decode(patient.tokenizer, [written.texts.completion_ids[0][:12]])[0]!r}.",
     )
 
 
