@@ -109,7 +109,7 @@ def run_critic(config: CriticConfig) -> int:
     result = examine_run(config)
     console.print(critic_table(result))
     console.print(prompts_in_words(result), highlight=False, markup=False, soft_wrap=True)
-    plot_critic(result, config.picture())
+    plot_critic(result, config.picture(), str(config.policy))
     console.print(f"Wrote {config.picture()}")
     if config.json is not None:
         config.json.write_text(json.dumps(result, indent=2) + "\n")
