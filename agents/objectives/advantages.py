@@ -6,7 +6,6 @@ Shorter rows are padded at their end.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -167,7 +166,7 @@ def signal_share(advantages: Array, returns: Array, mean: Callable[[Array], floa
     :return: the share, from 0 to 1; 1 if all advantages are equal.
     """
     own, paid = variance(advantages, mean), variance(returns, mean)
-    return math.sqrt(paid / own) if paid < own else 1.0
+    return float(np.sqrt(paid / own)) if paid < own else 1.0
 
 
 def whiten(advantages: Array, mean: Callable[[Array], float] = mean_of, floor: float = 0.0) -> Array:

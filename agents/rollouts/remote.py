@@ -5,7 +5,7 @@ sampled from: the program's, whose kernels and precision are its own, and whose 
 of the policy before an update, computed as the update computes it; the ratios of the losses refer to it, so that they
 begin at 1 whatever wrote the texts. log π is that of the policy during the update. What μ is from π_old is corrected by
 an importance weight min(π_old / μ, C) for each token (truncated importance sampling), by which its advantage is
-multiplied. The losses that are not proportional to the advantage are not weighted: the critic's, the KL penalty's, that of
+multiplied. Losses that are not proportional to the advantage are not weighted: the critic's, the KL penalty's, that of
 good texts and the entropy's.
 """
 
