@@ -245,6 +245,7 @@ class OnPolicyAlgorithm(Resumable):
         self.before: Snapshot | None = None  # during an update
         self._iterations = 0  # finished ones, those before a resumption included
         self._advantage_unit = 1.0  # what advantages were divided by
+        self._signal_share: float | None = None  # what whitened advantages were multiplied by; None: not whitened
         self._warned_of_first_ratio = False
         # Before the first step after a rollout, of each micro-batch the largest distance of a ratio from 1; else None.
         self._first_ratios: list[torch.Tensor] | None = None
@@ -504,6 +505,8 @@ class OnPolicyAlgorithm(Resumable):
         self.source.score(buffer)
         self.pay_penalties(buffer, episodes)
         self.set_advantages(buffer)
+        if self._signal_share is not None:
+            self.logger.record("train/signal_share", self._signal_share)
         for name, figure in self.source.correct(buffer).items():
             self.logger.record(name, figure)
         self._first_ratios = []  # the next step is the first one after these texts were sampled
@@ -535,7 +538,7 @@ class OnPolicyAlgorithm(Resumable):
         :param buffer: the rollout, whose advantages are set.
         """
         self.estimate(buffer)
-        self._advantage_unit = 1.0
+        self._advantage_unit, self._signal_share = 1.0, None
         if not self.normalize_advantage:
             return
         advantages, ended, mask, mean = buffer.advantages, np.zeros(buffer.n_episodes), buffer.mask, self.engine.mean
@@ -549,7 +552,7 @@ class OnPolicyAlgorithm(Resumable):
             share = signal_share(advantages, paid, mean)
             self._advantage_unit = math.sqrt(variance(advantages, mean)) or 1.0
             whitened = share * whiten(advantages, mean, floor)
-            self.logger.record("train/signal_share", share)
+            self._signal_share = share
         buffer.advantages = whitened.astype(np.float32)
 
     def _rounding_of_advantages(self, buffer: EpisodeBuffer, returns: np.ndarray) -> float:
