@@ -196,7 +196,7 @@ def test_a_miniature_of_the_whole_benchmark(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(overoptimization, "textrlhf", in_this_process)
     out, runs = tmp_path / "out", tmp_path / "runs"
     small: dict[str, Any] = {"sizes": "16x1", "kl-coefs": 0.1, "total-timesteps": 1100, "n-episodes": 8}
-    small |= {"max-pairs": 64, "start-texts": 32, "learning-rate": 1e-3, "out": out, "runs": runs}
+    small |= {"max-pairs": 64, "start-texts": 32, "learning-rate": 3e-3, "out": out, "runs": runs}
     arguments = [str(part) for name, value in small.items() for part in (f"--{name}", value)]
     main(arguments)
 

@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from learners import even_tokens
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -45,7 +46,7 @@ def environment(tokenizer: Any, rows: int = 4, **options: Any) -> TextVectorEnv:
         rows,
         tokenizer=tokenizer,
         prompts=["The movie", "I", "That film was"],
-        reward="sentiment",
+        reward=even_tokens,  # on which random texts differ
         max_prompt_tokens=8,
         max_new_tokens=6,
         **options,
