@@ -67,7 +67,7 @@ OPTIONS = {
     "doctor": {},
 }
 # What these do is tested with the runs and answers that they need: tests/runs/test_looking.py, test_push.py.
-RUN_ELSEWHERE = {"report", "watch", "play", "push"}
+RUN_ELSEWHERE = {"demo", "report", "watch", "play", "push"}
 FLAGS = {"train": ["--no-progress"], "reward-model": ["--no-progress"]}
 
 

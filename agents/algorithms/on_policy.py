@@ -131,6 +131,8 @@ class OnPolicyAlgorithm(Resumable):
     :param verbose: SB3's verbosity, 0, 1 or 2.
     :param seed: the seed of all random generators; None: they are not seeded.
     :param device: the device of the policy: ``"auto"``, ``"cpu"``, ``"cuda"``, …
+    :param unknown: what is no argument at all.
+    :raises TypeError: for unknown arguments; it says what to write instead.
     :raises ValueError: if a number is out of range, or if environment, policy and reference don't fit together.
     """
 
