@@ -545,14 +545,17 @@ class OnPolicyAlgorithm(Resumable):
             return
         advantages, ended, mask, mean = buffer.advantages, np.zeros(buffer.n_episodes), buffer.mask, self.engine.mean
         returns = discounted_returns(buffer.padded(buffer.rewards), ended, mask, self.gamma)[mask].astype(np.float32)
-        floor = self._rounding_of_advantages(buffer, returns)
-        # An exact divergence is in the loss at its own price, and in no return at the first context.
-        paid = returns if self.advantages_have_unit_of_rewards and self.kl_estimator != "exact" else advantages
+        floor, paid = 0.0, advantages
+        if self.advantages_have_unit_of_rewards:
+            floor = self._rounding_of_advantages(buffer, returns)
+            # An exact divergence is in the loss at its own price, and in no return at the first context.
+            paid = advantages if self.kl_estimator == "exact" else returns
         if self.normalize_advantage == "group":
             whitened = whiten_groups(advantages, paid, buffer.lengths, self.vector_env.group_size, floor)
         else:
             share = signal_share(advantages, paid, mean)
-            self._advantage_unit = math.sqrt(variance(advantages, mean)) or 1.0
+            spread = math.sqrt(variance(advantages, mean))
+            self._advantage_unit = 1.0 if spread <= floor else spread
             whitened = share * whiten(advantages, mean, floor)
             self._signal_share = share
         buffer.advantages = whitened.astype(np.float32)

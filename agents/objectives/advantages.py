@@ -179,7 +179,7 @@ def whiten(advantages: Array, mean: Callable[[Array], float] = mean_of, floor: f
     """
     centred = advantages - mean(advantages)
     spread = np.sqrt(variance(centred, mean))
-    return centred / (spread + 1e-8) if spread > floor else np.zeros_like(centred)
+    return np.zeros_like(centred) if spread <= floor else centred / (spread + 1e-8)  # NaN stays NaN
 
 
 def whiten_groups(advantages: Array, returns: Array, lengths: Array, group_size: int, floor: float = 0.0) -> Array:

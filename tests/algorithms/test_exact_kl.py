@@ -465,3 +465,5 @@ def test_the_divergence_keeps_its_price_where_all_texts_are_paid_the_same() -> N
     before = weights_of(model.policy)
     model.learn(1)
     assert largest_difference(before, weights_of(model.policy)) > 1e-3
+    assert not model.buffer.advantages.any()  # a critic that knows nothing yet, and one return
+    assert model._advantage_unit == 1.0

@@ -195,7 +195,7 @@ def in_this_process(command: str, options: dict[str, Any]) -> None:
 def test_a_miniature_of_the_whole_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overoptimization, "textrlhf", in_this_process)
     out, runs = tmp_path / "out", tmp_path / "runs"
-    small: dict[str, Any] = {"sizes": "16x1", "kl-coefs": 0.1, "total-timesteps": 1100, "n-episodes": 8}
+    small: dict[str, Any] = {"sizes": "16x1", "kl-coefs": 0.1, "total-timesteps": 2200, "n-episodes": 8}
     small |= {"max-pairs": 64, "start-texts": 32, "learning-rate": 1e-2, "out": out, "runs": runs}
     arguments = [str(part) for name, value in small.items() for part in (f"--{name}", value)]
     main(arguments)
@@ -205,8 +205,8 @@ def test_a_miniature_of_the_whole_benchmark(tmp_path: Path, monkeypatch: pytest.
     assert (run["parameters"], run["non_embedding_parameters"]) == (35872, 3104)
     assert 0.4 < run["held_out_accuracy"] < 0.7
     assert run["curve"][0]["kl"] == pytest.approx(0.0, abs=1e-3)
-    assert run["curve"][-1]["tokens"] >= 1100 > run["curve"][-2]["tokens"]
-    assert run["curve"][-1]["kl"] > 0.3
+    assert run["curve"][-1]["tokens"] >= 2200 > run["curve"][-2]["tokens"]
+    assert run["curve"][-1]["kl"] > 0.5
     assert run["final"]["gap"] == pytest.approx(run["final"]["proxy"] - run["final"]["gold"])
     environment = json.loads((out / "environment.json").read_text())
     assert 0 < environment["start"]["gold_std"] < 1
