@@ -40,6 +40,8 @@ class DAPO(GroupRelative):
         **kwargs: Any,
     ) -> None:
         self.max_sampling_rounds = max_sampling_rounds
+        self._sampled: list[float] = []  # the scores of all texts, also of those that are left out
+        self._rounds = 0
         super().__init__(policy, env, clip_range_high=clip_range_high, kl_coef=kl_coef, **kwargs)
 
     def sample(self, collect: Collect) -> list[dict[str, Any]]:
@@ -47,11 +49,11 @@ class DAPO(GroupRelative):
         self.buffer.reset()
         n_episodes = self.engine.share(self.n_episodes)
         rollout: list[dict[str, Any]] = []
-        scores: list[float] = []  # of all texts, also of those that are left out
+        self._sampled = []
         for round_number in range(1, self.max_sampling_rounds + 1):
             sampled = self.new_buffer()
             episodes = collect(n_episodes - len(rollout), sampled)
-            scores += [episode["score"] for episode in episodes]
+            self._sampled += [episode["score"] for episode in episodes]
             penalty = self.missing_eos_penalty or 0.0
             paid = [e["score"] - penalty * (e["finish_reason"] == "length") for e in episodes]
             kept = informative_groups(np.array(paid), self.vector_env.group_size)
@@ -61,7 +63,14 @@ class DAPO(GroupRelative):
             rollout += [episodes[number] for number in np.flatnonzero(kept)]
             if len(rollout) == n_episodes:
                 break
-        self.logger.record("objective/sampled_scores", self.engine.mean(np.array(scores)))
-        self.logger.record("rollout/sampled_episodes", self.engine.total(len(scores)))
-        self.logger.record("rollout/sampling_rounds", self.engine.largest(round_number))
+        self._rounds = round_number
         return rollout
+
+    def _log_rollout(self, episodes: list[dict[str, Any]]) -> None:
+        """As the base class's, and what was sampled to get there. Not before: processes agree on no number as long as
+        a callback may have stopped one of them.
+        """
+        super()._log_rollout(episodes)
+        self.logger.record("objective/sampled_scores", self.engine.mean(np.array(self._sampled)))
+        self.logger.record("rollout/sampled_episodes", self.engine.total(len(self._sampled)))
+        self.logger.record("rollout/sampling_rounds", self.engine.largest(self._rounds))

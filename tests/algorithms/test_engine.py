@@ -15,6 +15,7 @@ import torch
 from learners import four_is_right, largest_difference, make_env, make_model, make_ppo, weights_of
 from stable_baselines3.common.callbacks import BaseCallback
 
+from agents.algorithms.dapo import DAPO
 from agents.algorithms.engine import Engine
 from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.algorithms.ppo import PPO
@@ -246,6 +247,22 @@ def test_a_callback_that_stops_one_process_stops_all_at_the_same_count() -> None
     assert counters[0].tokens > 8
     assert counters[1].tokens == 4  # a token in each of the four rows
     assert [model.num_timesteps for model in models] == [counters[0].tokens + 4] * 2
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_callback_that_stops_one_process_of_dapo_stops_all(stopped: int) -> None:
+    meeting = Meeting(2)
+    models, callbacks = [], []
+    counters = [CountsTokens(rank != stopped) for rank in range(2)]
+    for rank in range(2):
+        model: Any = make_ppo(make_env(group_size=2), algorithm=DAPO, batch_size=None)
+        model.engine = OfSeveral(model.policy, meeting, rank)
+        models.append(model)
+        callbacks.append(model._setup_learn(10**6, counters[rank])[1])
+    with ThreadPoolExecutor(2) as pool:
+        goes_on = list(pool.map(lambda model, callback: model.collect_rollouts(callback), models, callbacks))
+    assert goes_on == [False, False]
+    assert [model.num_timesteps for model in models] == [counters[0].tokens + counters[1].tokens] * 2
 
 
 def test_a_gradient_that_is_not_finite_is_not_applied() -> None:
