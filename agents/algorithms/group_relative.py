@@ -28,6 +28,7 @@ class GroupRelative(Surrogate):
     default_group_size: ClassVar[int] = 4
     kl_in_reward: ClassVar[bool] = False
     advantages_have_unit_of_rewards: ClassVar[bool] = False
+    whole_texts: ClassVar[bool] = True
 
     def __init__(self, policy: Any, env: Any, scale_rewards: bool = True, **kwargs: Any) -> None:
         self.scale_rewards = scale_rewards

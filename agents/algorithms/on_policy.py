@@ -35,7 +35,14 @@ from agents.algorithms.snapshot import Snapshot, is_finite
 from agents.models.pretrained import check_tokenizers, lora_arguments
 from agents.models.reference import Reference
 from agents.models.transfers import to_device
-from agents.objectives.advantages import discounted_returns, signal_share, variance, whiten, whiten_groups
+from agents.objectives.advantages import (
+    discounted_returns,
+    rounding_floor,
+    signal_share,
+    variance,
+    whiten,
+    whiten_groups,
+)
 from agents.objectives.kl import KLController, KLEstimator, kl_controller
 from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.collector import Interrupted, collect_episodes
@@ -100,7 +107,8 @@ class OnPolicyAlgorithm(Resumable):
         that the response budget has cut off; None: nothing is subtracted.
     :param normalize_advantage: whether to shift and scale advantages to mean 0 and variance 1 over the whole rollout,
         or to a smaller variance where they vary more than the returns, by errors of the critic (see
-        :func:`agents.objectives.advantages.signal_share`); ``"group"``: over the texts of each prompt.
+        :func:`agents.objectives.advantages.signal_share`; with an exact KL divergence in the loss, whose price depends
+        on the scale, it is not looked for); ``"group"``: over the texts of each prompt.
     :param loss_weighting: what counts the same in the loss. ``"token"``: every token, by the mean over the tokens of a
         minibatch. ``"sequence"``: every text, by the mean over texts of the mean over the tokens of each.
         ``"constant"``: every token, by the sum over tokens divided by the response budgets of all texts, so that what a
@@ -145,6 +153,8 @@ class OnPolicyAlgorithm(Resumable):
     kl_in_reward: ClassVar[bool] = True
     # False: advantages may have been divided by a standard deviation before they are normalised.
     advantages_have_unit_of_rewards: ClassVar[bool] = True
+    # True: the action is the whole text. There is no discount, and no critic whose errors could be in the advantages.
+    whole_texts: ClassVar[bool] = False
     state_attributes: ClassVar[tuple[str, ...]] = ("step_factor",)
     # The engine decides how gradients are applied, and what several processes agree on. None: that of a single process,
     # unless several were launched.
@@ -185,7 +195,6 @@ class OnPolicyAlgorithm(Resumable):
         check_argument_names(type(self), unknown, SB3_ARGUMENTS)
         check_ranges({**vars(self), **locals()})  # those of a subclass are attributes by now
         self.kl: KLController = kl_controller(kl_coef, kl_target)
-        batch_size = n_episodes if batch_size is None else batch_size
         if kl_estimator != "k1" and not self.kl_in_reward:
             raise ValueError(
                 f"kl_estimator={kl_estimator!r} chooses the KL penalty in the reward, where {type(self).__name__} has "
@@ -277,7 +286,7 @@ class OnPolicyAlgorithm(Resumable):
         self.policy.to(self.device)
         self.engine = self._engine_class(self.policy)
         self.engine.share(self.n_episodes, env.group_size)  # raises now if a share would not be whole
-        self.engine.share(self.batch_size)
+        self.engine.share(self.batch_size or self.n_episodes)
         if self.engine.rank:
             self.verbose, self.tensorboard_log = 0, None
         self.policy.distribution.check_environment(env)
@@ -462,8 +471,7 @@ class OnPolicyAlgorithm(Resumable):
             # would be 0 at the last update, which is one of ten in a short run. The last rollout exceeds the total.
             middle = (before + min(self.num_timesteps, total_timesteps)) / 2
             self._current_progress_remaining = 1.0 - middle / total_timesteps
-            self.update()
-            if self._first_ratios is None:  # the policy was trained, and not the critic alone
+            if self.update() and self._first_ratios is None:  # the policy was trained, and not the critic alone
                 self.kl.update(self.engine.mean(self.buffer.episode_sums(self.buffer.log_ratio)))
             if log_interval and self._iterations % log_interval == 0:
                 self._dump_logs(self._iterations)
@@ -543,44 +551,61 @@ class OnPolicyAlgorithm(Resumable):
         self._advantage_unit, self._signal_share = 1.0, None
         if not self.normalize_advantage:
             return
-        advantages, ended, mask, mean = buffer.advantages, np.zeros(buffer.n_episodes), buffer.mask, self.engine.mean
-        returns = discounted_returns(buffer.padded(buffer.rewards), ended, mask, self.gamma)[mask].astype(np.float32)
-        floor, paid = 0.0, advantages
-        if self.advantages_have_unit_of_rewards:
-            floor = self._rounding_of_advantages(buffer, returns)
-            # An exact divergence is in the loss at its own price, and in no return at the first context.
-            paid = advantages if self.kl_estimator == "exact" else returns
+        advantages, mean = buffer.advantages, self.engine.mean
+        returns = self._returns(buffer, buffer.rewards)
+        without_penalty = self._returns(buffer, buffer.rewards + buffer.kl_penalty)
+        rounding = self._rounding_of_advantages(buffer, returns)
+        # An exact divergence is in the loss at its own price, and in no return at the first context.
+        critic_may_err = not self.whole_texts and buffer.exact_kl is None
+        paid = returns if critic_may_err else advantages
         if self.normalize_advantage == "group":
-            whitened = whiten_groups(advantages, paid, buffer.lengths, self.vector_env.group_size, floor)
+            of_group = buffer.lengths, self.vector_env.group_size
+            whitened = whiten_groups(advantages, paid, without_penalty, *of_group, rounding)
         else:
-            share = signal_share(advantages, paid, mean)
+            floor = rounding_floor(without_penalty, rounding, mean)
             spread = math.sqrt(variance(advantages, mean))
             self._advantage_unit = 1.0 if spread <= floor else spread
-            whitened = share * whiten(advantages, mean, floor)
-            self._signal_share = share
+            self._signal_share = 0.0 if spread <= floor else signal_share(advantages, paid, mean)
+            whitened = self._signal_share * whiten(advantages, mean, floor)
         buffer.advantages = whitened.astype(np.float32)
 
-    def _rounding_of_advantages(self, buffer: EpisodeBuffer, returns: np.ndarray) -> float:
-        """The standard deviation that advantages may have by rounding alone: as differences of values and returns, and
-        as sums of a KL penalty that is 0, of two passes over the same text.
+    def _returns(self, buffer: EpisodeBuffer, rewards: np.ndarray) -> np.ndarray:
         """
+        :param buffer: a rollout of N actions.
+        :param rewards: float [N].
+        :return: their discounted returns, float32 [N].
+        """
+        gamma, mask = 1.0 if self.whole_texts else self.gamma, buffer.mask
+        padded = discounted_returns(buffer.padded(rewards), np.zeros(buffer.n_episodes), mask, gamma)
+        return padded[mask].astype(np.float32)
+
+    def _rounding_of_advantages(self, buffer: EpisodeBuffer, returns: np.ndarray) -> tuple[float, float]:
+        """The standard deviations that advantages may have by rounding alone, for :func:`rounding_floor`: as
+        differences of values and returns; and as sums of a KL penalty that is 0, of two passes over the same text.
+        """
+        if not self.advantages_have_unit_of_rewards:
+            return 0.0, 0.0
         largest = max(float(np.abs(numbers).max()) for numbers in (buffer.values, returns))
         penalty = 0.0
         if self.kl_in_reward:
             name = self.policy.distribution.autocast
             dtype = self.policy.lm.model.dtype if name is None else getattr(torch, name)
-            off = PASSES_AGREE_TO + 2 * torch.finfo(dtype).eps * float(np.abs(buffer.log_probs).max())  # per token
+            typical = math.sqrt(float(np.square(buffer.log_probs, dtype=np.float64).mean()))
+            off = PASSES_AGREE_TO + 2 * torch.finfo(dtype).eps * typical  # per token
             penalty = self.kl.coef * off * math.sqrt(buffer.n_tokens / buffer.n_episodes)
-        return self.engine.largest(FLOAT32_IS_GOOD_TO * largest + penalty)
+        return self.engine.largest(FLOAT32_IS_GOOD_TO * largest), self.engine.largest(penalty)
 
-    def update(self) -> None:
-        """:meth:`train`, all or nothing: if a number of an update was not finite, weights and optimiser are set back.
+    def update(self) -> bool:
+        """:meth:`train`, all or nothing: if a number of an update was not finite, weights, optimiser and what else
+        changes while training are set back.
 
+        :return: whether the update was made, and not set back.
         :raises FloatingPointError: if ``max_bad_updates`` in a row were bad. The last one's rollout has been saved.
         """
         self.engine.shard()
         self.before = Snapshot(self.policy) if self.max_bad_updates else None
-        n_updates = self._n_updates
+        numbers = {name: getattr(self, name) for name in ("_n_updates", *self.state_attributes)}
+        bad_updates = self.bad_updates
         try:
             self.train()
             # The steps themselves can overflow, at a learning rate that is far too high.
@@ -596,12 +621,15 @@ class OnPolicyAlgorithm(Resumable):
             self.bad_updates_in_a_row += 1
             if self.before is not None:
                 self.before.restore()
-                self._n_updates = n_updates
+                for name, number in numbers.items():
+                    setattr(self, name, number)
             self.engine.unshard()
             self._report_bad_update(str(error))
         finally:
             self.before = None
         self.logger.record("train/bad_updates", self.bad_updates)
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        return self.bad_updates == bad_updates
 
     def _report_bad_update(self, reason: str) -> None:
         """
@@ -658,7 +686,6 @@ class OnPolicyAlgorithm(Resumable):
             self.logger.record(f"train/{name}", float(np.mean(values)))
         seconds = time.perf_counter() - start
         self.logger.record("time/update_tokens_per_second", self.engine.total(used) / seconds)
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if "value_loss" in history:
             self.logger.record("train/explained_variance", self._explained_variance())
 
@@ -670,7 +697,8 @@ class OnPolicyAlgorithm(Resumable):
 
     def _epochs(self, n_epochs: int) -> Iterator[list[np.ndarray]]:
         """For each pass over the rollout its minibatches, each the int [E] numbers of its episodes."""
-        n_episodes, batch_size = self.engine.share(self.n_episodes), self.engine.share(self.batch_size)
+        n_episodes = self.engine.share(self.n_episodes)
+        batch_size = self.engine.share(self.batch_size or self.n_episodes)
         for _ in range(n_epochs):
             yield np.split(np.random.permutation(n_episodes), range(batch_size, n_episodes, batch_size))
 
@@ -740,7 +768,7 @@ class OnPolicyAlgorithm(Resumable):
             self.micro_batch_tokens = min(self.micro_batch_tokens or tokens, tokens) // 2
             warnings.warn(
                 f"An update ran out of memory. It is tried again with micro_batch_tokens={self.micro_batch_tokens}, "
-                "which gives the same gradient and holds for the rest of the training.",
+                "which gives the same gradient and holds as long as this process trains.",
                 stacklevel=2,
             )
 

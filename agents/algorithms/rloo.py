@@ -21,6 +21,7 @@ class RLOO(OnPolicyAlgorithm):
     """
 
     default_group_size: ClassVar[int] = 4
+    whole_texts: ClassVar[bool] = True
 
     def estimate(self, buffer: EpisodeBuffer) -> None:
         """The return of a text minus the mean return of the others of its group, the same for each of its tokens."""

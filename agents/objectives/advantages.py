@@ -6,6 +6,7 @@ Shorter rows are padded at their end.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -182,16 +183,41 @@ def whiten(advantages: Array, mean: Callable[[Array], float] = mean_of, floor: f
     return np.zeros_like(centred) if spread <= floor else centred / (spread + 1e-8)  # NaN stays NaN
 
 
-def whiten_groups(advantages: Array, returns: Array, lengths: Array, group_size: int, floor: float = 0.0) -> Array:
+def rounding_floor(
+    without_penalty: Array, rounding: tuple[float, float], mean: Callable[[Array], float] = mean_of
+) -> float:
+    """The standard deviation up to which advantages count as equal.
+
+    A KL penalty is small, and rounding is large beside one that is 0. Where nothing else tells texts apart, whitening
+    would make of it the only signal. Where the task pays them differently, it is noise beside that.
+
+    :param without_penalty: the returns without the KL penalty, float [N].
+    :param rounding: what rounding alone may lead to: as differences of values and returns, and by the KL penalty.
+    :param mean: a function that returns the mean of an array, as for :func:`variance`.
+    :return: the first of the two, or their sum where the returns without the penalty are all equal.
+    """
+    of_sums, of_penalty = rounding
+    return of_sums if math.sqrt(variance(without_penalty, mean)) > of_sums else of_sums + of_penalty
+
+
+def whiten_groups(
+    advantages: Array,
+    returns: Array,
+    without_penalty: Array,
+    lengths: Array,
+    group_size: int,
+    rounding: tuple[float, float] = (0.0, 0.0),
+) -> Array:
     """Whiten the advantages of each group of episodes over the tokens of the group, times their :func:`signal_share`.
 
     :param advantages: float [N], without padding, one episode after the other.
     :param returns: the returns of the same steps, float [N].
+    :param without_penalty: the same without the KL penalty, float [N].
     :param lengths: int [E], the number of advantages of each episode; N in all.
     :param group_size: the number k of episodes in each group.
-    :param floor: as for :func:`whiten`.
+    :param rounding: as for :func:`rounding_floor`.
     :return: float [N]; zeros for a group whose advantages, or whose returns, are all equal.
     """
     ends = np.cumsum(lengths.reshape(-1, group_size).sum(axis=1))
-    groups = zip(*(np.split(values, ends[:-1]) for values in (advantages, returns)), strict=True)
-    return np.concatenate([signal_share(a, g) * whiten(a, floor=floor) for a, g in groups])
+    groups = zip(*(np.split(values, ends[:-1]) for values in (advantages, returns, without_penalty)), strict=True)
+    return np.concatenate([signal_share(a, g) * whiten(a, floor=rounding_floor(t, rounding)) for a, g, t in groups])

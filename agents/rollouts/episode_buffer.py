@@ -210,6 +210,7 @@ class EpisodeBuffer(RolloutBuffer):
         self._logged = {name: _Column(np.float32) for name in ("rewards", "values", "log_probs")}
         self._laid_out = self._finalized = False
         self.exact_kl: np.ndarray | None = None  # float32 [N], nats; None where no exact divergence is paid
+        self.kl_penalty = np.zeros(0, dtype=np.float32)  # [N], what has been subtracted from the rewards for it
         self._ref_hidden: torch.Tensor | None = None  # [N, H], likewise
 
     def add(  # type: ignore[override]
@@ -343,6 +344,7 @@ class EpisodeBuffer(RolloutBuffer):
             )
         self._lay_out()
         self._finalized = True
+        self.kl_penalty = np.zeros_like(self.rewards)
         if self.reference is not None:
             self._compare(self.reference, policy if self.kl_estimator == "exact" and self.kl_coef > 0 else None)
             if not np.isfinite(self.log_ratio).all():
@@ -353,9 +355,10 @@ class EpisodeBuffer(RolloutBuffer):
             if self.exact_kl is not None:
                 next_kl = np.append(self.exact_kl[1:], np.float32(0))
                 next_kl[self.starts[1:] - 1] = 0  # no context follows the last action of an episode
-                self.rewards = self.rewards - self.kl_coef * next_kl
+                self.kl_penalty = self.kl_coef * next_kl
             elif self.kl_estimator is not None and self.kl_estimator != "exact":
-                self.rewards = self.rewards - self.kl_coef * self.token_kl(self.kl_estimator)
+                self.kl_penalty = self.kl_coef * self.token_kl(self.kl_estimator)
+        self.rewards = self.rewards - self.kl_penalty
 
     @torch.no_grad()
     def score(self, policy: CausalLMActorCritic) -> None:

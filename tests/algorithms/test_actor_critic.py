@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from learners import constant, largest_difference, make_env, make_ppo, weights_of
+from learners import constant, largest_difference, make_env, make_model, make_ppo, weights_of
 
 from agents.algorithms.a2c import A2C
 from agents.algorithms.ppo import PPO
@@ -71,11 +72,11 @@ def test_a_critic_that_is_fitted_comes_nearer_to_the_returns() -> None:
 
 
 @pytest.mark.parametrize("group", [False, True])
-def test_where_all_texts_are_paid_the_same_the_critics_errors_move_the_critic_alone(group: bool) -> None:
+def test_where_all_texts_are_paid_the_same_the_critics_errors_move_the_critic_alone(group: bool, **others: Any) -> None:
     moved = {}
     for normalize in (("group" if group else True), False):
         env = make_env(reward=constant, group_size=2) if group else make_env(reward=constant)
-        kwargs: dict[str, Any] = {"kl_coef": 0.0, "policy_kwargs": {"separate_critic": True}}
+        kwargs: dict[str, Any] = {"kl_coef": 0.0, "policy_kwargs": {"separate_critic": True}, **others}
         model = make_ppo(env, normalize_advantage=normalize, **kwargs)
         with torch.no_grad():
             for parameter in model.policy.value_head.parameters():
@@ -88,6 +89,41 @@ def test_where_all_texts_are_paid_the_same_the_critics_errors_move_the_critic_al
         assert largest_difference(critic, after[1]) > 1e-5
     assert moved.pop(False) > 1e-5  # the control: these errors would move the policy
     assert list(moved.values()) == [0.0]
+
+
+def test_an_exact_divergence_that_costs_nothing_changes_nothing_of_that() -> None:
+    test_where_all_texts_are_paid_the_same_the_critics_errors_move_the_critic_alone(False, kl_estimator="exact")
+
+
+@pytest.mark.parametrize("group_size", [1, 8])
+@pytest.mark.parametrize("right", [0, 1])
+def test_rounding_in_bfloat16_hides_no_right_answer(right: int, group_size: int) -> None:
+    judged = itertools.count()
+
+    def one_is_right(completions: list[str], **_: Any) -> list[float]:
+        return [float(right and next(judged) == 5) for _ in completions]
+
+    env = make_env(8, reward=one_is_right, min_new_tokens=64, max_new_tokens=64, group_size=group_size)
+    model = make_ppo(
+        env,
+        make_model().bfloat16(),
+        n_episodes=32,
+        gae_lambda=0.98,
+        kl_coef=0.5,
+        normalize_advantage="group" if group_size > 1 else True,
+    )
+    model.learn(1)
+    buffer = model.buffer
+    assert buffer.kl_penalty.std() > 1e-4  # which is rounding alone: the policy is its own reference
+    counted = np.flatnonzero(np.abs(buffer.episode_sums(np.abs(buffer.advantages))) > 0)
+    everywhere, nowhere = list(range(32)), []
+    if group_size == 1:
+        assert list(counted) == (everywhere if right else nowhere)
+        assert model._signal_share is not None
+        assert (model._signal_share > 0) == bool(right)
+    else:  # no other group has a right answer
+        assert len(counted) == 8 * right
+        assert not right or buffer.scores[counted].sum() == 1
 
 
 @pytest.mark.parametrize("score", [0.0, 0.7])

@@ -260,7 +260,7 @@ def test_without_a_critic_the_value_head_stays_as_it_is(cls: type[OnPolicyAlgori
 def test_a_name_makes_an_environment_of_groups(cls: type[OnPolicyAlgorithm]) -> None:
     model: Any = cls("CausalLMPolicy", "TextRLHF-v0", device="cpu")
     assert model.vector_env.group_size == 4
-    assert model.n_episodes == model.batch_size == 16
+    assert (model.n_episodes, model.batch_size) == (16, None)  # a minibatch is the rollout
 
 
 @pytest.mark.parametrize("cls", [RLOO, GRPO, DAPO])

@@ -124,6 +124,39 @@ def test_an_update_with_a_number_that_is_not_finite_leaves_weights_and_moments_a
     assert model.logger.name_to_value["train/bad_updates"] == 1
 
 
+def test_of_an_update_that_is_undone_nothing_else_is_left() -> None:
+    model = make_ppo(trust_region=8.0, kl_target=1e-3)
+    model.learn(1)
+    model.step_factor = 0.5
+    beta, updates = model.kl_coef, model._n_updates
+    infinite_weights(model)
+    with pytest.warns(UserWarning, match="bad update number 1 in a row"):
+        model.learn(1, reset_num_timesteps=False)
+    assert model.logger.name_to_value == {}  # the row has been written
+    assert (model.step_factor, model.kl_coef, model._n_updates) == (0.5, beta, updates)
+    with pytest.warns(UserWarning, match="bad update number 2 in a row"):
+        assert not model.update()
+    assert model.logger.name_to_value["train/n_updates"] == updates
+
+
+def test_a_warm_up_that_is_undone_is_not_over() -> None:
+    model = make_ppo(critic_warmup_episodes=8, policy_kwargs={"separate_critic": True})
+    step, calls = model.engine.step, []
+
+    def bad_once() -> None:
+        step()
+        calls.append(1)
+        if len(calls) == 1:
+            raise FloatingPointError("once.")
+
+    model.engine.step = bad_once  # type: ignore[method-assign]
+    with pytest.warns(UserWarning, match="once"):
+        model.learn(1)
+    assert model.critic_warmup_left == 8
+    assert model.update()
+    assert model.critic_warmup_left == 0
+
+
 def test_a_run_with_one_bad_update_goes_on_as_if_its_rollout_had_taught_nothing() -> None:
     model = make_ppo(n_epochs=1)
     train, calls = model.train, []

@@ -155,6 +155,16 @@ def test_choices_that_do_not_exist_are_refused(argument: dict[str, Any], message
         make_ppo(make_env(reward=length_of), **argument)
 
 
+def test_leave_one_out_is_whitened_without_discount_and_without_a_critics_errors() -> None:
+    whitened = []
+    for gamma in (1.0, 0.5):
+        model: Any = collected(RLOO, normalize_advantage=True, gamma=gamma)
+        whitened.append(model.buffer.advantages)
+        assert model._signal_share == 1.0
+    np.testing.assert_array_equal(*whitened)
+    assert whitened[0].std() == pytest.approx(1.0, abs=1e-3)
+
+
 @pytest.mark.parametrize("algorithm", [GRPO, DAPO])
 def test_advantages_that_have_no_unit_are_whitened_whatever_the_unit_of_the_score(algorithm: Any) -> None:
     spreads = []

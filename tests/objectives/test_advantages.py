@@ -13,6 +13,7 @@ from agents.objectives.advantages import (
     discounted_returns,
     gae,
     length_adaptive_lambda,
+    rounding_floor,
     signal_share,
     variance,
     whiten,
@@ -89,7 +90,7 @@ def test_variance_and_whitening_are_to_the_last_bit_what_numpy_makes_of_them(siz
 def test_equal_advantages_are_whitened_to_zeros_whatever_their_rounding(number: float) -> None:
     equal = np.full(3000, number, np.float32)
     assert not whiten(equal).any()
-    assert not whiten_groups(equal, equal, np.full(30, 100), 3).any()
+    assert not whiten_groups(equal, equal, equal, np.full(30, 100), 3).any()
 
 
 def test_advantages_that_differ_by_rounding_alone_are_equal() -> None:
@@ -97,6 +98,17 @@ def test_advantages_that_differ_by_rounding_alone_are_equal() -> None:
     assert whiten(noise).std() == pytest.approx(0.99, abs=0.02)
     assert not whiten(noise, floor=1e-5).any()
     np.testing.assert_array_equal(whiten(1e3 * noise, floor=1e-5), whiten(1e3 * noise))
+
+
+def test_rounding_of_the_penalty_counts_only_where_the_task_pays_all_texts_the_same() -> None:
+    same, different = np.full(4, 0.7), np.array([0.0, 0.0, 0.0, 1.0])
+    assert rounding_floor(same, (1e-5, 0.2)) == pytest.approx(0.20001)
+    assert rounding_floor(different, (1e-5, 0.2)) == 1e-5
+    # Two groups of two texts of one token each. In the first, one text is right; in the second, penalties alone differ.
+    advantages = np.array([0.5, -0.5, 0.01, -0.01])
+    groups = advantages, advantages, np.array([1.0, 0.0, 0.0, 0.0]), np.ones(4, dtype=int), 2
+    np.testing.assert_allclose(whiten_groups(*groups, (1e-5, 0.2)), [1.0, -1.0, 0.0, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(whiten_groups(*groups), [1.0, -1.0, 1.0, -1.0], rtol=1e-5)  # the control
 
 
 def test_what_is_not_a_number_stays_so_and_is_not_taken_for_equal() -> None:
@@ -122,18 +134,18 @@ def test_groups_are_whitened_one_by_one() -> None:
     # Two groups of two texts, of lengths 1 + 2 and 1 + 1. First: 1, 2, 6 with mean 3 and variance (4 + 1 + 9)/3.
     # Second: 5, 5, which stays zero however large the other group is.
     advantages, lengths = np.array([1.0, 2.0, 6.0, 5.0, 5.0]), np.array([1, 2, 1, 1])
-    whitened = whiten_groups(advantages, advantages, lengths, 2)
+    whitened = whiten_groups(advantages, advantages, advantages, lengths, 2)
     np.testing.assert_allclose(whitened, [*np.array([-2.0, -1.0, 3.0]) / np.sqrt(14 / 3), 0.0, 0.0], atol=1e-7)
     # The second group's texts are paid the same, so that its advantages are errors of the critic alone.
     advantages, returns = np.array([1.0, 2.0, 6.0, 5.0, 4.0]), np.array([1.0, 2.0, 6.0, 3.0, 3.0])
-    whitened = whiten_groups(advantages, returns, lengths, 2)
+    whitened = whiten_groups(advantages, returns, returns, lengths, 2)
     np.testing.assert_allclose(whitened, [*np.array([-2.0, -1.0, 3.0]) / np.sqrt(14 / 3), 0.0, 0.0], atol=1e-7)
 
 
 def test_one_group_of_everything_is_whitened_as_the_rollout_is() -> None:
     advantages, lengths = np.random.default_rng(0).normal(1.0, 3.0, 20), np.array([3, 5, 8, 4])
-    np.testing.assert_array_equal(whiten_groups(advantages, advantages, lengths, 4), whiten(advantages))
-    assert np.abs(whiten_groups(advantages, advantages, lengths, 2) - whiten(advantages)).max() > 0.05
+    np.testing.assert_array_equal(whiten_groups(advantages, advantages, advantages, lengths, 4), whiten(advantages))
+    assert np.abs(whiten_groups(advantages, advantages, advantages, lengths, 2) - whiten(advantages)).max() > 0.05
 
 
 def test_the_signal_share_worked_out_by_hand() -> None:
