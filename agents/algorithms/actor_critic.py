@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -42,6 +43,10 @@ class ActorCritic(OnPolicyAlgorithm):
     """
 
     state_attributes: ClassVar[tuple[str, ...]] = (*OnPolicyAlgorithm.state_attributes, "critic_warmup_left")
+    given_anew: ClassVar[Mapping[str, str]] = {
+        **OnPolicyAlgorithm.given_anew,
+        "critic_warmup_episodes": "critic_warmup_left",
+    }
 
     def __init__(
         self,

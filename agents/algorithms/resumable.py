@@ -7,6 +7,7 @@ all random generators. A resumed run continues exactly as if it had not been sto
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -15,6 +16,7 @@ from agents.algorithms.engine import Engine
 from agents.algorithms.environments import check_facts, environment_facts, spaces_of
 from agents.algorithms.found import check_found
 from agents.algorithms.ranges import SCHEDULES
+from agents.models.adapter import REFERENCE
 from agents.models.reference import Reference
 from agents.objectives.kl import KLController
 from agents.policies.causal_lm_policy import CausalLMPolicy
@@ -55,6 +57,8 @@ class Resumable(BaseAlgorithm):
     engine: Engine
 
     state_attributes: ClassVar[tuple[str, ...]] = ()
+    # Arguments of the constructor whose attribute changes while training: given to load, they set it.
+    given_anew: ClassVar[Mapping[str, str]] = {"kl_coef": "kl_coef"}
 
     def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
         """Write :meth:`state` to a directory of safetensors and JSON files, none of which holds code. Of several
@@ -128,10 +132,12 @@ class Resumable(BaseAlgorithm):
             state = {name: value for name, value in state.items() if name != "reference"}
         model.load_state(state)
         # What is given counts, and not what the state says of the same.
-        if "kl_coef" in kwargs:
-            model.kl.coef = kwargs["kl_coef"]
+        for argument, attribute in cls.given_anew.items():
+            if argument in kwargs:
+                setattr(model, attribute, kwargs[argument])
         if kwargs.get("seed") is not None:
             model.set_random_seed(kwargs["seed"])
+            model._last_obs = model._text_env.reset()  # which seeds the environment, and draws its next prompts
         for group in model.policy.optimizer.param_groups:
             group.update({k: v for k, v in (given.get("optimizer_kwargs") or {}).items() if k in group})
         return model
@@ -157,7 +163,7 @@ class Resumable(BaseAlgorithm):
         model.policy = model.policy_class(  # type: ignore[assignment]
             model.observation_space, model.action_space, model.lr_schedule, **{**known, **policy_kwargs}
         )
-        model.policy.load_state_dict(state["policy"])
+        _load_weights(model.policy, state["policy"])
         model.policy.to(model.device)
         for name in COUNTERS:
             setattr(model, name, state["counters"][name])
@@ -233,7 +239,7 @@ class Resumable(BaseAlgorithm):
                 "another version of it has written them. Load them with that version."
             )
         check_facts(state["environment"], self._text_env.vector_env)
-        self.policy.load_state_dict(state["policy"])
+        _load_weights(self.policy, state["policy"])
         self.policy.clear_cache()
         assert self.reference is not None
         if "reference" in state and not self.reference.shares_base:
@@ -265,6 +271,16 @@ class Resumable(BaseAlgorithm):
             )
         assert isinstance(self.env, TextVecEnv)
         return self.env
+
+
+def _load_weights(policy: CausalLMPolicy, weights: Mapping[str, Any]) -> None:
+    """
+    :param policy: the policy, whose weights are set.
+    :param weights: those of a checkpoint. A policy that is no reference's base has no use for the frozen copy of its
+        adapter that was saved with it.
+    """
+    own = policy.state_dict().keys()
+    policy.load_state_dict({n: w for n, w in weights.items() if n in own or f".{REFERENCE}." not in n})
 
 
 def _short(name: str) -> str:

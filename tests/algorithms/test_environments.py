@@ -9,12 +9,23 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import stable_baselines3 as sb3
-from learners import PROMPTS, constant, even_tokens, largest_difference, make_env, make_ppo, save_model, weights_of
+from learners import (
+    PROMPTS,
+    constant,
+    even_tokens,
+    largest_difference,
+    make_env,
+    make_model,
+    make_ppo,
+    save_model,
+    weights_of,
+)
 from peft import LoHaConfig, LoraConfig
 from tiny import tiny_tokenizer
 
 import text_env  # noqa: F401  registers TextRLHF-v0
 from agents.algorithms.ppo import PPO
+from agents.models.reference import Reference
 from agents.policies.causal_lm_policy import CausalLMPolicy
 from agents.rollouts.sb3_vec_env import TextVecEnv
 from agents.state import checkpoint
@@ -136,6 +147,26 @@ def test_without_an_environment_what_is_loaded_predicts_as_what_was_saved(model:
     for action in (lambda: loaded.learn(1), lambda: loaded.save(tmp_path / "again"), lambda: loaded.set_env(env)):
         with pytest.raises(ValueError, match=r"this PPO was loaded without one, .*: use load\(path, env="):
             action()
+
+
+def test_a_run_from_an_adapter_is_loaded_without_an_environment_and_with_another_reference(
+    model: str, tmp_path: Path
+) -> None:
+    first = make_ppo(make_env(), model, policy_kwargs={"lora": {"r": 2}}).learn(1)
+    first.policy.save_pretrained(tmp_path / "adapter")
+    ppo = make_ppo(make_env(), str(tmp_path / "adapter")).learn(1)
+    assert ppo.reference.shares_base  # it is the adapter that the run began with, inside the policy
+    ppo.save(tmp_path / "checkpoint")
+    trained = {name: weight for name, weight in weights_of(ppo.policy).items() if ".reference." not in name}
+    assert len(trained) < len(weights_of(ppo.policy))
+    other = Reference(make_ppo(model=make_model()).policy.lm)
+    for loaded in (
+        PPO.load(tmp_path / "checkpoint", device="cpu"),
+        PPO.load(tmp_path / "checkpoint", env=make_env(), device="cpu", reference=other),
+    ):
+        assert largest_difference(trained, weights_of(loaded.policy)) == 0.0
+    whole = PPO.load(tmp_path / "checkpoint", env=make_env(), device="cpu")
+    assert largest_difference(weights_of(ppo.policy), weights_of(whole.policy)) == 0.0
 
 
 def test_without_an_environment_a_constraint_is_asked_for(model: str, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from stable_baselines3.common.callbacks import CheckpointCallback
 from transformers import GPT2Config
 
+from agents.algorithms.a2c import A2C
 from agents.algorithms.grpo import GRPO
 from agents.algorithms.on_policy import OnPolicyAlgorithm
 from agents.algorithms.ppo import PPO
@@ -89,6 +90,35 @@ def test_what_is_given_counts_and_not_what_was_saved_of_the_same(run: PPO, tmp_p
         drawn.append(float(torch.rand(())))
     torch.manual_seed(5)
     assert drawn == [float(torch.rand(()))] * 2
+
+
+def test_another_seed_draws_other_prompts(run: PPO, tmp_path: Path) -> None:
+    run.save(tmp_path / "run")
+    drawn = []
+    for seed in (5, 5, 6):
+        again = PPO.load(tmp_path / "run", make_env(), seed=seed, policy_kwargs=run.policy_kwargs)
+        again.learn(1, reset_num_timesteps=False)
+        drawn.append([prompt.text for prompt in again.buffer.prompts])
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_warm_up_of_the_critic_can_be_given_anew(run: PPO, tmp_path: Path) -> None:
+    run.save(tmp_path / "run")
+    kept = PPO.load(tmp_path / "run", make_env(), policy_kwargs=run.policy_kwargs)
+    anew = PPO.load(tmp_path / "run", make_env(), critic_warmup_episodes=16, policy_kwargs=run.policy_kwargs)
+    assert (kept.critic_warmup_left, anew.critic_warmup_left) == (0, 16)
+    anew.save(tmp_path / "again")
+    again = PPO.load(tmp_path / "again", make_env(), critic_warmup_episodes=0, policy_kwargs=run.policy_kwargs)
+    assert again.critic_warmup_left == 0
+
+
+def test_a_minibatch_that_is_the_rollout_stays_so_when_the_rollout_is_another(tmp_path: Path) -> None:
+    run: Any = make_ppo(model=save_model(tmp_path / "model"), algorithm=A2C, batch_size=None, n_epochs=1)
+    run.save(tmp_path / "run")
+    again = A2C.load(tmp_path / "run", make_env(), n_episodes=16)
+    assert [len(minibatch) for minibatches in again._epochs(1) for minibatch in minibatches] == [16]
+    again.n_episodes = 12
+    assert [len(minibatch) for minibatches in again._epochs(1) for minibatch in minibatches] == [12]
 
 
 def test_the_optimizer_goes_on_where_it_was(run: PPO, tmp_path: Path) -> None:
