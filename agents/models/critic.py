@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from agents.models.adapter import merge, unwrapped
 from agents.models.causal_lm import fuse_activations
 from agents.models.head import decoder_of
 from agents.models.pretrained import check_positions, check_tokenizers, resolve_dtype, tokenizer_beside
@@ -172,7 +174,7 @@ class BinnedValueHead(ScaledHead):
 
 
 def make_critic(
-    base: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     separate: bool | str | Path,
     dtype: str | torch.dtype,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -181,9 +183,10 @@ def make_critic(
     value_sigma: float | None = None,
 ) -> tuple[nn.Module | None, ScaledHead]:
     """
-    :param base: the policy's model.
-    :param separate: False for a value head on the policy's decoder; True for a value head on a copy of that decoder; or
-        the directory or hub name of a reward model (``"builtin"``: the built-in one), which the critic starts as.
+    :param model: the policy's model.
+    :param separate: False for a value head on the policy's decoder; True for a value head on a copy of that decoder,
+        with its adapter merged into it if there is one; or the directory or hub name of a reward model (``"builtin"``:
+        the built-in one), which the critic starts as.
     :param dtype: the floating-point type of a reward model's weights.
     :param tokenizer: the policy's tokenizer.
     :param longest: the length of the longest context, in tokens.
@@ -194,12 +197,12 @@ def make_critic(
         ``score`` head of one label; and if ``value_bins`` are out of range, or given with a reward model.
     """
     if not isinstance(separate, str | Path):
-        embeddings = base.get_output_embeddings()
+        embeddings = unwrapped(model).get_output_embeddings()
         hidden_size = 1 if embeddings is None else embeddings.weight.shape[1]  # `CausalLM` rejects such a model
         head = ValueHead(hidden_size) if value_bins is None else BinnedValueHead(hidden_size, value_bins, value_sigma)
         if not separate:
             return None, head
-        critic = copy.deepcopy(decoder_of(base)).eval()  # without dropout, like the policy
+        critic = _copied_decoder(model).eval()  # without dropout, like the policy
         fuse_activations(critic)
         return critic, head
     if value_bins is not None:
@@ -229,3 +232,12 @@ def make_critic(
     bias = torch.zeros(1) if score.bias is None else score.bias
     value_head.set(score.weight[0].float() / std, (bias.float() - mean) / std)  # values in the units of the score
     return classifier.base_model, value_head
+
+
+def _copied_decoder(model: PreTrainedModel | PeftModel) -> nn.Module:
+    """A decoder of the same form whether the model has an adapter or not, so that its weights fit when they are loaded,
+    after an adapter was trained in the model or before.
+    """
+    if isinstance(model, PeftModel):
+        return decoder_of(merge(copy.deepcopy(model))).requires_grad_(True)
+    return copy.deepcopy(decoder_of(model))

@@ -110,6 +110,8 @@ class PrefixCache:
                 self._decode_mode == "auto" and self._weights.device.type in CAPTURES
             ):
                 self._choose_launch()
+            else:  # it may have been on another device
+                self._decoder.launch = "eager"
             return self._memoised(contexts)
         except BaseException:  # an interrupted call may leave rows half-written
             self.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from agents.models.adapter import ADAPTER, check_adapter, quiet_peft
+from agents.models.adapter import ADAPTER, REFERENCE, check_adapter, quiet_peft
 from text_env.ends_of_text import as_ids
 from text_env.pretrained_files import check_adapter_files, load_pretrained, not_loaded
 from text_env.tokenization import base_of_adapter, pretrained_name, pretrained_tokenizer, vocabulary_size
@@ -80,6 +81,19 @@ def load_causal_lm(
     return loaded
 
 
+def load_frozen(
+    model: str | Path | PretrainedConfig | PreTrainedModel | PeftModel, dtype: str | torch.dtype = "float32"
+) -> PreTrainedModel | PeftModel:
+    """As :func:`load_causal_lm`, for a model that is going to be frozen.
+
+    :param model: the model; a live one is copied, so that its owner may go on to train it.
+    :param dtype: the floating-point type of the weights.
+    :return: the model.
+    :raises ValueError: as :func:`load_causal_lm`.
+    """
+    return load_causal_lm(copy.deepcopy(model) if isinstance(model, PreTrainedModel | PeftModel) else model, dtype)
+
+
 _GGUF_HINT = (
     ". transformers reads GGUF files of a few architectures (Llama, Qwen2, Mistral, …) and quantisation types (Q4_0 to "
     "Q8_0, K-quants, F16, …), with the `gguf` package installed: pip install 'textrlhf[gguf]', or convert the file to "
@@ -100,10 +114,17 @@ def _unpacked(gguf_file: str) -> dict[str, Any]:
     return {} if config is None else {"quantization_config": config(gguf_file=gguf_file, dequantize=True)}
 
 
+_REMEMBERED_HINT = (
+    f" {REFERENCE!r} is what an earlier algorithm compares this model with. If that is over, take it out by "
+    f"model.delete_adapter({REFERENCE!r}); else give each a model of its own."
+)
+
+
 def _checked_live(model: PeftModel) -> PeftModel:
     if list(model.peft_config) != [ADAPTER]:
         raise ValueError(
             f"Expected a PeftModel with one adapter, called {ADAPTER!r}; this one has {list(model.peft_config)}."
+            + (_REMEMBERED_HINT if REFERENCE in model.peft_config else "")
         )
     check_adapter(model)
     model.set_adapter(ADAPTER)  # PEFT's default is to load adapters frozen

@@ -19,7 +19,7 @@ from agents.models.causal_lm import CausalLM, OtherLogits, Positions, Scores
 from agents.models.contexts import packed_positions
 from agents.models.distribution import TokenDistribution
 from agents.models.finite import check_scores
-from agents.models.pretrained import check_positions, load_causal_lm, model_ends, tokenizer_beside
+from agents.models.pretrained import check_positions, load_frozen, model_ends, tokenizer_beside
 from text_env.ends_of_text import as_ids
 
 
@@ -70,7 +70,7 @@ class Reference:
     ) -> Reference:
         """Load a frozen model.
 
-        :param model: the model, as for :func:`agents.models.pretrained.load_causal_lm`.
+        :param model: the model, as for :func:`agents.models.pretrained.load_causal_lm`; a live one is copied.
         :param n_tokens: V, the number of tokens of the environment.
         :param device: the device that the model runs on.
         :param dtype: the floating-point type of the weights.
@@ -82,7 +82,7 @@ class Reference:
         :raises ValueError: if there is no such model, or if it has fewer than V logits.
         """
         tokenizer = tokenizer_beside(model)
-        loaded = load_causal_lm(model, dtype)
+        loaded = load_frozen(model, dtype)
         ends = as_ids(eos_token_id) or model_ends(unwrapped(loaded), tokenizer, n_tokens)
         lm = CausalLM(loaded, TokenDistribution(n_tokens, eos_token_ids=ends, **distribution))
         return cls(lm.requires_grad_(False).to(get_device(device)), tokenizer=tokenizer)

@@ -19,7 +19,7 @@ from agents.models.causal_lm import CausalLM
 from agents.models.distribution import TokenDistribution
 from agents.models.finite import not_a_number
 from agents.models.prefix_cache import PrefixCache
-from agents.models.pretrained import check_positions, load_causal_lm
+from agents.models.pretrained import check_positions, load_frozen
 from agents.models.sizes import chunk_positions
 from text_env.constraints import Constraint, Contexts, all_of, allowed_tokens
 
@@ -56,7 +56,7 @@ class ReferenceConstraint(ABC):
     ) -> None:
         self._name = str(model) if isinstance(model, str | Path) else type(model).__name__
         self._memory_bytes = memory_bytes
-        loaded = unwrapped(load_causal_lm(copy.deepcopy(model) if isinstance(model, PreTrainedModel) else model, dtype))
+        loaded = unwrapped(load_frozen(model, dtype))
         everything = TokenDistribution(loaded.get_output_embeddings().weight.shape[0])
         self._lm = CausalLM(loaded, everything).requires_grad_(False)
         self._lm.to(get_device(device))

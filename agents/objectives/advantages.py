@@ -6,7 +6,6 @@ Shorter rows are padded at their end.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -197,7 +196,7 @@ def rounding_floor(
     :return: the first of the two, or their sum where the returns without the penalty are all equal.
     """
     of_sums, of_penalty = rounding
-    return of_sums if math.sqrt(variance(without_penalty, mean)) > of_sums else of_sums + of_penalty
+    return of_sums if np.sqrt(variance(without_penalty, mean)) > of_sums else of_sums + of_penalty
 
 
 def whiten_groups(

@@ -164,6 +164,7 @@ class CausalLMActorCritic(BasePolicy):
             "compile_forward": compile_forward,
             "gradient_checkpointing": gradient_checkpointing,
             "constraint": constraint,
+            "tokenizer": tokenizer,
         }
         assert isinstance(action_space, spaces.Discrete)
         own_tokenizer = tokenizer_beside(model)
@@ -174,7 +175,9 @@ class CausalLMActorCritic(BasePolicy):
         loaded = load_causal_lm(model, dtype)
         base = unwrapped(loaded)
         longest = observation_space["input_ids"].shape[0]  # type: ignore[index]
-        critic, value_head = make_critic(base, separate_critic, dtype, self.tokenizer, longest, value_bins, value_sigma)
+        critic, value_head = make_critic(
+            loaded, separate_critic, dtype, self.tokenizer, longest, value_bins, value_sigma
+        )
         if lora is not None:
             loaded = add_lora(loaded, lora, model)
         check_positions(base, longest)
@@ -600,6 +603,8 @@ def load_policy(
     temperature: float = 1.0,
     separate_critic: bool | str | Path = False,
     autocast: str | None = None,
+    value_bins: Sequence[float] | None = None,
+    value_sigma: float | None = 0.75,
 ) -> CausalLMPolicy:
     """Load a policy for evaluation and sampling.
 
@@ -611,6 +616,8 @@ def load_policy(
     :param separate_critic: what the critic was made of, as for ``CausalLMPolicy``. Its weights are another matter:
         :meth:`CausalLMActorCritic.load_value_head` loads them.
     :param autocast: the floating-point type of matrix products, as for ``CausalLMPolicy``.
+    :param value_bins: what the critic predicts, as for ``CausalLMPolicy``.
+    :param value_sigma: likewise.
     :return: the policy.
     :raises ValueError: for the reasons of ``CausalLMPolicy``.
     """
@@ -627,6 +634,8 @@ def load_policy(
         eos_token_id=env.eos_token_ids,
         separate_critic=separate_critic,
         autocast=autocast,
+        value_bins=value_bins,
+        value_sigma=value_sigma,
         tokenizer=env.tokenizer,
     )
     return policy.to(get_device(device))

@@ -8,7 +8,6 @@ top of it.
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -26,7 +25,7 @@ from agents.models.contexts import NAMES, Contexts, check_spaces, contexts_of, s
 from agents.models.finite import check_numbers
 from agents.models.head import decoder_of
 from agents.models.prefix_cache import PrefixCache
-from agents.models.pretrained import check_positions, load_causal_lm
+from agents.models.pretrained import check_positions, load_frozen
 
 # The memory for hidden states of one frozen model, enough for 350,000 contexts of the built-in one.
 MEMORY_BYTES = 2**28
@@ -159,7 +158,7 @@ class _FrozenLM:
 
     def __init__(self, model: str | Path | PreTrainedModel, n_tokens: int, n_positions: int) -> None:
         self._asked_for = model  # referenced, so that the address by which a live model is found stays its own
-        loaded = copy.deepcopy(model) if isinstance(model, PreTrainedModel) else unwrapped(load_causal_lm(model))
+        loaded = unwrapped(load_frozen(model))
         self._model = loaded.eval().requires_grad_(False)  # no dropout: features are a function of the context
         config = loaded.config.get_text_config()
         check_positions(loaded, n_positions)

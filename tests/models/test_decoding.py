@@ -181,6 +181,16 @@ def test_auto_is_eager_unless_the_device_has_graphs(request: pytest.FixtureReque
     assert graphs.replayed > 0
 
 
+def test_a_policy_that_leaves_a_device_with_graphs_goes_on_without(
+    monkeypatch: pytest.MonkeyPatch, graphs: RecordedGraphs
+) -> None:
+    policy = make_policy(make_env())
+    write(policy)
+    assert graphs.replayed > 0
+    monkeypatch.delitem(decoding.CAPTURES, "cpu")
+    torch.testing.assert_close(write(policy), write(make_policy(make_env())))
+
+
 def test_graphs_need_no_compiler(monkeypatch: pytest.MonkeyPatch, graphs: RecordedGraphs) -> None:
     def no_compiler() -> Any:
         raise RuntimeError("no compiler was found")

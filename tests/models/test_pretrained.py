@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from learners import even_tokens
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -409,6 +409,91 @@ def test_an_adapter_that_trains_weights_of_the_base_is_refused(tmp_path: Path, b
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(str(tmp_path / "adapter"))
     with pytest.raises(ValueError, match="Expected an adapter without modules_to_save"):
         load_causal_lm(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_an_adapter_that_is_taken_from_its_base_is_refused(base: Path, start: str) -> None:
+    with pytest.raises(ValueError, match=f"leaves its base as it is, got init_lora_weights='{start}'"):
+        make_lora_policy(base, lora={**LORA, "init_lora_weights": start})
+
+
+def test_an_adapter_that_is_not_inside_the_model_is_refused(base: Path) -> None:
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    live = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    with pytest.raises(
+        ValueError, match=r"Expected an adapter of the model's layers, such as LoRA, got .*PROMPT_TUNING"
+    ):
+        load_causal_lm(live)
+
+
+def make_lora_policy(model: Any, **kwargs: Any) -> CausalLMPolicy:
+    env = environment(tiny_tokenizer())
+    spaces = env.single_observation_space, env.single_action_space
+    model = str(model) if isinstance(model, Path) else model
+    return CausalLMPolicy(*spaces, lambda _: 0.0, model=model, tokenizer=env.tokenizer, **kwargs)
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_critic_beside_an_adapter_is_saved_and_loaded(tmp_path: Path, base: Path, goes_on: bool) -> None:
+    bins = (-1.0, 1.0, 11) if goes_on else None
+    start = {"model": write_adapter(tmp_path / "adapter", base)} if goes_on else {"model": base, "lora": LORA}
+    policy = make_lora_policy(**start, separate_critic=True, value_bins=bins)
+    ids = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        own, critics = (decoder(input_ids=ids).last_hidden_state for decoder in (policy.lm.backbone, policy.critic))
+        torch.testing.assert_close(own, critics, rtol=0, atol=1e-4)  # the copy is of the policy as it is
+        for name, p in policy.named_parameters():
+            if name.startswith(("critic.", "value_head.")):
+                assert p.requires_grad
+                p.add_(0.01 * torch.randn_like(p))
+    policy.save_pretrained(tmp_path / "policy")
+    loaded = load_policy(tmp_path / "policy", environment(str(base)), "cpu", separate_critic=True, value_bins=bins)
+    loaded.load_value_head(tmp_path / "policy")
+    for name, weight in policy._critic_state().items():
+        assert torch.equal(weight, loaded._critic_state()[name])
+
+
+def test_an_adapter_is_remembered_once_and_without_dropout(base: Path) -> None:
+    config = LoraConfig(**LORA, task_type="CAUSAL_LM", init_lora_weights=False, lora_dropout=0.5)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    policy = make_lora_policy(model)
+    Reference.of(policy)
+    assert not any(module.training for module in policy.lm.model.modules())
+    with pytest.raises(ValueError, match="remembered for no reference yet"):
+        Reference.of(policy)
+    with pytest.raises(ValueError, match="'reference' is what an earlier algorithm compares this model with"):
+        load_causal_lm(model)
+    model.delete_adapter("reference")
+    assert load_causal_lm(model) is model
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_a_live_model_is_copied_for_a_reference_and_trained_itself(base: Path, wrap: bool) -> None:
+    live: Any = AutoModelForCausalLM.from_pretrained(base)
+    if wrap:
+        live = get_peft_model(live, LoraConfig(**LORA, task_type="CAUSAL_LM", init_lora_weights=False))
+    env = environment(str(base))
+    reference = Reference.load(live, len(env.tokenizer), "cpu", eos_token_id=env.eos_token_ids)
+    assert any(p.requires_grad for p in live.parameters())
+    before = {name: weight.clone() for name, weight in reference.lm.state_dict().items()}
+    kwargs: dict[str, Any] = {"reference": reference, "policy_kwargs": {"model": live}}
+    model = PPO("CausalLMPolicy", env, learning_rate=0.05, n_episodes=4, batch_size=4, seed=0, **kwargs).learn(60)
+    assert np.abs(model.buffer.log_ratio).max() > 1e-3
+    assert all(torch.equal(weight, before[name]) for name, weight in reference.lm.state_dict().items())
+
+
+def test_an_adapter_on_a_head_that_shares_its_weights_is_saved_as_it_writes(tmp_path: Path) -> None:
+    live = tiny_model("llama", tiny_tokenizer(), tie_word_embeddings=True)
+    assert live.lm_head.weight is live.model.embed_tokens.weight
+    lora = {"r": 2, "target_modules": ["q_proj", "lm_head"], "init_lora_weights": False}
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):  # PEFT's, of what is mended here
+        policy = make_lora_policy(live, lora=lora)
+    policy.save_pretrained(tmp_path / "policy")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    ids = torch.arange(2, 20)[None]
+    with torch.no_grad():
+        expected = policy.lm.model(input_ids=ids).logits
+        torch.testing.assert_close(saved(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
 
 
 def test_a_broken_gguf_file_is_an_error_of_one_line_on_the_command_line(

@@ -31,7 +31,9 @@ from stable_baselines3.common.monitor import Monitor
 import text_env  # noqa: F401  registers TextRLHF-v0
 from agents.algorithms.ppo import PPO
 from agents.policies.causal_lm_policy import CausalLMPolicy
+from agents.rollouts.sampling import sample_texts
 from agents.rollouts.sb3_vec_env import TextVecEnv, make_vec_env
+from text_env.finished_texts import RESERVED_NAMES
 
 
 def options() -> dict[str, Any]:
@@ -179,6 +181,15 @@ def test_a_policy_alone_can_be_saved_and_loaded(tmp_path: Path) -> None:
     assert largest_difference(weights_of(policy), weights_of(loaded)) == 0.0
 
 
+def test_a_policy_alone_keeps_the_tokenizer_that_it_was_given(tmp_path: Path) -> None:
+    tokenizer = make_env().tokenizer
+    policy = make_stock(policy_kwargs={"model": make_model(), "tokenizer": tokenizer}).policy
+    policy.save(tmp_path / "policy.pt")
+    loaded = CausalLMPolicy.load(tmp_path / "policy.pt", device="cpu")
+    assert loaded.tokenizer is not None
+    assert loaded.tokenizer.get_vocab() == tokenizer.get_vocab()
+
+
 def test_predict_takes_one_observation_or_a_batch() -> None:
     env, model = make_env(3), make_stock()
     observation, _ = env.reset(seed=0)
@@ -226,6 +237,46 @@ def test_finished_episodes_carry_monitors_statistics_and_the_terminal_observatio
     assert int(observation["attention_mask"][1].sum()) == int(observation["prompt_length"][1, 0])
     _, _, dones, infos = play(env, [8, EOS])
     assert infos[1]["episode"]["l"] == 1
+
+
+MIXED = [7, None, 2.5, {"a": 1}]
+
+
+def mixed(completion_ids: list[list[int]], log_extra: Any, **_: Any) -> list[float]:
+    """Logs of each text another kind of value, and its tokens, by which it is found again."""
+    log_extra("tokens", completion_ids)
+    log_extra("mixed", [MIXED[ids[0] % 4] for ids in completion_ids])
+    return [1.0 for _ in completion_ids]
+
+
+def test_values_of_any_type_that_a_reward_logs_reach_sb3_and_the_training_as_they_are() -> None:
+    env = TextVecEnv(make_env(4, reward=mixed))
+    env.reset()
+    assert [info["mixed"] for info in play(env, [EOS] * 4)[3]] == [7] * 4
+    play(env, [4, 5, 6, 7])
+    assert [info["mixed"] for info in play(env, [EOS] * 4)[3]] == MIXED
+    seen: list[dict[str, Any]] = []
+    ours = make_ppo(make_env(8, reward=mixed, max_new_tokens=1), n_episodes=32)
+
+    def look(given: dict[str, Any], _: dict[str, Any]) -> bool:
+        seen.extend(info for info in given["infos"] if info)
+        return True
+
+    ours.learn(1, callback=look)
+    infos = [*seen, *sample_texts(ours.policy, ours.vector_env, PROMPTS * 8)]
+    assert {info["tokens"][0] % 4 for info in infos} == {0, 1, 2, 3}
+    for info in infos:
+        assert info["mixed"] == MIXED[info["tokens"][0] % 4]
+
+
+def test_no_metric_can_have_the_name_of_what_is_added_to_a_final_info() -> None:
+    env = make_env(1)
+    final = RESERVED_NAMES["the final info has already"]
+    written = {*sample_texts(make_ppo(env).policy, env, PROMPTS[:1])[0]}
+    stock = TextVecEnv(env)
+    stock.reset()
+    told = {*play(stock, [EOS])[3][0]}
+    assert (written | told) - final == RESERVED_NAMES["learners add to the final info"]
 
 
 def test_episode_statistics_reach_sb3s_logger() -> None:
