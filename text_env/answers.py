@@ -17,9 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from decimal import Decimal
 from fractions import Fraction
+from functools import cache
 from typing import Any
 
-from text_env.bounded_calls import call_bounded
+from text_env.bounded_calls import BoundedCallError, OtherProcessError, call_bounded
 from text_env.finished_texts import TRL_EXTRAS, Messages, written
 from text_env.imports import import_object, is_object_name
 
@@ -179,13 +180,24 @@ def formula(answer: str, expected: Any) -> bool:
     :raises ExpectedAnswerError: if there is no formula in what is expected.
     :raises ValueError: if there is none in the answer, or it is longer than :data:`LONGEST_FORMULA`.
     :raises text_env.bounded_calls.BoundedCallError: if comparing them takes too long.
+    :raises text_env.bounded_calls.OtherProcessError: if no formulas can be compared, whatever they are.
     """
     if len(answer) > LONGEST_FORMULA:
         raise ValueError(f"Expected a formula of at most {LONGEST_FORMULA} characters, got {len(answer)}.")
+    try:  # what the answer has no part in must not take the time that comparing it may take
+        call_bounded(f"{__name__}:prepare", seconds=120.0)
+    except BoundedCallError as error:
+        raise OtherProcessError(f"math-verify can't compare formulas, so no answer can be judged: {error}") from error
     verdict = call_bounded(f"{__name__}:compare_formulas", answer, str(expected))
     if verdict is None:
         raise ExpectedAnswerError(f"Expected a formula as the right answer, got {expected!r}.")
     return bool(verdict)
+
+
+@cache
+def prepare() -> None:
+    """Import math-verify and let it build its parser, so that :func:`compare_formulas` finds both."""
+    compare_formulas(r"\frac{1}{2}", "0.5")
 
 
 _MATHS = re.compile(r"\$|\\\(|\\\[|\\boxed")
@@ -248,8 +260,9 @@ class Verifier:
     """1 for a text that gives the right answer, 0 for one that does not: a reward, and a metric.
 
     Whatever a policy writes is scored: a text without an answer, one whose answer cannot be read, and one that an
-    extractor or a matcher raises on are worth 0. A row whose column holds None (in a mixture of tasks) has no right
-    answer, and the score None: the reward does not apply to it.
+    extractor or a matcher raises on are worth 0. What no text has a part in is an error: a matcher that finds a module
+    missing, or whose process does not start, judges no text at all. A row whose column holds None (in a mixture of
+    tasks) has no right answer, and the score None: the reward does not apply to it.
 
     Of each text these are logged, and stand in the final info: ``correct``, 1.0 if the score is 1, else 0.0 (None where
     the score is); ``well_formed``, 1.0 if an answer could be extracted and compared, else 0.0; ``answer``, the
@@ -320,6 +333,8 @@ class Verifier:
         :return: the score (None if there is no right answer), whether the text is well-formed (1.0 or 0.0), and the
             answer that it gives.
         :raises ExpectedAnswerError: if the matcher cannot read the right answer.
+        :raises ImportError: if the extractor or the matcher cannot import what it needs.
+        :raises text_env.bounded_calls.OtherProcessError: if the process that the matcher needs cannot work.
         :raises TypeError: if the extractor or the matcher returns a value of another type than it must.
         """
         answer = _attempt(self.extract, text)
@@ -343,7 +358,7 @@ def _attempt(function: Callable[..., Any], *arguments: Any) -> Any:
     """What a function returns; None if it raises. A policy writes what it likes, and no text may stop the training."""
     try:
         return function(*arguments)
-    except ExpectedAnswerError:
+    except (ExpectedAnswerError, OtherProcessError, ImportError):  # no text has a part in these
         raise
     except Exception:
         return None

@@ -30,6 +30,10 @@ class BoundedCallError(RuntimeError):
     """A function took too long or too much memory, or it raised."""
 
 
+class OtherProcessError(RuntimeError):
+    """The other process cannot work: it does not start, or what a function needs cannot be imported there."""
+
+
 def call_bounded(function: str, *arguments: Any, seconds: float = 5.0, **keywords: Any) -> Any:
     """Call a function in the other process. One process serves all calls of this one, also those of other threads.
 
@@ -42,13 +46,17 @@ def call_bounded(function: str, *arguments: Any, seconds: float = 5.0, **keyword
     :param keywords: further values that JSON can express, by the names of the function's parameters.
     :return: what the function returned, as JSON expresses it.
     :raises BoundedCallError: if the function did not end, or raised.
-    :raises RuntimeError: if the process does not start.
+    :raises OtherProcessError: if the process does not start, or cannot import the function.
     """
     global _worker
     if _worker.owner != os.getpid():  # a fork: the process belongs to the parent
         _worker.disown()
         _worker = _Worker()
     reply = json.loads(_worker.ask(json.dumps([function, arguments, keywords, seconds]), function))
+    if "not imported" in reply:
+        raise OtherProcessError(
+            f"The process for calls that must end can't import {function!r}: {reply['not imported']}"
+        )
     if "error" in reply:
         raise BoundedCallError(f"{function!r} raised {reply['error']}")
     return reply["returned"]
@@ -121,25 +129,24 @@ class _Worker:
 
 
 def _started() -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", f"from {__name__} import _serve; _serve()"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-        # The same modules can be imported as here. More threads would only take address space.
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "OMP_NUM_THREADS": "1",
-            "OPENBLAS_NUM_THREADS": "1",
-        },
-    )
+    # The same modules can be imported as here. More threads would only take address space.
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-c", f"from {__name__} import _serve; _serve()"]
+    pipe = subprocess.PIPE
+    try:
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, encoding="utf-8", env=env)
+    except OSError as error:
+        raise OtherProcessError(f"The process for calls that must end did not start: {error}.") from error
     assert process.stdout is not None
     if process.stdout.readline() != READY:
         process.kill()
         _Worker._close(process)
-        raise RuntimeError(
+        raise OtherProcessError(
             f"The process for calls that must end did not start (exit status {process.wait()}); its own message stands "
             f"on stderr."
         )
@@ -166,6 +173,9 @@ def _serve() -> None:
 def _reply(function: str, arguments: list[Any], keywords: dict[str, Any], seconds: float) -> str:
     try:
         called: Callable[..., Any] = import_object(function)
+    except Exception as error:
+        return json.dumps({"not imported": f"{type(error).__name__}: {error}"})
+    try:
         signal.setitimer(signal.ITIMER_PROF, seconds)
         signal.setitimer(signal.ITIMER_REAL, 10 * seconds)
         try:

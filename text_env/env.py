@@ -8,6 +8,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.utils import seeding
 from gymnasium.wrappers import TimeLimit
 from numpy.typing import NDArray
 
@@ -62,15 +63,20 @@ class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
         :param options: ``"prompt"`` (text or token ids) is used instead of a drawn prompt. ``"response"`` (text or
             token ids) is the beginning of the response: it counts against the budget and belongs to the completion.
         :return: observation, and info with ``prompt``.
-        :raises ValueError: if the seed or an option cannot be used. The running episode is then as it was.
+        :raises ValueError: if the seed or an option cannot be used, or if a generated prompt cannot be made; whatever
+            else the program raises that makes it is passed on. The running episode is then as it was.
         """
         asked = {name: None if value is None else [value] for name, value in checked_options(options).items()}
         openings = self.episodes.openings(1, asked)
-        super().reset(seed=checked_seed(seed))
+        seed = checked_seed(seed)
+        generator = self.np_random if seed is None else seeding.np_random(seed)[0]
+        openings = self.episodes.drawn(openings, [generator], new_group=seed is not None)
+        super().reset(seed=seed)
+        self._np_random = generator  # from which the prompt is drawn already
         self._steps = 0
         if not self._warned:
             self._time_limit = self._outer_time_limit()
-        [info] = self.episodes.start([0], [self.np_random], openings, new_group=seed is not None)
+        [info] = self.episodes.start([0], openings)
         return self.episodes.observe(0), info
 
     def step(self, action: np.int64 | int) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
@@ -82,17 +88,19 @@ class TextEnv(EpisodesFace, gym.Env[Observation, np.int64]):
         :raises gymnasium.error.ResetNeeded: if the episode has ended.
         :raises text_env.rewards.RewardError: if the reward fails. The step has then not happened and can be repeated.
         """
-        rewards, terminated, infos = self.episodes.append(np.zeros(1, np.int64), self.episodes.tokens([action]))
+        outcome = self.episodes.outcome(np.zeros(1, np.int64), self.episodes.tokens([action]))
+        self.episodes.append(outcome)
+        [reward], [terminated] = outcome.rewards.tolist(), outcome.terminated.tolist()
         self._steps += 1
-        if self._time_limit is not None and self._steps >= self._time_limit and not (terminated[0] or self._warned):
+        if self._time_limit is not None and self._steps >= self._time_limit and not (terminated or self._warned):
             self._warned = True
             warnings.warn(unpaid(self._time_limit, self.max_new_tokens), stacklevel=2)
         return (
             self.episodes.observe(0),
-            float(rewards[0]),
-            bool(terminated[0]),
+            reward,
+            terminated,
             False,
-            infos[0] if infos else {},
+            outcome.infos[0] if outcome.infos else {},
         )
 
     def _outer_time_limit(self) -> int | None:

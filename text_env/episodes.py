@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from text_env.action_spaces import Tokens
 from text_env.constraints import Constraint, Contexts, MinimumLength, all_of, allowed_tokens, make_constraint
 from text_env.ends_of_text import ends_of_text
-from text_env.finished_texts import FinishedTexts, LoggedByRewards, TrainerState
+from text_env.finished_texts import FinishedTexts, LoggedByRewards, TrainerState, check_name
 from text_env.prompts import Prompt, Prompts, check_text, checked_ids
 from text_env.rewards import make_reward, score, score_parts
 from text_env.settings import EpisodeSettings, check_integer
@@ -52,10 +52,6 @@ def unpaid(max_episode_steps: int, max_new_tokens: int) -> str:
         f"reward of such an episode is 0. Leave max_episode_steps out (in gym.make, in register, and as "
         f"gymnasium.wrappers.TimeLimit), and make the budget smaller instead: max_new_tokens={max_episode_steps}."
     )
-
-
-# The keys that the final info has already; a metric of the same name would overwrite one of them.
-RESERVED_INFO = frozenset({"score", "prompt", "completion", "finish_reason", "final_obs", "final_info"})
 
 
 def checked_seed(seed: Any) -> int | None:
@@ -93,6 +89,25 @@ class Opening(NamedTuple):
     response: Sequence[int] = ()
 
 
+class Outcome(NamedTuple):
+    """What a token makes of each of k rows, before anything has happened.
+
+    :param rows: int64 [k], the numbers of the rows.
+    :param tokens: integers [k].
+    :param rewards: float64 [k].
+    :param terminated: bool [k].
+    :param infos: one final info for each row that terminates, in order.
+    :param potentials: float64 [k], those of the states that follow; NaN: not known yet.
+    """
+
+    rows: NDArray[np.int64]
+    tokens: NDArray[np.integer[Any]]
+    rewards: NDArray[np.float64]
+    terminated: NDArray[np.bool_]
+    infos: list[dict[str, Any]]
+    potentials: NDArray[np.float64]
+
+
 class Episodes:
     """n episodes side by side.
 
@@ -104,6 +119,8 @@ class Episodes:
     def __init__(self, n: int, settings: EpisodeSettings) -> None:
         check_integer("num_envs", n, 1)
         settings.check()
+        for name in settings.metrics or {}:
+            check_name(name)
         self.n = n
         self.tokenizer = load_tokenizer(settings.tokenizer)
         self.vocabulary = vocabulary_size(self.tokenizer)
@@ -140,8 +157,6 @@ class Episodes:
         self.metrics = {name: make_reward(metric, limits, **options) for name, metric in metrics}
         self.trainer_state = TrainerState()
         self.shaping: PotentialShaping | None = make_shaping(settings.shaping, limits, **options)
-        if clash := sorted(name for name in self.metrics if name in RESERVED_INFO or name.startswith(("_", "reward/"))):
-            raise ValueError(f"Expected metrics to have names that the final info does not use yet, got {clash}.")
 
         columns = self.max_prompt_tokens + self.max_new_tokens
         # These counts alone say where a text ends. The tokens can't, since pad may be the same token as eos.
@@ -293,29 +308,46 @@ class Episodes:
             return ids
         raise ValueError(f"Expected a response that can be continued, got {response!r}, which {cause}.")
 
-    def start(
-        self,
-        rows: Sequence[int] | NDArray[np.int64],
-        generators: Sequence[np.random.Generator],
-        openings: Sequence[Opening] | None = None,
-        new_group: bool = False,
-    ) -> list[dict[str, Any]]:
-        """Start an episode in each of these rows, in this order. This cannot fail.
+    def drawn(
+        self, openings: Sequence[Opening], generators: Sequence[np.random.Generator], new_group: bool = False
+    ) -> list[Opening]:
+        """Draw the prompts of the next k episodes, in this order, where none are given.
 
-        A group is ``group_size`` consecutive episodes that share a drawn prompt.
+        A group is ``group_size`` consecutive episodes that share a drawn prompt. Episodes with a given prompt belong to
+        no group.
+
+        :param openings: how each episode starts, as :meth:`openings` returns it.
+        :param generators: the random generator of each. The episode that opens a group draws the prompt of the group.
+        :param new_group: open a new group, as a reset with a seed does.
+        :return: the openings, each with a prompt.
+        :raises ValueError: if a prompt that is generated cannot be; whatever else the program raises that makes it is
+            passed on. Nothing has then changed: the same prompts are drawn the next time.
+        """
+        before = self._group_prompt, self._group_left, [generator.bit_generator.state for generator in generators]
+        try:
+            if new_group:
+                self.begin_group()
+            return [
+                opening if opening.prompt else opening._replace(prompt=self._next_prompt(generator))
+                for opening, generator in zip(openings, generators, strict=True)
+            ]
+        except BaseException:
+            self._group_prompt, self._group_left, states = before
+            for generator, state in zip(generators, states, strict=True):
+                generator.bit_generator.state = state
+            raise
+
+    def start(self, rows: Sequence[int] | NDArray[np.int64], openings: Sequence[Opening]) -> list[dict[str, Any]]:
+        """Start an episode in each of these rows. This cannot fail.
 
         :param rows: the numbers of k rows.
-        :param generators: the random generator of each row. The row that opens a group draws the prompt of the group.
-        :param openings: how each episode starts, as :meth:`openings` returns it; None: with a drawn prompt. Episodes
-            with a given prompt belong to no group.
-        :param new_group: open a new group, as a reset with a seed does.
+        :param openings: how each episode starts, as :meth:`drawn` returns it.
         :return: the reset info of each row.
         """
-        if new_group:
-            self.begin_group()
         infos = []
-        for row, generator, opening in zip(rows, generators, openings or [Opening()] * len(rows), strict=True):
-            prompt = opening.prompt or self._next_prompt(generator)
+        for row, opening in zip(rows, openings, strict=True):
+            prompt = opening.prompt
+            assert prompt is not None
             ids = [*prompt.token_ids, *opening.response]
             self._prompt[row] = prompt
             self._prompt_length[row], self._length[row] = len(prompt.token_ids), len(ids)
@@ -352,18 +384,16 @@ class Episodes:
             raise ValueError(f"Expected {self.n} actions, integers of shape ({self.n},), got {actions!r}.")
         return tokens
 
-    def append(
-        self, rows: NDArray[np.int64], tokens: NDArray[np.integer[Any]]
-    ) -> tuple[NDArray[np.float64], NDArray[np.bool_], list[dict[str, Any]]]:
-        """Append one token to each of these rows, score the texts that are finished by it, and shape the rewards.
+    def outcome(self, rows: NDArray[np.int64], tokens: NDArray[np.integer[Any]]) -> Outcome:
+        """What one more token makes of each of these rows: the texts that it finishes are scored, and the rewards are
+        shaped. Nothing changes until :meth:`append`.
 
         :param rows: int64 [k], the numbers of different rows.
         :param tokens: integers [k].
-        :return: rewards float64 [k], terminated bool [k], and one final info for each row that terminated, in order.
+        :return: what :meth:`append` takes.
         :raises ValueError: if a token is outside the vocabulary.
         :raises gymnasium.error.ResetNeeded: if one of the episodes has ended already.
-        :raises text_env.rewards.RewardError: if a reward or a potential fails. After any of these errors nothing has
-            changed.
+        :raises text_env.rewards.RewardError: if a reward or a potential fails.
         """
         if len(rows) and (tokens.min() < 0 or tokens.max() >= self.vocabulary):
             wrong = (tokens < 0) | (tokens >= self.vocabulary)
@@ -376,8 +406,7 @@ class Episodes:
                 f"A step after the end: the episodes of rows {rows[over].tolist()} are over or were never started. "
                 f"Start new ones with reset(), in a vector environment with reset(options={{'reset_mask': ...}})."
             )
-        columns = self._length[rows]  # where the tokens go
-        before = columns - self._prompt_length[rows]  # response tokens until now
+        before = self._length[rows] - self._prompt_length[rows]  # response tokens until now
         eos = self._is_end[tokens] & (before >= self.min_new_tokens)
         terminated = eos | (before + 1 >= self.max_new_tokens)
         stopped = np.zeros(len(rows), np.bool_)
@@ -390,17 +419,25 @@ class Episodes:
         if terminated.any():
             reasons = np.where(eos, "eos", np.where(stopped, "stop", "length"))[terminated].tolist()
             rewards[terminated], infos = self.finish(rows[terminated], tokens[terminated], reasons)
+        potentials = self._potential[rows]
         if self.shaping is not None:
             shaped, potentials = self._shape(self.shaping, rows, tokens, terminated)
             rewards += shaped
-            self._potential[rows] = potentials  # nothing below can fail
+        return Outcome(rows, tokens, rewards, terminated, infos, potentials)
 
-        self._input_ids[rows, columns] = tokens
+    def append(self, outcome: Outcome) -> None:
+        """Append the tokens. This cannot fail.
+
+        :param outcome: what :meth:`outcome` has returned. Nothing may have changed since.
+        """
+        rows = outcome.rows
+        columns = self._length[rows]  # where the tokens go
+        self._potential[rows] = outcome.potentials
+        self._input_ids[rows, columns] = outcome.tokens
         self._attention_mask[rows, columns] = 1
         self._is_action[rows, columns] = True
         self._length[rows] = columns + 1
-        self.finished[rows] = terminated
-        return rewards, terminated, infos
+        self.finished[rows] = outcome.terminated
 
     def finish(
         self, rows: NDArray[np.int64], tokens: NDArray[np.integer[Any]], reasons: Sequence[str]
@@ -413,7 +450,7 @@ class Episodes:
         :return: scores float64 [k], and the final info of each row.
         :raises text_env.rewards.RewardError: if a reward fails.
         """
-        logged = LoggedByRewards(len(rows), {*RESERVED_INFO, *self.metrics})
+        logged = LoggedByRewards(len(rows), self.metrics)
         extras = {"trainer_state": self.trainer_state, "log_metric": logged.metric, "log_extra": logged.extra}
         texts = replace(self._texts(rows, self._streams(rows, tokens)), extras=extras)
         numbers = score_parts(self.reward, texts)

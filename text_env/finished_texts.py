@@ -5,8 +5,7 @@ Notation: B texts in a batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +21,42 @@ TRL_EXTRAS = ("trainer_state", "log_metric", "log_extra")
 """Keywords that TRL's trainers pass to reward functions beside the batch: how far training has come; a function
 ``log_metric(name, number)``, which logs a number of the batch; a function ``log_extra(name, values)``, which logs a
 value of each text."""
+
+RESERVED_NAMES: Mapping[str, frozenset[str]] = {
+    "the final info has already": frozenset(
+        {"score", "prompt", "completion", "finish_reason", "final_obs", "final_info"}
+    ),
+    "learners add to the final info": frozenset({"length", "episode", "terminal_observation", "TimeLimit.truncated"}),
+    "the training logs itself": frozenset(
+        {"scores", "scores_std", "sampled_scores", "rlhf_reward", "entropy"}
+        | {"kl", "kl_k2", "kl_k3", "kl_exact", "kl_coef"}
+    ),
+    "the evaluation reports itself": frozenset(
+        {"distinct_1", "distinct_2", "mean_length", "terminated_ratio", "perplexity", "score_std"}
+    ),
+    "samples.jsonl has already": frozenset({"timesteps", "columns"}),
+}
+"""Names that no metric can have, by why that is so. Whoever reads final infos writes what stands there beside figures
+of its own, under the same names: `agents` trains, evaluates and keeps samples with them. They are listed here, so that
+a name is refused where it is chosen, and not only once the figures have been mixed up."""
+
+
+def check_name(name: Any, taken: Collection[str] = ()) -> None:
+    """
+    :param name: what a metric is to be called in the final info.
+    :param taken: the names that other metrics have.
+    :raises ValueError: if the name means something else already.
+    """
+    if not isinstance(name, str):
+        why = "is no string"
+    elif name.startswith(("_", "reward/")):
+        why = "begins as masks of infos and parts of the reward do"
+    elif name in taken:
+        why = "is a metric of the environment"
+    else:
+        why = next((why for why, names in RESERVED_NAMES.items() if name in names), "")
+    if why:
+        raise ValueError(f"Expected another name for what is logged of a text, got {name!r}, which {why}.")
 
 
 @dataclass
@@ -150,17 +185,13 @@ class LoggedByRewards:
     """What rewards log of a batch by TRL's ``log_metric`` and ``log_extra``.
 
     :param n_texts: the number B of texts in the batch.
-    :param taken: names that may not be logged, since they mean something else already.
+    :param taken: the names of the environment's metrics, which may not be logged, as may none of ``RESERVED_NAMES``.
     """
 
-    def __init__(self, n_texts: int, taken: AbstractSet[str]) -> None:
+    def __init__(self, n_texts: int, taken: Collection[str]) -> None:
         self.n_texts, self.taken = n_texts, taken
         self._metrics: dict[str, list[float]] = {}
         self._extras: dict[str, list[Any]] = {}
-
-    def _check(self, name: Any) -> None:
-        if not isinstance(name, str) or name in self.taken or name.startswith(("_", "reward/")):
-            raise ValueError(f"Expected a name that the final info does not use yet, got {name!r}.")
 
     def metric(self, name: str, value: float) -> None:
         """
@@ -169,7 +200,7 @@ class LoggedByRewards:
         :param value: the number.
         :raises ValueError: if the name is taken, or the value is no number.
         """
-        self._check(name)
+        check_name(name, self.taken)
         if isinstance(value, str | bytes) or getattr(value, "shape", None):
             raise ValueError(f"Expected log_metric({name!r}, ...) to be given a number, got {value!r}.")
         self._metrics.setdefault(name, []).append(float(value))
@@ -180,7 +211,7 @@ class LoggedByRewards:
         :param values: B values, one for each text.
         :raises ValueError: if the name is taken, or the number of values is wrong.
         """
-        self._check(name)
+        check_name(name, self.taken)
         if isinstance(values, str | bytes) or len(values) != self.n_texts:
             raise ValueError(
                 f"Expected log_extra({name!r}, ...) to be given one value for each of the {self.n_texts} texts, got "

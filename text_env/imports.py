@@ -3,7 +3,8 @@
 To import is to run code. Names that somebody types are imported. Names from files that travel, such as the
 ``config.yaml`` beside a policy, are imported only for those who trust the file: such a file is used inside
 :func:`names_from`, and every import by name goes through :func:`check_may_import`. The same holds for addresses of
-servers, to which prompts and texts would be sent (:func:`check_may_contact`).
+servers, to which prompts and texts would be sent (:func:`check_may_contact`), and for arguments by which a model's
+answers would be run (:func:`check_may_run_answers`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _ADDRESS = re.compile(r"https?://[^\s+*]+")  # in a sum of rewards
 
 class UntrustedNameError(ValueError):
     """A file that may come from somebody else names code, which has not been imported, or a server, to which nothing
-    has been sent.
+    has been sent, or says that a model's answers may be run, of which none has been.
     """
 
 
@@ -54,8 +55,8 @@ _files: list[_File] = []
 
 @contextlib.contextmanager
 def names_from(path: object, fields: Mapping[str, Any], given: Mapping[str, Any], trust: bool) -> Iterator[None]:
-    """While this lasts, no object is imported by name, by any thread, and no server is used, except by the names that
-    somebody has typed.
+    """While this lasts, no object is imported by name, by any thread, no server is used, and no model's answer is run,
+    except by the names that somebody has typed.
 
     :param path: the file that has been read, for the error.
     :param fields: its fields by name.
@@ -96,6 +97,19 @@ def check_may_contact(address: str) -> None:
         address,
         "would be sent prompts and texts, and such a file may come from somebody else: nothing has been sent. If you "
         "know that server, pass --trust (trust=True in Python).",
+    )
+
+
+def check_may_run_answers(argument: str) -> None:
+    """Refuse to run what a model answers where only a file says that it may be, which may come from somebody else.
+
+    :param argument: the name of the argument that says so, as it stands in a configuration.
+    :raises UntrustedNameError: if that is refused.
+    """
+    _check_may_use(
+        argument,
+        "would have the model's answers run as Python, and such a file may come from somebody else: nothing has been "
+        "run. If you know that model, pass --trust (trust=True in Python).",
     )
 
 

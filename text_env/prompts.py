@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from text_env.ends_of_text import ends_of_text
-from text_env.generated import GeneratedPrompts
+from text_env.generated import ENDLESS, GeneratedPrompts
 from text_env.imports import import_object, is_object_name
 from text_env.tables import FORMATS, read_rows, rows_of, table_format
 from text_env.tokenization import (
@@ -85,13 +85,26 @@ def load_prompts(spec: str | Path | Iterable[str | Mapping[str, Any]]) -> list[d
         as in TRL's conversational format, a list of messages ``{"role": ..., "content": ...}``.
     :return: mappings with the key ``"prompt"``.
     :raises TypeError: if ``"module:function"`` names something else than a function.
-    :raises ValueError: for an unknown name or file, an empty list, an entry without a prompt, a column whose name
-        cannot be a keyword of a reward, a prompt that is not Unicode text, or a list with both plain and conversational
-        prompts.
+    :raises ValueError: for an unknown name or file, a list that is empty or has no end, an entry without a prompt, a
+        column whose name cannot be a keyword of a reward, a prompt that is not Unicode text, or a list with both plain
+        and conversational prompts.
     """
-    entries: Any = spec
-    if isinstance(spec, str | Path):
-        entries = _load_by_name(spec)
+    entries = _named(spec)
+    if isinstance(entries, GeneratedPrompts) and len(entries) == ENDLESS:
+        raise ValueError(
+            f"Expected a list of prompts that has an end, got {spec!r}, which generates them without: give "
+            "GeneratedPrompts a size."
+        )
+    return _rows(entries, spec)
+
+
+def _named(spec: Any) -> Any:
+    """What a name stands for, or the object itself."""
+    return _load_by_name(spec) if isinstance(spec, str | Path) else spec
+
+
+def _rows(entries: Any, spec: Any) -> list[dict[str, Any]]:
+    """The prompts among ``entries``, which ``spec`` has given, as :func:`load_prompts` returns them."""
     prompts: list[dict[str, Any]] = []
     try:
         rows = rows_of(entries, "prompts", ["prompt"])
@@ -211,8 +224,9 @@ class Prompts(Sequence[Prompt]):
         self.tokenizer = tokenizer
         self.max_prompt_tokens = sys.maxsize if max_prompt_tokens is None else max_prompt_tokens
         self.overlong = overlong
-        self._generated = spec if isinstance(spec, GeneratedPrompts) else None
-        rows = load_prompts(spec if self._generated is None else self._generated[:N_INSPECTED])
+        entries = _named(spec)
+        self._generated = entries if isinstance(entries, GeneratedPrompts) else None
+        rows = _rows(entries if self._generated is None else entries[:N_INSPECTED], spec)
         uses_template = tokenizer.chat_template is not None if chat_template is None else chat_template
         self.conversational = uses_template or not isinstance(rows[0]["prompt"], str)
         if self.conversational and overlong != "error":

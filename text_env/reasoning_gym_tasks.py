@@ -20,6 +20,7 @@ import numpy as np
 from text_env.answers import ExpectedAnswerError, Extractor, Verifier, as_number, exact, last_number
 from text_env.bounded_calls import BoundedCallError, call_bounded
 from text_env.generated import GeneratedPrompts
+from text_env.imports import check_may_run_answers
 from text_env.tasks import Task
 
 PREFIX = "reasoning_gym:"
@@ -95,10 +96,12 @@ def reasoning_gym_task(
         returns 1 and else 0. The final info's ``correct`` is the latter in any case.
     :param max_new_tokens: the response budget.
     :param runs_answers: must be True for the data sets in :data:`RUNS_ANSWERS`, which run the model's answers as
-        Python.
+        Python. In a file that may come from somebody else it counts only for those who trust the file, see
+        :mod:`text_env.imports`.
     :param config: the configuration of the data set, such as ``max_terms=3``.
     :return: the task.
     :raises ImportError: if reasoning-gym is not installed.
+    :raises UntrustedNameError: if only a file that is not trusted says that answers may be run.
     :raises ValueError: if there is no such data set, or it does not take the configuration.
     """
     known = _names()
@@ -106,11 +109,13 @@ def reasoning_gym_task(
         near = difflib.get_close_matches(name, known, 3)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(known)}."
         raise ValueError(f"Unknown data set {name!r} of reasoning-gym; {hint}")
-    if name in RUNS_ANSWERS and not runs_answers:
-        raise ValueError(
-            f"The data set {name!r} judges an answer by running it as Python, so that the model could do anything on "
-            "this machine. If it may, say so: task_kwargs={'runs_answers': True}."
-        )
+    if name in RUNS_ANSWERS:
+        if not runs_answers:
+            raise ValueError(
+                f"The data set {name!r} judges an answer by running it as Python, so that the model could do anything "
+                "on this machine. If it may, say so: task_kwargs={'runs_answers': True}."
+            )
+        check_may_run_answers("runs_answers")
     try:
         written = json.dumps(config)
     except (TypeError, ValueError) as error:

@@ -338,7 +338,7 @@ def make_reward(spec: Any, limits: Limits = NO_LIMITS, /, **kwargs: Any) -> Any:
     :raises TypeError: if the reward is not callable.
     """
     limits.check()
-    return _limited(_made(spec, kwargs), limits)
+    return _limited(unlimited_reward(spec, kwargs), limits)
 
 
 def _limited(reward: Any, limits: Limits) -> Any:
@@ -357,12 +357,20 @@ def _limited(reward: Any, limits: Limits) -> Any:
     return LimitedReward(reward, limits)
 
 
-def _made(spec: Any, kwargs: Mapping[str, Any]) -> Any:
+def unlimited_reward(spec: Any, kwargs: Mapping[str, Any]) -> Any:
+    """What :func:`make_reward` makes before it sets limits, for whoever gives the result to that function.
+
+    :param spec: as for that function.
+    :param kwargs: likewise.
+    :return: a callable with the signature of :class:`Reward`.
+    :raises ValueError: for the reasons given there.
+    :raises TypeError: if the reward is not callable.
+    """
     _check_kwargs(kwargs)
     if isinstance(spec, Mapping):
         parts: dict[str, tuple[Any, float]] = {}
         for part, weight in spec.items():
-            reward = _made(part, kwargs)
+            reward = unlimited_reward(part, kwargs)
             if (name := reward_name(reward)) in parts:
                 raise ValueError(f"Expected the rewards of a weighted sum to have different names, got {name!r} twice.")
             parts[name] = (reward, weight)
@@ -382,7 +390,7 @@ def _make_by_name(name: str, kwargs: Mapping[str, Any]) -> Any:
     if (called := parse_call(name)) is not None and called[0] in KNOWN_REWARDS:
         return _make_known(*called, kwargs)
     if "+" in name or "*" in name:
-        return _made(parse_sum(name), kwargs)
+        return unlimited_reward(parse_sum(name), kwargs)
     if is_address(name):
         check_may_contact(name)
         return HttpReward(name)
@@ -392,7 +400,7 @@ def _make_by_name(name: str, kwargs: Mapping[str, Any]) -> Any:
             raise TypeError(
                 f"Expected {name!r} to name a reward, which is a function or another callable, got {found!r}."
             )
-        return _made(found, kwargs)
+        return unlimited_reward(found, kwargs)
     if "/" in name:
         return shared_classifier(name, **kwargs)
     raise ValueError(

@@ -65,7 +65,8 @@ class EpisodeSettings:
         loaded from. Texts then end where transformers' ``generate`` ends them.
     :param group_size: the number of consecutive episodes that share a prompt.
     :param metrics: further rewards by name, for example ``{"gold_score": "sentiment"}``. Their scores are reported in
-        the final info and never paid.
+        the final info and never paid. None of them may have a name that the final info, a training or an evaluation
+        uses itself (:data:`text_env.finished_texts.RESERVED_NAMES`).
     :param overlong_prompts: what happens to a prompt of more than max_prompt_tokens: "error", or "truncate_left", which
         keeps the end of the prompt.
     :param constraint: which tokens may follow a context: a callable ``(contexts, n_tokens) -> bool [B, n_tokens]`` (see

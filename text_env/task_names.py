@@ -20,7 +20,7 @@ from text_env.imports import check_may_import, import_object, is_object_name
 from text_env.prompts import load_prompts
 from text_env.reasoning_gym_tasks import PREFIX, reasoning_gym_task
 from text_env.reward_names import parse_sum
-from text_env.rewards import make_reward
+from text_env.rewards import unlimited_reward
 from text_env.settings import EpisodeSettings
 from text_env.tables import FORMATS, table_format
 from text_env.tasks import Task
@@ -196,7 +196,7 @@ def settings_of(given: Mapping[str, Any]) -> EpisodeSettings:
     said: dict[str, Any] = {**task.settings, "reward": task.reward, **given}
     if "prompts" not in given:
         said["prompts"] = task.prompts(split)
-    said["reward"] = _reward(said["reward"], task)
+    said["reward"] = _reward(said["reward"], task, said.get("reward_kwargs") or {})
     said["metrics"] = {**task.metrics, **(settings.metrics or {})} or None
     return EpisodeSettings(**{**said, "task": None, "task_kwargs": None})
 
@@ -207,9 +207,13 @@ def _weights(spec: Any) -> Mapping[Any, Any]:
     return weights if isinstance(weights, Mapping) else {}
 
 
-def _reward(spec: Any, task: Task) -> Any:
-    """The reward, where ``"task"`` in a weighted sum is the task's own."""
+def _reward(spec: Any, task: Task, kwargs: Mapping[str, Any]) -> Any:
+    """The reward, where ``"task"``, alone or in a weighted sum, is the task's own as if that stood there."""
+    if spec == "task":
+        return task.reward
     weights = _weights(spec)
     if "task" not in weights:
         return spec
-    return {make_reward(task.reward) if name == "task" else name: weight for name, weight in weights.items()}
+    # Not a mapping of names alone: the task's reward may be a mapping itself, or stand in the sum already.
+    own = unlimited_reward(task.reward, kwargs)
+    return {own if name == "task" else name: weight for name, weight in weights.items()}

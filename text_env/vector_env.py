@@ -5,7 +5,7 @@ texts that the step finishes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,16 @@ from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from text_env.episodes import NO_ACTION, Episodes, EpisodesFace, Observation, checked_options, checked_seed, unpaid
+from text_env.episodes import (
+    NO_ACTION,
+    Episodes,
+    EpisodesFace,
+    Observation,
+    Opening,
+    checked_options,
+    checked_seed,
+    unpaid,
+)
 from text_env.rendering import METADATA, check_render_mode, render
 from text_env.settings import check_integer, takes_settings
 from text_env.task_names import settings_of
@@ -25,7 +34,8 @@ class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDAr
 
     Observations, rewards, terminations and infos are those of :class:`text_env.env.TextEnv`, batched as Gymnasium
     batches them: arrays of shape ``(num_envs, …)``, infos with ``_key`` masks, and under SAME_STEP also ``final_obs``
-    and ``final_info``.
+    and ``final_info``. Values that no array of numbers can hold as they are, such as numbers of different types, are
+    in an array of objects: each row has exactly what the scalar environment says.
 
     :param num_envs: number of rows.
     :param render_mode: as for :class:`text_env.env.TextEnv`.
@@ -92,17 +102,20 @@ class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDAr
             ``"prompt"`` and ``"response"`` are lists with one entry per row that is reset: a text, token ids, or None
             (a drawn prompt, an empty response).
         :return: observations of all rows, and infos with ``prompt`` for the rows that were reset.
-        :raises ValueError: if an option or a seed cannot be used. Nothing has then changed.
+        :raises ValueError: if an option or a seed cannot be used, or if a generated prompt cannot be made; whatever
+            else the program raises that makes it is passed on. Nothing has then changed.
         """
         options = checked_options(options)
         rows = self._masked_rows(options.pop("reset_mask", None))
         openings = self.episodes.openings(len(rows), options)
         seeds = self._seeds(seed)
         fresh = {row: seeding.np_random(seeds[row]) for row in rows.tolist() if seeds[row] is not None}
+        generators = [fresh.get(row, self._generators[row])[0] for row in rows.tolist()]
+        openings = self.episodes.drawn(openings, generators, new_group=bool(fresh))
         for row, generator in fresh.items():
             self._generators[row] = generator
-        infos = self._start({}, rows, openings, new_group=bool(fresh))
-        return self.episodes.observe(), infos
+        infos = self._start(rows, openings)
+        return self.episodes.observe(), batch_infos(infos, self.num_envs)
 
     def step(
         self, actions: NDArray[np.int64]
@@ -111,7 +124,9 @@ class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDAr
 
         :param actions: integers [n]; :data:`~text_env.episodes.NO_ACTION` leaves a row exactly as it is.
         :return: observations, rewards float64 [n], terminated bool [n], truncated bool [n] (always false), infos.
-        :raises ValueError: if an action is no token of the vocabulary, or the number of actions is wrong.
+        :raises ValueError: if an action is no token of the vocabulary, or the number of actions is wrong; or if the
+            generated prompt of an episode that starts in this step cannot be made. Whatever else the program raises
+            that makes it is passed on.
         :raises gymnasium.error.ResetNeeded: if an action is given for a row whose episode has ended and which only
             ``reset`` can start again.
         :raises text_env.rewards.RewardError: if the reward fails. After any of these errors nothing has changed, and
@@ -125,21 +140,23 @@ class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDAr
             over = np.flatnonzero(self.episodes.finished & moving)
             moving[over] = False
         rows = np.flatnonzero(moving)
-        rewards, terminated = np.zeros(self.num_envs), np.zeros(self.num_envs, np.bool_)
-        rewards[rows], terminated[rows], final_infos = self.episodes.append(rows, tokens[rows])
-        ended = np.flatnonzero(terminated)
-
-        infos: dict[str, Any] = {}
+        outcome = self.episodes.outcome(rows, tokens[rows])
+        ended = rows[outcome.terminated]
         if self.autoreset_mode == AutoresetMode.SAME_STEP:
-            for row, info in zip(ended.tolist(), final_infos, strict=True):
-                final = {"final_obs": self.episodes.observe(row), "final_info": info}
-                infos = self._add_info(infos, final, row)
             over = ended
-        else:
-            for row, info in zip(ended.tolist(), final_infos, strict=True):
-                infos = self._add_info(infos, info, row)
-        infos = self._start(infos, over)
-        return self.episodes.observe(), rewards, terminated, np.zeros(self.num_envs, np.bool_), infos
+        generators = [self._generators[row][0] for row in over.tolist()]
+        openings = self.episodes.drawn([Opening()] * len(over), generators)
+
+        self.episodes.append(outcome)  # from here on nothing can fail
+        rewards, terminated = np.zeros(self.num_envs), np.zeros(self.num_envs, np.bool_)
+        rewards[rows], terminated[rows] = outcome.rewards, outcome.terminated
+        infos = dict(zip(ended.tolist(), outcome.infos, strict=True))
+        if self.autoreset_mode == AutoresetMode.SAME_STEP:
+            infos = {row: {"final_obs": self.episodes.observe(row), "final_info": of} for row, of in infos.items()}
+        for row, info in self._start(over, openings).items():
+            infos[row] = {**infos.get(row, {}), **info}
+        batched = batch_infos(infos, self.num_envs)
+        return self.episodes.observe(), rewards, terminated, np.zeros(self.num_envs, np.bool_), batched
 
     def action_masks(self) -> NDArray[np.bool_]:
         """
@@ -172,13 +189,9 @@ class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDAr
                 generator.bit_generator.state = state
             self.autoreset_mode = mode
 
-    def _start(
-        self, infos: dict[str, Any], rows: NDArray[np.int64], openings: Any = None, new_group: bool = False
-    ) -> dict[str, Any]:
-        generators = [self._generators[row][0] for row in rows]
-        for row, info in zip(rows.tolist(), self.episodes.start(rows, generators, openings, new_group), strict=True):
-            infos = self._add_info(infos, info, row)
-        return infos
+    def _start(self, rows: NDArray[np.int64], openings: Sequence[Opening]) -> dict[int, dict[str, Any]]:
+        """Start an episode in each of these rows, and say of each its reset info."""
+        return dict(zip(rows.tolist(), self.episodes.start(rows, openings), strict=True))
 
     def _masked_rows(self, mask: Any) -> NDArray[np.int64]:
         if mask is None:
@@ -205,6 +218,42 @@ class TextVectorEnv(EpisodesFace, VectorEnv[Observation, NDArray[np.int64], NDAr
         first = checked_seed(seed)
         assert first is not None
         return [first + row for row in range(self.num_envs)]
+
+
+def batch_infos(infos: Mapping[int, Mapping[str, Any]], n: int) -> dict[str, Any]:
+    """The infos of single rows as Gymnasium batches them, except that nothing is converted: Gymnasium gives an array
+    the type of the row that comes first, which may not hold the value of another row, and takes dictionaries apart.
+
+    :param infos: the infos by the numbers of their rows.
+    :param n: the number of all rows.
+    :return: for each key an array [n, …], and as ``_key`` a mask bool [n] of the rows that have it. ``final_info`` is
+        such a dictionary itself.
+    """
+    batched: dict[str, Any] = {}
+    for key in dict.fromkeys(key for info in infos.values() for key in info):
+        values = {row: info[key] for row, info in infos.items() if key in info}
+        batched[key] = batch_infos(values, n) if key == "final_info" else _column(values, n)
+        batched[f"_{key}"] = np.isin(np.arange(n), list(values))
+    return batched
+
+
+def _column(values: Mapping[int, Any], n: int) -> NDArray[Any]:
+    """An array [n, …] of the values of some rows: of numbers if all of them are alike, otherwise of objects."""
+    kinds = {_kind(value) for value in values.values()}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    array: NDArray[Any] = np.full(n, None) if kind is None else np.zeros((n, *kind[1]), kind[0])
+    for row, value in values.items():
+        array[row] = value
+    return array
+
+
+def _kind(value: Any) -> tuple[np.dtype[Any], tuple[int, ...]] | None:
+    """The type and the shape of the array of numbers that holds this value as it is; None: there is none."""
+    if type(value) in (bool, float) or (type(value) is int and abs(value) < 2**63):
+        return np.dtype(type(value)), ()
+    if isinstance(value, np.number) or type(value) is np.ndarray:
+        return value.dtype, value.shape
+    return None
 
 
 def _copied(value: Any) -> Any:

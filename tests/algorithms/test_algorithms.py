@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from learners import (
+    Rows,
     even_tokens,
     largest_difference,
     length_of,
@@ -21,6 +22,7 @@ from learners import (
     randomize_value_head,
     weights_of,
 )
+from stable_baselines3.common.logger import Logger
 from tiny import tiny_tokenizer
 
 from agents.algorithms.a2c import A2C
@@ -33,6 +35,7 @@ from agents.algorithms.reinforce import REINFORCE
 from agents.algorithms.rloo import RLOO
 from agents.objectives.advantages import group_relative, leave_one_out
 from agents.runs.algorithms import ALGORITHMS
+from text_env.finished_texts import RESERVED_NAMES
 
 N_EPISODES = 8
 
@@ -346,6 +349,15 @@ def test_grpo_logs_the_loss_that_it_minimises() -> None:
     per_text = [model._backward(np.array([episode]))["loss"] for episode in range(N_EPISODES)]
     assert len(set(model.buffer.lengths)) > 2
     assert means["loss"] == pytest.approx(np.mean(per_text), abs=1e-6)
+
+
+def test_no_metric_can_have_the_name_of_what_an_algorithm_logs_of_its_objective() -> None:
+    memory = Rows()
+    for model in (*map(make, ALGORITHMS.values()), make(PPO, kl_estimator="exact")):
+        model.set_logger(Logger(folder=None, output_formats=[memory]))
+        model.learn(1)
+    logged = {name.removeprefix("objective/") for row in memory.rows for name in row if name.startswith("objective/")}
+    assert logged == RESERVED_NAMES["the training logs itself"]
 
 
 def test_rows_made_for_an_algorithm_hold_whole_groups() -> None:

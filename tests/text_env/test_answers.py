@@ -9,6 +9,7 @@ import copy
 import functools
 import importlib.util
 import pickle
+import sys
 import threading
 from decimal import Decimal
 from fractions import Fraction
@@ -21,7 +22,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
-from text_env import TextVectorEnv, answers
+from text_env import TextVectorEnv, answers, bounded_calls
 from text_env.answers import EXTRACTORS, MATCHERS, ExpectedAnswerError, Verifier, as_number, exact, number
 from text_env.bounded_calls import call_bounded
 from text_env.finished_texts import FinishedTexts
@@ -203,6 +204,49 @@ def test_a_formula_that_nobody_can_compute_is_wrong_and_does_not_hang(monkeypatc
     assert verify.judge("$10^{10^{10}}$", "7") == (0.0, 0.0, "$10^{10^{10}}$")
     assert verify.judge("1+" * 1000 + "1", "1001")[:2] == (0.0, 0.0)
     assert verify.judge("7", "7") == (1.0, 1.0, "7")
+
+
+def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded_calls, "_worker", bounded_calls._Worker())
+
+
+def test_without_a_process_that_can_judge_no_answer_is_called_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = texts(["1/2"], answer=["1/2"])
+    fresh_process(monkeypatch)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(RewardError, match=r"'correct' raised OtherProcessError: .*did not start \(exit status 1\)"):
+        score(Verifier("whole", "math"), right)
+    monkeypatch.undo()
+    fresh_process(monkeypatch)
+    (tmp_path / "math_verify.py").write_text("import nowhere")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    with pytest.raises(RewardError, match=r"math-verify can't compare formulas.*Error: No module named 'nowhere'"):
+        score(Verifier("whole", "math"), right)
+    bounded_calls._worker.close()
+
+
+def test_a_module_that_a_matcher_misses_is_an_error_and_no_wrong_answer() -> None:
+    def match(answer: str, expected: str) -> bool:
+        import nowhere  # type: ignore[import-not-found]
+
+        return bool(nowhere.same(answer, expected))
+
+    with pytest.raises(RewardError, match="'correct' raised ModuleNotFoundError: No module named 'nowhere'"):
+        score(Verifier("whole", match), texts(["a"], answer=["a"]))
+
+
+def test_importing_math_verify_takes_nothing_of_the_time_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed: list[tuple[str, float]] = []
+
+    def call(function: str, *arguments: Any, seconds: float = 5.0) -> Any:
+        allowed.append((function.partition(":")[2], seconds))
+        return call_bounded(function, *arguments, seconds=seconds)
+
+    monkeypatch.setattr(answers, "call_bounded", call)
+    assert Verifier("whole", "math").judge("1/2", "0.5") == (1.0, 1.0, "1/2")
+    assert allowed == [("prepare", 120.0), ("compare_formulas", 5.0)]
 
 
 def test_a_right_answer_that_cannot_be_read_is_an_error_and_no_zero() -> None:

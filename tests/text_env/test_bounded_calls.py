@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from text_env import bounded_calls
-from text_env.bounded_calls import BoundedCallError, call_bounded
+from text_env.bounded_calls import BoundedCallError, OtherProcessError, call_bounded
 
 HERE = f"{__name__}:"
 
@@ -82,9 +82,14 @@ def test_what_the_function_raises_is_named_and_the_process_lives_on() -> None:
     before = call_bounded(HERE + "pid")
     with pytest.raises(BoundedCallError, match="fail' raised KeyError: 'odd'"):
         call_bounded(HERE + "fail", "odd")
-    with pytest.raises(BoundedCallError, match=r"raised ValueError: .* no module 'nowhere'"):
-        call_bounded("nowhere:nothing")
     assert call_bounded(HERE + "pid") == before
+
+
+def test_a_function_that_cannot_be_imported_there_is_another_error_than_one_that_raises() -> None:
+    with pytest.raises(OtherProcessError, match=r"can't import 'nowhere:nothing': ValueError: .* no module 'nowhere'"):
+        call_bounded("nowhere:nothing")
+    assert not issubclass(OtherProcessError, BoundedCallError)
+    assert call_bounded(HERE + "echo", 1) == 1
 
 
 def test_a_process_that_dies_is_started_again() -> None:
@@ -151,5 +156,8 @@ def test_a_fork_gets_a_process_of_its_own_and_none_is_left_behind() -> None:
 def test_a_process_that_does_not_start_is_an_error_and_no_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounded_calls, "_worker", bounded_calls._Worker())
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(RuntimeError, match=r"did not start \(exit status 1\)"):
+    with pytest.raises(OtherProcessError, match=r"did not start \(exit status 1\)"):
+        call_bounded(HERE + "pid")
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(OtherProcessError, match=r"did not start: .*No such file.*/nowhere/python"):
         call_bounded(HERE + "pid")

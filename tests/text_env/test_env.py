@@ -9,12 +9,12 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-from gymnasium.utils.env_checker import check_env
+from gymnasium.utils.env_checker import check_env, data_equivalence
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from stable_baselines3.common.env_util import make_vec_env
 from tiny import RecordingReward, ids_score, tiny_tokenizer
 
-from text_env import RewardError, TextEnv, TextVectorEnv
+from text_env import GeneratedPrompts, RewardError, TextEnv, TextVectorEnv
 
 PROMPTS = ["The movie", "I loved", "The film was"]
 
@@ -238,7 +238,7 @@ def test_a_reward_that_fails_loses_nothing_so_the_step_can_be_repeated(kwargs: d
         ({"stop": ["a", 1]}, "stop to be a non-empty string"),
         ({"render_mode": "hologram"}, "render_mode to be None or one of"),
         ({"overlong_prompts": "drop"}, "overlong_prompts to be one of"),
-        ({"metrics": {"score": "sentiment"}}, r"does not use yet, got \['score'\]"),
+        ({"metrics": {"score": "sentiment"}}, "Expected another name .* got 'score', which the final info has already"),
         (
             {"tokenizer": "no/such/tokenizer"},
             "Expected tokenizer, or model .* to be 'builtin'.*'no/such/tokenizer', which is no directory",
@@ -285,3 +285,27 @@ def test_a_reset_that_cannot_be_is_refused_and_the_running_episode_goes_on(
         env.reset(seed=1, options=options)
     assert env.np_random.bit_generator.state == state
     assert env.step(6)[0]["attention_mask"].sum() == before["attention_mask"].sum() + 1
+
+
+def test_a_prompt_that_cannot_be_made_leaves_the_running_episode_its_group_and_the_seed(kwargs: dict[str, Any]) -> None:
+    broken = False
+
+    def moody(number: int) -> dict[str, Any]:
+        if broken:
+            raise ConnectionError("the problems are away")
+        return {"prompt": f"{number:013}"}
+
+    kwargs |= {"prompts": GeneratedPrompts(moody), "max_prompt_tokens": None}
+    env, control = TextEnv(group_size=2, **kwargs), TextEnv(group_size=2, **kwargs)
+    for one in (env, control):
+        one.reset(seed=0)
+        one.step(5)
+    broken = True
+    with pytest.raises(ConnectionError, match="the problems are away"):
+        env.reset(seed=1)
+    broken = False
+    assert env.np_random_seed == 0
+    assert data_equivalence(env.step(6), control.step(6), exact=True)
+    for seed in (None, None, 1, None):  # the rest of the group, a group of its own, and one of another seed
+        assert data_equivalence(env.reset(seed=seed), control.reset(seed=seed), exact=True)
+    assert env.np_random_seed == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 from typing import Any
 
 import numpy as np
@@ -134,6 +135,27 @@ def test_generated_prompts_are_made_and_tokenised_when_they_are_asked_for() -> N
         prompts[ENDLESS]
 
 
+made = 0
+
+
+def endless() -> GeneratedPrompts:
+    def make(number: int) -> dict[str, Any]:
+        global made
+        made += 1
+        if made > 10_000:
+            raise AssertionError("a list is made of prompts without end")
+        return counting(number)
+
+    return GeneratedPrompts(make)
+
+
+def test_prompts_without_end_may_be_named_by_the_function_that_returns_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "made", 0)
+    prompts = Prompts(f"{__name__}:endless", tiny_tokenizer(), 30)
+    assert len(prompts) == ENDLESS
+    assert prompts[12_345_678] == Prompts(endless(), tiny_tokenizer(), 30)[12_345_678]
+
+
 def test_without_a_limit_the_first_prompts_set_it_and_longer_ones_are_replaced() -> None:
     prompts = Prompts(GeneratedPrompts(longer), tiny_tokenizer(), None)
     assert prompts.max_prompt_tokens == 9
@@ -159,3 +181,10 @@ def test_prompts_none_of_which_fit_are_refused_with_the_remedy() -> None:
 def test_a_fixed_number_of_generated_prompts_can_be_loaded_as_any_list() -> None:
     problems = GeneratedPrompts(counting, "eval", 3)
     assert load_prompts(problems) == list(problems)
+
+
+@pytest.mark.parametrize("spec", [GeneratedPrompts(counting), f"{__name__}:endless"])
+def test_prompts_without_end_are_refused_as_a_list(spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "made", 0)
+    with pytest.raises(ValueError, match=r"a list of prompts that has an end, got .*: give GeneratedPrompts a size"):
+        load_prompts(spec)

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from tiny import tiny_tokenizer
 
-from text_env import TextEnv, reasoning_gym_tasks
+from text_env import TextEnv, bounded_calls, reasoning_gym_tasks
 from text_env.answers import ExpectedAnswerError, Verifier
-from text_env.bounded_calls import BoundedCallError
+from text_env.bounded_calls import BoundedCallError, OtherProcessError
 from text_env.generated import ATTEMPTS, split_of
+from text_env.imports import UntrustedNameError, names_from
 from text_env.prompts import Prompts
 from text_env.reasoning_gym_tasks import INSTRUCTION, ONE_IN, RUNS_ANSWERS, reasoning_gym_task
 from text_env.task_names import make_task
@@ -217,6 +218,15 @@ def test_an_answer_that_cannot_be_judged_is_worth_nothing(monkeypatch: pytest.Mo
     assert judged(task, row, f"<answer>{row['answer']}</answer>") == (0.0, 0.0, row["answer"])
 
 
+def test_without_a_process_that_can_judge_no_answer_is_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = reasoning_gym_task("chain_sum", 3)
+    row = task.prompts("train")[0]
+    monkeypatch.setattr(bounded_calls, "_worker", bounded_calls._Worker())
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(OtherProcessError, match="did not start"):
+        judged(task, row, f"<answer>{row['answer']}</answer>")
+
+
 def test_a_problem_that_cannot_be_made_again_is_not_held_against_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Importing reasoning-gym takes seconds, and so do some problems: more time than judging an answer may take."""
     allowed = {}
@@ -252,6 +262,22 @@ def test_a_data_set_that_runs_answers_is_refused_unless_it_may(name: str) -> Non
     with pytest.raises(ValueError, match=f"'{name}' judges an answer by running it.*'runs_answers': True"):
         make_task(f"reasoning_gym:{name}")
     assert make_task(f"reasoning_gym:{name}", runs_answers=True).prompts("train")[0]["prompt"]
+
+
+def test_a_file_that_is_not_trusted_does_not_say_that_answers_may_be_run() -> None:
+    kwargs = {"runs_answers": True}
+    fields = {"task": "reasoning_gym:countdown", "task_kwargs": kwargs}
+
+    def make(given: dict[str, Any], trust: bool) -> None:
+        with names_from("theirs/config.yaml", fields, given, trust):
+            make_task("reasoning_gym:countdown", **kwargs)
+
+    refused = r"^theirs/config\.yaml, task_kwargs: 'runs_answers' would have .* run as Python.* pass --trust"
+    for given in ({}, {"task": "reasoning_gym:countdown", "task_kwargs": {}}):
+        with pytest.raises(UntrustedNameError, match=refused):
+            make(given, False)
+    make({"task_kwargs": {"runs_answers": "true"}}, False)
+    make({}, True)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from agents.cli import main
 from agents.rollouts.sampling import sample_texts
 from text_env import NO_ACTION, TextVectorEnv
 from text_env.builtin import LANGUAGE_MODEL
+from text_env.finished_texts import RESERVED_NAMES
 from text_env.rewards import (
     FinishedTexts,
     Normalized,
@@ -377,8 +378,16 @@ def test_a_reward_sees_how_far_training_has_come() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda metric, extra: metric("score", 1.0), "a name that the final info does not use yet, got 'score'"),
-        (lambda metric, extra: metric("gold", 1.0), "a name that the final info does not use yet, got 'gold'"),
+        (lambda metric, extra: metric("score", 1.0), "another name .*, got 'score', which the final info has already"),
+        (
+            lambda metric, extra: metric("gold", 1.0),
+            "another name .*, got 'gold', which is a metric of the environment",
+        ),
+        (lambda metric, extra: metric("kl", 123.0), "another name .*, got 'kl', which the training logs itself"),
+        (lambda metric, extra: metric("kl_coef", 0.0), "got 'kl_coef', which the training logs itself"),
+        (lambda metric, extra: metric("timesteps", 1.0), "got 'timesteps', which samples.jsonl has already"),
+        (lambda metric, extra: extra("length", [3]), "got 'length', which learners add to the final info"),
+        (lambda metric, extra: metric(1, 1.0), "got 1, which is no string"),
         (lambda metric, extra: metric("reward/x", 1.0), "got 'reward/x'"),
         (lambda metric, extra: metric("x", "1"), r"log_metric\('x', ...\) to be given a number, got '1'"),
         (lambda metric, extra: extra("x", [1, 2]), "one value for each of the 1 texts"),
@@ -394,6 +403,12 @@ def test_a_log_that_would_be_lost_or_overwrite_something_is_an_error(call: Any, 
     env.reset(seed=0)
     with pytest.raises(RewardError, match=f"'my_reward' raised ValueError: .*{message}"):
         env.step(np.array([0]))
+
+
+@pytest.mark.parametrize("name", sorted({*itertools.chain(*RESERVED_NAMES.values()), "reward/x", "_score"}))
+def test_a_metric_with_the_name_of_something_else_is_refused_at_once(name: str) -> None:
+    with pytest.raises(ValueError, match=f"Expected another name for what is logged of a text, got '{name}', which"):
+        TextVectorEnv(1, tokenizer="not/even/loaded", prompts=["The"], metrics={"gold": "sentiment", name: "sentiment"})
 
 
 def test_a_directory_without_a_classifier_is_refused_with_its_name(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from text_env import TextEnv, TextVectorEnv, Verifier
 from text_env.arithmetic import Problem, arithmetic_task, working
 from text_env.checker import check_text_env, check_text_vector_env
 from text_env.generated import split_of
+from text_env.rewards import HttpReward, LimitedReward, WeightedSum, reward_name
 from text_env.task_names import file_task, make_task, model_of_task, said_by_name
 from text_env.tasks import Task
 
@@ -30,6 +31,9 @@ BUILTIN = str(Path(text_env.builtin.__file__).parent / "language_model")
 """A tokenizer by another name than the default's, which would leave the choice to the task."""
 
 ARITHMETIC: dict[str, Any] = {"task": "arithmetic", "tokenizer": BUILTIN, "max_prompt_tokens": 60}
+
+
+ADDRESS = "http://127.0.0.1:9/score"
 
 
 def sums(split: str) -> list[dict[str, Any]]:
@@ -157,6 +161,31 @@ def test_the_reward_of_the_task_may_be_a_part_of_a_sum(reward: Any) -> None:
     assert (info["reward/correct"], info["reward/format"]) == (1.0, 1.0)
     assert finish(env, f"{right}")["score"] == 1.0
     assert finish(env, "<b>")["score"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("reward", ["task", "task+0.1*length(8)", {"length(8)": 0.1, "task": 1.0}])
+def test_a_reward_that_a_task_names_is_made_with_the_settings_as_if_it_stood_there(reward: Any) -> None:
+    """With their arguments for classifiers, and within their limits, which are set once."""
+
+    def part(own: str) -> Any:
+        env = TextEnv(task=Task("own", sums, own), reward=reward, reward_kwargs={"max_length": 5}, reward_retries=0)
+        parts = env.reward.rewards if isinstance(env.reward, WeightedSum) else {own: env.reward}
+        return parts[own]
+
+    assert part("builtin").reward.max_length == 5
+    server = part(ADDRESS)
+    assert isinstance(server, LimitedReward)
+    assert isinstance(server.reward, HttpReward)
+    assert (server.retries, reward_name(server)) == (0, ADDRESS)
+
+
+def test_the_reward_of_a_task_alone_is_no_sum_unless_it_is_one_itself() -> None:
+    assert isinstance(TextEnv(task=SUMS, reward="task").reward, Verifier)
+    own = Task("own", sums, {"correct": 1.0, "length(8)": 0.1})
+    assert set(TextEnv(task=own, reward="task").reward.rewards) == {"correct", "length"}
+    assert set(TextEnv(task=own, reward="task+length(9)").reward.rewards) == {"1*correct+0.1*length", "length"}
+    with pytest.raises(ValueError, match="got 'correct' twice"):
+        TextEnv(task=SUMS, reward="task+0.5*correct")
 
 
 def test_a_text_without_a_number_is_worth_nothing_and_counted() -> None:

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from tiny import RecordingReward, tiny_tokenizer
 
 from text_env import NO_ACTION, RewardError, TextEnv, TextVectorEnv
+from text_env.generated import ATTEMPTS, GeneratedPrompts
+from text_env.prompts import N_INSPECTED
 from text_env.vector_env import plain
 
 PROMPTS = ["The movie", "I loved", "The film was", "The music"]
@@ -232,6 +234,75 @@ def test_after_a_reward_has_failed_the_same_step_can_be_repeated(make: Make, mod
     assert_same(
         env.step(np.array([NO_ACTION, 52, NO_ACTION, 52])), control.step(np.array([NO_ACTION, 52, NO_ACTION, 52]))
     )
+
+
+@pytest.mark.parametrize("mode", [mode.value for mode in AutoresetMode])
+@pytest.mark.parametrize(
+    ("logged", "dtype"),
+    [
+        ([7, None], object),
+        ([1, 2.5], object),
+        ([0.5, None], object),
+        ([True, 3], object),
+        ([1, 2**70], object),
+        ([1.0, "one"], object),
+        ([{"a": 1}, {"b": {}}], object),
+        ([{"a": 1}, None], object),
+        ([[1, 2], [3, 4]], object),
+        ([np.zeros(2), np.ones(3)], object),
+        ([np.zeros(2), np.ones(2)], np.float64),
+        ([np.float32(0.5), np.float32(1.5)], np.float32),
+        ([1, 2], np.int64),
+        ([1.0, 2.5], np.float64),
+        ([True, False], np.bool_),
+    ],
+)
+def test_every_row_gets_back_exactly_what_was_logged_of_it(
+    make: Make, mode: str, logged: list[Any], dtype: Any
+) -> None:
+    def reward(log_extra: Any, **_: Any) -> list[float]:
+        log_extra("what", logged)
+        return [1.0, 2.0]
+
+    env = make(reward=reward, autoreset_mode=mode)
+    env.reset(seed=0)
+    *_, infos = env.step(np.array([50, EOS, 50, EOS]))
+    final = infos.get("final_info", infos)
+    assert final["_what"].tolist() == [False, True, False, True]
+    assert final["what"].dtype == dtype
+    for row, value in zip((1, 3), logged, strict=True):
+        assert_same(final["what"][row], value if dtype is object else np.asarray(value, dtype)[()])
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_after_a_prompt_could_not_be_made_the_same_reset_or_step_can_be_repeated(
+    make: Make, mode: AutoresetMode
+) -> None:
+    to_make = [0]  # 1: the next prompt fails
+
+    def moody(number: int) -> dict[str, Any]:
+        if number >= N_INSPECTED * ATTEMPTS:  # a prompt that was not made with the environment
+            to_make[0] -= 1
+            if to_make[0] == 0:
+                raise ConnectionError("the problems are away")
+        return {"prompt": f"{number:013}"}
+
+    env, control = (make(prompts=GeneratedPrompts(moody), max_prompt_tokens=None, autoreset_mode=mode) for _ in "ab")
+
+    def both(call: Callable[[TextVectorEnv], Any], fails: bool) -> None:
+        if fails:
+            to_make[0] = 2  # the first row's prompt is drawn by then
+            with pytest.raises(ConnectionError, match="the problems are away"):
+                call(env)
+        assert_same(call(env), call(control))
+
+    both(lambda one: one.reset(seed=0), True)
+    both(lambda one: one.step(np.array([EOS, 51, EOS, NO_ACTION])), mode == AutoresetMode.SAME_STEP)
+    over = NO_ACTION if mode == AutoresetMode.DISABLED else 50
+    both(lambda one: one.step(np.array([over, 52, over, 52])), mode == AutoresetMode.NEXT_STEP)
+    both(lambda one: one.reset(options={"reset_mask": np.array([True, False, True, False])}), True)
+    both(lambda one: one.reset(seed=8), True)
+    both(lambda one: one.step(np.array([50, 51, 52, 53])), False)
 
 
 def test_a_masked_reset_takes_prompts_and_responses_for_the_rows_that_are_reset(make: Make, tokenizer: Any) -> None:
