@@ -22,6 +22,8 @@ from agents.rollouts.episode_buffer import EpisodeBuffer
 from agents.rollouts.sampling import collect_texts, sample_texts
 from text_env.vector_env import TextVectorEnv, plain
 
+OF_TEXTS = ("distinct_1", "distinct_2", "mean_length", "terminated_ratio", "perplexity")
+"""The means over texts that :func:`describe` returns whatever the environment says of them."""
 MANY_PROMPTS = 2**20  # more than this are not shuffled: generated prompts may be without end
 
 
@@ -30,7 +32,7 @@ class Written(NamedTuple):
 
     :param means: means over the texts, as :func:`describe` returns them, without ``kl`` and ``score_std``.
     :param kl: the KL divergence from the reference, in nats per text.
-    :param scores: ``score`` and every metric, by name, float64 [n] each.
+    :param scores: ``score`` and every metric that applies to all n texts, by name, float64 [n] each.
     :param infos: the n final infos.
     """
 
@@ -72,6 +74,10 @@ def evaluate(
       ``greedy_accuracy``, ``mean_length_right`` and ``mean_length_wrong``. The share of texts that are right, and of
       those in which an answer was found, are metrics: ``correct`` and ``well_formed``.
 
+    A part of the reward that does not apply to a text has no number there. A writer's mean is of the texts that have
+    one, and is left out if none has; there is an interval where all of its texts have one, and a comparison where all
+    texts of both writers do.
+
     With ``against``, the results of that policy are under ``against`` and ``kl_against``, ``compared_with`` is
     ``"against"``, and there is no entry ``reference``. All intervals are lists [low, high] of 95 %, clustered by
     prompt.
@@ -110,7 +116,7 @@ def evaluate(
     if against is not None:
         result["kl_against"] = theirs.kl
     result |= {"episodes": n_episodes, "prompts": len(set(drawn.tolist()))}
-    result |= {name: mean for name, mean in ours.means.items() if name not in ours.scores}
+    result |= {name: ours.means[name] for name in OF_TEXTS}
     result |= _contest(ours, theirs, drawn, seed)
     result["intervals"] = {"policy": _intervals(ours, drawn, seed), role: _intervals(theirs, drawn, seed)}
     if judged:
@@ -124,7 +130,11 @@ def evaluate(
 
 
 def _contest(ours: Written, theirs: Written, clusters: np.ndarray, seed: int) -> dict[str, Any]:
-    comparison = {name: compare(ours.scores[name], theirs.scores[name], clusters, seed) for name in ours.scores}
+    comparison = {
+        name: compare(values, theirs.scores[name], clusters, seed)
+        for name, values in ours.scores.items()
+        if name in theirs.scores
+    }
     on_score, spread = comparison["score"], float(theirs.scores["score"].std())
     return {
         "score_gain_std": on_score["difference"] / spread if spread > 0 else None,
@@ -246,7 +256,7 @@ def metrics_of(info: Mapping[str, Any]) -> list[str]:
     """
     :param info: the final info of an episode.
     :return: the names of the scores in it: ``score``, ``reward/<part>`` for each part of a weighted reward, and the
-        metrics. NaN is none: a vector environment has it in place of the None of a text that a score does not apply to.
+        metrics. NaN is none: it says that a score does not apply to the text, as None does.
     """
     return [name for name, value in info.items() if isinstance(value, float | np.floating) and not np.isnan(value)]
 

@@ -29,14 +29,16 @@ def evaluation_table(result: dict[str, Any]) -> Table:
         caption="In brackets: 95 % intervals. Win rate: how often the policy's text scores higher than the other's for "
         "the same prompt; ties count half.",
     )
-    for name, after in result["policy"].items():
-        before, compared = result[other][name], result["comparison"].get(name)
-        change, win_rate = f"{after - before:+.3f}", ""
+    for name in dict.fromkeys([*result["policy"], *result[other]]):
+        before, after = (result[writer].get(name) for writer in (other, "policy"))  # None: none of its texts has it
+        change = "" if before is None or after is None else f"{after - before:+.3f}"
+        win_rate, compared = "", result["comparison"].get(name)
         if compared is not None:
             change += _interval(compared["difference_interval"])
             percent = [100 * rate for rate in (compared["win_rate"], *compared["win_rate_interval"])]
             win_rate = "{:.0f}% [{:.0f}, {:.0f}]".format(*percent)
-        table.add_row(escape(name), f"{before:z.3f}", f"{after:z.3f}", change, win_rate)
+        figures = ["–" if mean is None else f"{mean:z.3f}" for mean in (before, after)]
+        table.add_row(escape(name), *figures, change, win_rate)
     gain = result["score_gain_std"]
     table.add_row("score gain (std)", "", "", "–" if gain is None else f"{gain:+.3f}", style="bold")
     kl_of_other = f"{result['kl_against']:.2f}" if other == "against" else ""
@@ -56,12 +58,13 @@ def answers_table(result: dict[str, Any]) -> Table:
         caption="pass@k: at least one of k texts is right. majority@k: the most frequent answer of k texts is right. "
         "Greedy accuracy: the likeliest text is right. Differences are in percentage points.",
     )
-    for name in answers["policy"]:
-        compared = answers["comparison"].get(name)
-        scale, unit = (1, "") if compared is None else (100, "%")  # lengths aren't compared, rates are in percent
+    for name in dict.fromkeys([*answers["policy"], *answers[other]]):
+        compared, length = answers["comparison"].get(name), name.startswith("mean_length")
+        scale, unit = (1, "") if length else (100, "%")  # lengths are in tokens, rates in percent
+        figures = ((answers[who].get(name), answers["intervals"][who].get(name)) for who in (other, "policy"))
         cells = [
             "–" if mean is None else f"{scale * mean:.1f}{unit}{_interval(interval, scale, 1 - len(unit))}"
-            for mean, interval in ((answers[who][name], answers["intervals"][who][name]) for who in (other, "policy"))
+            for mean, interval in figures
         ]
         if compared is not None:
             cells.append(f"{100 * compared['difference']:+.1f}{_interval(compared['difference_interval'], 100, 0)}")

@@ -65,7 +65,7 @@ def have_right_answers(infos: Sequence[Mapping[str, Any]]) -> bool:
 
 def _verdict(info: Mapping[str, Any]) -> Any:
     verdict = info.get("correct")
-    return None if verdict != verdict else verdict  # NaN is what Gymnasium makes of a None among numbers
+    return None if verdict != verdict else verdict  # NaN says as little as None
 
 
 def measure_answers(
@@ -113,7 +113,7 @@ def compare_answers(ours: RightAnswers, theirs: RightAnswers, role: str, seed: i
     :param role: what the other writer is called in the result.
     :param seed: the seed of the bootstrap.
     :return: for ``policy`` and for the other writer the mean of each figure; ``intervals``, for each writer the 95 %
-        intervals of these means; and ``comparison``, for each rate what
+        intervals of these means; and ``comparison``, for each rate of both what
         :func:`agents.evaluation.intervals.compare` returns. A mean of no texts is None, and so is an interval where
         there is one text at most.
     """
@@ -121,7 +121,9 @@ def compare_answers(ours: RightAnswers, theirs: RightAnswers, role: str, seed: i
     means = {writer: _means(figures) for writer, figures in writers.items()}
     intervals = {writer: _intervals(figures, seed) for writer, figures in writers.items()}
     comparison = {
-        name: compare(values, theirs.rates[name][0], prompts, seed) for name, (values, prompts) in ours.rates.items()
+        name: compare(values, theirs.rates[name][0], prompts, seed)
+        for name, (values, prompts) in ours.rates.items()
+        if name in theirs.rates
     }
     return {**means, "intervals": intervals, "comparison": comparison}
 

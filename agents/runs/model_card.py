@@ -16,6 +16,7 @@ CARD = "README.md"
 EVALUATION = "evaluation.json"
 """What ``textrlhf evaluate --json RUN/evaluation.json`` writes into the directory of a run, and the demo by itself."""
 MOST_TEXTS = 3
+NONE = "–"  # in place of a figure of texts to which it does not apply
 FIGURES = {"objective/scores": "score", "objective/gold_score": "gold score", "objective/kl": "KL (nats a text)"}
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -106,16 +107,16 @@ def _told(evaluation: dict[str, Any]) -> dict[str, Any]:
     """An evaluation as the template shows it."""
     other = str(evaluation["compared_with"])
     ours, theirs = evaluation["policy"], evaluation[other]
-    rows = [(name, f"{ours[name]:.3g}", f"{theirs[name]:.3g}") for name in ours if _is_number(ours[name])]
+    rows = [(name, _figure(ours.get(name)), _figure(theirs.get(name))) for name in dict.fromkeys([*ours, *theirs])]
     rate = evaluation.get("win_rate")
     return {
         **{name: evaluation[name] for name in ("episodes", "prompts", "prompt_set", "compared_with")},
         "trained_on": bool(evaluation.get("trained_on")),
-        "rows": [row for row in rows if _is_number(theirs.get(row[0]))],
+        "rows": [row for row in rows if row[1:] != (NONE, NONE)],
         "kl": f"{evaluation['kl']:.3g}",
         "win_rate": "" if rate is None else f"{100 * rate:.0f} %",
     }
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _figure(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, int | float) and not isinstance(value, bool) else NONE

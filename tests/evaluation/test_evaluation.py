@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 import torch
 from learners import even_tokens, length_of, make_env, make_model, make_policy
+from rich.table import Table
 
-from agents.evaluation.evaluate import distinct_n, draw_prompts, evaluate
+from agents.evaluation.evaluate import describe, distinct_n, draw_prompts, evaluate
 from agents.evaluation.intervals import bootstrap_interval, compare, effective_size, student_t, wilson_interval, wins
+from agents.evaluation.report import evaluation_table
+from agents.models.reference import Reference
 from agents.policies.causal_lm_policy import CausalLMPolicy, load_policy
-from agents.rollouts.sampling import sample_texts
+from agents.rollouts.sampling import collect_texts, sample_texts
+from text_env.finished_texts import RESERVED_NAMES
 
 
 def make_pair() -> tuple[CausalLMPolicy, CausalLMPolicy, Any]:
@@ -65,6 +69,13 @@ def test_an_evaluation_says_what_the_issue_asks_for() -> None:
         for metric, (low, high) in values.items():
             assert low < result[name][metric] < high
     assert json.loads(json.dumps(result)) == result
+
+
+def test_no_metric_can_have_the_name_of_a_figure_of_the_evaluation() -> None:
+    policy, reference, env = make_pair()
+    figures = set(describe(*collect_texts(policy, env, 4, Reference(reference.lm)))) - {"gold_score"}
+    assert {"kl", "perplexity"} < figures < set().union(*RESERVED_NAMES.values())
+    assert figures > RESERVED_NAMES["the evaluation reports itself"]
 
 
 def test_a_policy_compared_with_itself_has_no_kl_and_no_gain() -> None:
@@ -189,6 +200,37 @@ def test_figures_are_those_of_the_texts_that_are_returned() -> None:
     assert len(shown) == 2
     assert set(shown[0]) == {"prompt", "policy", "reference"}
     assert set(shown[0]["policy"]) == {"completion", "finish_reason", *names}
+
+
+def test_what_applies_to_all_texts_of_one_writer_only_is_shown_without_a_comparison() -> None:
+    def short(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+        return [1.0 if len(ids) < 3 else None for ids in completion_ids]
+
+    def long(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+        return [float(len(ids)) if len(ids) > 5 else None for ids in completion_ids]
+
+    env = make_env(8, reward={short: 1.0, long: 1.0, even_tokens: 1.0})
+    always_ends, never_ends = (make_policy(env, model=make_model(ends=ends)) for ends in (1 - 1e-9, 1e-9))
+    for policy, reference, at_once in ((always_ends, never_ends, "policy"), (never_ends, always_ends, "reference")):
+        torch.manual_seed(0)
+        result = evaluate(policy, reference, env, 8)
+        other = "reference" if at_once == "policy" else "policy"
+        assert result[at_once]["reward/short"] == 1.0
+        assert result[other]["reward/long"] == 8.0
+        assert not {"reward/short"} & {*result[other], *result["intervals"][other], *result["comparison"], *result}
+        assert not {"reward/long"} & {*result[at_once], *result["intervals"][at_once], *result["comparison"], *result}
+        assert set(result["comparison"]) == {"score", "reward/even_tokens"}
+        assert set(result["intervals"][at_once]) == {"score", "reward/even_tokens", "reward/short"}
+        rows = rows_of(evaluation_table({**result, "prompt_set": "mine"}))
+        mine, their = (("1.000", "–"), ("–", "8.000"))
+        assert rows["reward/short"] == [*(mine[::-1] if at_once == "policy" else mine), "", ""]
+        assert rows["reward/long"] == [*(their[::-1] if at_once == "policy" else their), "", ""]
+
+
+def rows_of(table: Table) -> dict[str, list[Any]]:
+    """The cells of a table, by the first of their row."""
+    names, *columns = (list(column.cells) for column in table.columns)
+    return dict(zip(map(str, names), map(list, zip(*columns, strict=True)), strict=True))
 
 
 def test_another_policy_may_take_the_references_place_and_kl_is_still_to_the_reference() -> None:

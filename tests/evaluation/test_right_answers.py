@@ -150,6 +150,22 @@ def test_the_same_answer_in_other_words_is_one_vote() -> None:
     assert measure_answers(infos, drawn, infos[:1], drawn[:1], [5], 0).rates["majority@5"][0].tolist() == [0.0] * 5
 
 
+def test_a_vote_that_only_one_writer_could_hold_is_shown_without_a_comparison() -> None:
+    def answers_if_long(completion_ids: list[list[int]], log_extra: Callable[..., None], **_: Any) -> list[float]:
+        log_extra("correct", [float(len(ids) > 2) for ids in completion_ids])
+        if all(len(ids) == 8 for ids in completion_ids):
+            log_extra("answer", ["8" for _ in completion_ids])
+        return [0.0 for _ in completion_ids]
+
+    env = make_env(4, reward=answers_if_long)
+    short, long = (make_policy(env, model=make_model(ends=ends)) for ends in (1 - 1e-9, 1e-9))
+    for policy, reference, row in ((short, long, "100.0%"), (long, short, "–")):
+        result = evaluate(policy, reference, env, 8, samples_per_prompt=2)
+        assert set(result["answers"]["comparison"]) == {"pass@1", "pass@2", "greedy_accuracy"}
+        [line] = [line for line in shown(result).splitlines() if "majority@2" in line and "│" in line]
+        assert line.split("│")[2].split()[0] == row
+
+
 def test_another_policy_takes_the_references_place_here_too() -> None:
     env = make_env(4, reward=four_is_right)
     policy, reference = make_pair(env)

@@ -75,6 +75,14 @@ def test_an_evaluation_in_the_directory_of_the_run_is_told(tmp_path: Path) -> No
         write_card(run)
 
 
+def test_the_card_shows_what_applies_to_the_texts_of_one_writer_only(tmp_path: Path) -> None:
+    run = run_with_policy(tmp_path / "run")
+    figures = {"policy": {"score": 1.5, "reward/short": 1.0}, "reference": {"score": 2.5, "reward/long": 8.0}}
+    (run / "evaluation.json").write_text(json.dumps({**EVALUATION, **figures}))
+    text = write_card(run).read_text()
+    assert "| `score` | 1.5 | 2.5 |\n| `reward/short` | 1 | – |\n| `reward/long` | – | 8 |\n" in text
+
+
 def test_what_files_say_is_never_markdown_of_the_card(tmp_path: Path) -> None:
     words = f"```\n# Heading\n---\n{HOSTILE}"
     run = run_with_policy(tmp_path / "run", words=words, model=f"`a` | b\n# {HOSTILE}")
