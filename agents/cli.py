@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import difflib
 import json
-import shutil
 import signal
 import sys
 import time
@@ -40,6 +39,7 @@ from agents.runs.config import EnvConfig, TrainConfig, load_config, names_from_r
 from agents.runs.errors import described
 from agents.runs.look_commands import PlayConfig, PushConfig, ReportConfig, WatchConfig, policy_of
 from agents.runs.usage import usage
+from agents.state.lock import locked
 from text_env.imports import UntrustedNameError
 from text_env.tokenization import BUILTIN_MODELS
 
@@ -245,9 +245,14 @@ TASK_OPTIONS = ("max_new_tokens", "task", "task_kwargs")
 
 
 def _changed(env_config: EnvConfig, config: EvaluateConfig | SampleConfig | PlayConfig, *names: str) -> EnvConfig:
-    """The environment, except for those of the options that are given."""
-    given = {name: getattr(config, name) for name in names}
-    return dataclasses.replace(env_config, **{name: value for name, value in given.items() if value})
+    """The environment, except for those of the options that are given. With a task come its own prompts; the arguments
+    of the run's task are for no other.
+    """
+    given: dict[str, Any] = {name: value for name in names if (value := getattr(config, name))}
+    if "task" in given:
+        kwargs = env_config.task_kwargs if given["task"] == env_config.task else {}
+        given = {"prompts": EnvConfig.prompts, "task_kwargs": kwargs, **given}
+    return dataclasses.replace(env_config, **given)
 
 
 def run_train(config: TrainConfig) -> int:
@@ -339,9 +344,11 @@ def run_demo(config: DemoConfig) -> int:
     :param config: the options.
     :return: the exit status: 0 if the policy has learned, else 1.
     :raises FileExistsError: if the directory holds another run than a demo.
+    :raises DirectoryInUse: if another process writes there, such as a demo that is running.
     """
     config.check()
     from agents.runs.algorithms import resolved
+    from agents.runs.recording import remove_run
     from agents.runs.train import train
 
     changeable: dict[str, Any] = {
@@ -349,15 +356,23 @@ def run_demo(config: DemoConfig) -> int:
         "seed": config.seed,
         "total_timesteps": config.total_timesteps,
     }
-    settings = resolved(TrainConfig(**changeable))
+    # The critic is the one that PPO would choose: named, since the config.yaml of a run names it.
+    settings = resolved(TrainConfig(critic="builtin", **changeable))
     if (config.run_dir / "config.yaml").exists():
-        if dataclasses.replace(load_config(config.run_dir / "config.yaml"), **changeable) != settings:
-            raise FileExistsError(f"{config.run_dir} holds a run that is no demo's; choose another --run-dir.")
-        shutil.rmtree(config.run_dir)
+        with locked(config.run_dir):
+            if dataclasses.replace(load_config(config.run_dir / "config.yaml"), **changeable) != settings:
+                raise FileExistsError(f"{config.run_dir} holds a run that is no demo's; choose another --run-dir.")
+            remove_run(config.run_dir)
     console.print("Training PPO on the built-in language model; the reward is the built-in reward model.")
     start = time.perf_counter()
     train(settings)
     console.print(f"Trained in {time.perf_counter() - start:.0f} s. Now {config.episodes} texts on held-out prompts.\n")
+    with locked(config.run_dir):  # another demo must not replace what is being evaluated
+        return _judged_demo(config, settings)
+
+
+def _judged_demo(config: DemoConfig, settings: TrainConfig) -> int:
+    """Evaluate the policy of a demo, and print whether it has learned."""
     question = EvaluateConfig(policy=str(config.run_dir / "policy"), episodes=config.episodes, seed=config.seed)
     result = _evaluate(question, settings.env, str(settings.model), settings.env)
     print_evaluation(result)

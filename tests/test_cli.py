@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from agents.runs.commands import SampleConfig
 from agents.runs.config import EnvConfig, TrainConfig, dump_config, load_config
 from agents.runs.model_card import write_card
 from agents.state.history import CheckpointHistory
+from agents.state.lock import locked
 from agents.state.schedules import LearningRate
 from text_env.builtin import prompts
 from text_env.tasks import Task
@@ -443,7 +445,7 @@ def run_demo_with(monkeypatch: pytest.MonkeyPatch, run_dir: Path, **changed: flo
         (policy if name in policy else figures)[name] = value
 
     def train(config: TrainConfig) -> None:
-        config.run_dir.mkdir(parents=True)
+        config.run_dir.mkdir(parents=True, exist_ok=True)
         (config.run_dir / "config.yaml").write_text(dump_config(config))
         rows = [
             {"timesteps": t, "prompt": "The movie", "completion": f" [/b] at {t}", "score": 1.0} for t in (0, 50, 99)
@@ -490,6 +492,38 @@ def test_the_demo_replaces_a_demo_and_no_other_run(
     message = failed(capsys, run_demo_with(monkeypatch, run.directory))
     assert "holds a run that is no demo's; choose another --run-dir" in message
     assert (run.directory / "policy" / "model.safetensors").exists()
+
+
+def test_the_demo_replaces_a_demo_as_the_training_writes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo = tmp_path / "demo"
+    main(["demo", "--run-dir", str(demo), "--total-timesteps", "1", "--episodes", "2"])
+    assert (demo / "evaluation.json").exists(), capsys.readouterr().out  # it got as far as it could, learned or not
+    assert run_demo_with(monkeypatch, demo) == 0, capsys.readouterr().out
+    assert {path.name for path in demo.iterdir()} == {"config.yaml", "samples.jsonl", "evaluation.json"}
+
+
+def test_the_demo_does_not_replace_a_demo_that_is_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo = tmp_path / "demo"
+    assert run_demo_with(monkeypatch, demo) == 0
+    (demo / "old").touch()
+    with locked(demo):  # as a training holds it
+        assert "is writing in" in failed(capsys, run_demo_with(monkeypatch, demo))
+    assert (demo / "old").exists()
+    second: list[int] = []
+
+    def meanwhile(path: Path) -> None:
+        if not second:
+            second.append(-1)  # not a third one
+            second[0] = main(["demo", "--run-dir", str(demo)])
+
+    monkeypatch.setattr("agents.cli._print_texts", meanwhile)
+    assert run_demo_with(monkeypatch, demo) == 0
+    assert second == [1]  # while the first is being evaluated
+    assert (demo / "evaluation.json").exists()
 
 
 # ---- what can go wrong ---------------------------------------------------------------------------------------------
@@ -686,6 +720,35 @@ def test_of_a_task_texts_are_sampled_after_prompts_without_a_right_answer(
     options = ["--policy", str(tmp_path / "run" / "policy"), "--prompt", "The movie", "--device", "cpu", "--trust"]
     assert main(["sample", *options]) == 0, capsys.readouterr().out
     assert "The movie" in capsys.readouterr().out
+
+
+def two_more(largest: int = 3) -> Task:
+    def prompts(split: str) -> list[dict[str, str]]:
+        return [{"prompt": f"The {split} film of {number}", "answer": "1"} for number in range(largest)]
+
+    return Task("more", prompts, "correct", settings={"max_new_tokens": 4})
+
+
+@pytest.mark.parametrize("trained_on", ["file", "judged_twice", "two_more"])
+def test_another_task_than_the_runs_is_evaluated_on_its_own_prompts_with_its_own_arguments(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trained_on: str
+) -> None:
+    env: dict[str, Any] = {"prompts": run.prompts, "reward": "sentiment", "max_new_tokens": 4}
+    if trained_on != "file":
+        env |= {"task": f"test_cli:{trained_on}", "task_kwargs": {"largest": "5"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": run.model, "env": env}))
+    shutil.copytree(run.directory / "policy", tmp_path / "policy")
+    seen: list[list[str]] = []
+
+    def evaluated(policy: Any, reference: Any, env: Any, *_: Any) -> dict[str, Any]:
+        seen.append([prompt.text for prompt in env.prompts])
+        raise ValueError("enough")
+
+    monkeypatch.setattr("agents.evaluation.evaluate.evaluate", evaluated)
+    options = ["--task", "test_cli:two_more", "--episodes", "2", "--device", "cpu"]
+    assert "enough" in failed(capsys, main(["evaluate", "--policy", str(tmp_path), *options]))
+    n = 5 if trained_on == "two_more" else 3  # what the run's own task was given holds for that one alone
+    assert seen == [[f"The eval film of {number}" for number in range(n)]]
 
 
 @pytest.mark.parametrize(("named", "longest"), [([], 22), (["--prompts"], 60)])

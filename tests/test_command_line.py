@@ -327,12 +327,15 @@ def test_a_start_that_failed_is_tried_again_in_the_same_directory(
 
 
 def test_a_start_that_failed_leaves_the_files_of_others_alone(
-    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    monkeypatch.setattr(judge, "error", RuntimeError("the judge is asleep"))
-    failed(capsys, train(tmp_path))
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    others = {"notes.txt", "events.out.tfevents.1700000000.elsewhere.7.0"}
+    for name in others:
+        (tmp_path / name).write_text("mine")
+    for error, status in ((RuntimeError("the judge is asleep"), 1), (KeyboardInterrupt(), 130)):
+        monkeypatch.setattr(judge, "error", error)
+        assert train(tmp_path) == status
+        assert {path.name for path in tmp_path.iterdir()} == others
 
 
 def test_ctrl_c_ends_with_130_and_keeps_what_was_learned(

@@ -29,8 +29,8 @@ class ResumeConfig:
     total_timesteps: int | None = None
     """The number of tokens to generate in all, if the run is to become longer."""
     trust: bool = False
-    """Import what the run's config.yaml names as 'module:object', which runs code. Without it this is refused, since a
-    run may come from somebody else."""
+    """Import what the run's config.yaml names as 'module:object', which runs code, and let its task run answers.
+    Without it both are refused, since a run may come from somebody else."""
     progress: bool = True
     """Show a progress bar, unless the run was started without."""
 
@@ -82,8 +82,9 @@ class EvaluateConfig:
     seed: int = 0
     """The seed of the prompts, the texts and the intervals."""
     trust: bool = False
-    """Import what the run's config.yaml names as 'module:object', which runs code. Without it this is refused, since a
-    run may come from somebody else. What is named on the command line is always imported."""
+    """Import what the run's config.yaml names as 'module:object', which runs code, and let its task run answers.
+    Without it both are refused, since a run may come from somebody else. What is named on the command line is always
+    used."""
     device: str = "auto"
     """'auto', 'cpu', 'cuda', …"""
     dtype: str = "float32"
@@ -131,8 +132,9 @@ class CriticConfig:
     seed: int = 0
     """The seed of the prompts, the texts and the intervals."""
     trust: bool = False
-    """Import what the run's config.yaml names as 'module:object', which runs code. Without it this is refused, since a
-    run may come from somebody else. What is named on the command line is always imported."""
+    """Import what the run's config.yaml names as 'module:object', which runs code, and let its task run answers.
+    Without it both are refused, since a run may come from somebody else. What is named on the command line is always
+    used."""
     device: str = "auto"
     """'auto', 'cpu', 'cuda', …"""
     dtype: str = "float32"
@@ -187,9 +189,9 @@ class SampleConfig:
     seed: int = 0
     """The seed of the texts."""
     trust: bool = False
-    """Import what the run's config.yaml names as 'module:object', which runs code. Without it texts are not scored by
-    such a reward, and anything else of the kind is refused, since a run may come from somebody else. What is named on
-    the command line is always imported."""
+    """Import what the run's config.yaml names as 'module:object', which runs code, and let its task run answers.
+    Without it texts are not scored by such a reward, and anything else of the kind is refused, since a run may come
+    from somebody else. What is named on the command line is always used."""
     device: str = "auto"
     """'auto', 'cpu', 'cuda', …"""
     dtype: str = "float32"

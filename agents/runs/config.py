@@ -232,7 +232,7 @@ class TrainConfig:
 
     ``--resume RUN_DIR``, in place of all other options, goes on with a run that was stopped, exactly as if it had not
     been. ``--total-timesteps`` beside it makes the run longer; ``--trust`` imports what its config.yaml names as
-    'module:object', which runs code.
+    'module:object', which runs code, and lets its task run answers.
     """
 
     algo: str = "ppo"
@@ -314,7 +314,7 @@ class TrainConfig:
     """The number of checkpoints that are kept, the newest ones."""
     best: str | None = None
     """A metric of progress.csv, such as 'objective/scores'. Of all checkpoints that are written, the one after which
-    this metric was highest is kept besides."""
+    this metric was highest is kept besides. It needs checkpoints."""
     sample_every: int = 5
     """The number of iterations between two entries of samples.jsonl."""
     n_samples: int = 6
@@ -337,6 +337,11 @@ class TrainConfig:
             check_integer(name, getattr(self, name), least)
         if self.checkpoint_every is not None:
             check_integer("checkpoint_every", self.checkpoint_every, 0)
+        if self.best is not None and self.checkpoint_every == 0:
+            raise ValueError(
+                f"Expected checkpoints of which the best by {self.best!r} is kept; got best together with "
+                "checkpoint_every=0, with which there are none. Leave out one of the two."
+            )
         check_integer("max_lag", self.max_lag, 0)
         for name in ("n_episodes", "batch_size", "n_epochs", "lora_r"):  # None: the algorithm's number, or no adapter
             if getattr(self, name) is not None:
@@ -438,7 +443,8 @@ def load_config(path: Path) -> TrainConfig:
 
 
 def names_from_run(path: Path, run: TrainConfig, options: Any) -> contextlib.AbstractContextManager[None]:
-    """While this lasts, objects that only the configuration of a run names are imported only with ``--trust``.
+    """While this lasts, objects that only the configuration of a run names are imported only with ``--trust``, and so
+    with what else :func:`text_env.imports.names_from` refuses.
 
     :param path: the ``config.yaml`` of the run.
     :param run: what :func:`load_config` read there.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from agents.runs.config import TrainConfig, load_config
 from text_env.imports import is_address, is_object_name, names_in
+from text_env.reasoning_gym_tasks import PREFIX, RUNS_ANSWERS
 
 # The fields of a run that may name code, or servers.
 CODE_FIELDS = (
@@ -28,7 +29,7 @@ def resume_command(directory: Path) -> str:
 def trust_option(directory: Path) -> str:
     """
     :param directory: of a run.
-    :return: what a command needs so that it imports what the run names: ``" --trust"``, or nothing.
+    :return: what a command needs so that it uses what the run names: ``" --trust"``, or nothing.
     """
     with contextlib.suppress(OSError, ValueError, TypeError):  # what is wrong with the file, the command itself says
         return " --trust" if _names_code(load_config(directory / "config.yaml")) else ""
@@ -41,6 +42,8 @@ def _names_code(run: TrainConfig) -> bool:
     # A list of prompts holds texts, and no names.
     values = [fields[name] for name in CODE_FIELDS if name != "prompts" or isinstance(fields[name], str)]
     module = run.env.env.rpartition(":")[0]
+    if run.env.task in {f"{PREFIX}{name}" for name in RUNS_ANSWERS}:
+        return True
     return module not in ("", "text_env") or any(
         is_address(name) or (is_object_name(name) and name.partition(":")[0] not in OWN_PREFIXES)
         for value in values

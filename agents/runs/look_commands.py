@@ -104,7 +104,7 @@ class PlayConfig:
     model: tyro.conf.Positional[str]
     """The directory of a run or of a policy, or the name of any model."""
     prompt: str | None = None
-    """The prompt; by default one of the prompts of the policy's run, as `--seed` has it."""
+    """The prompt; by default one of the prompts of the policy's run or of `--task`, as `--seed` has it."""
     top: int = 8
     """The number of tokens to choose from."""
     reward: str | None = None
@@ -121,9 +121,9 @@ class PlayConfig:
     seed: int = 0
     """The seed of the prompt and of the tokens that the model samples."""
     trust: bool = False
-    """Import what the run's config.yaml names as 'module:object', which runs code. Without it texts are not scored by
-    such a reward, and anything else of the kind is refused, since a run may come from somebody else. What is named on
-    the command line is always imported."""
+    """Import what the run's config.yaml names as 'module:object', which runs code, and let its task run answers.
+    Without it texts are not scored by such a reward, and anything else of the kind is refused, since a run may come
+    from somebody else. What is named on the command line is always used."""
     device: str = "auto"
     """'auto', 'cpu', 'cuda', …"""
     dtype: str = "float32"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from agents.runs.config import TrainConfig
 from agents.runs.curves import TOKENS, colour, dashes, smoothed
 from agents.runs.hints import resume_command
 from agents.runs.run_files import read_run
+from agents.state.lock import LOCK
 from agents.state.replacing import sync
 
 CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
@@ -51,13 +53,27 @@ def check_directory(directory: Path) -> None:
         raise PermissionError(f"{nearest} can't be written to; choose another --run-dir than {directory}.")
 
 
-def remove_start(directory: Path) -> None:
+def remove_start(directory: Path, before: set[Path]) -> None:
     """Remove what a run wrote that learned nothing.
 
     :param directory: of the run.
+    :param before: what was in it before the run began, such as event files of others. It stays.
     """
     for pattern in ("config.yaml", "events.out.tfevents.*", *LOGS):
-        for path in directory.glob(pattern):
+        for path in set(directory.glob(pattern)) - before:
+            path.unlink()
+
+
+def remove_run(directory: Path) -> None:
+    """Remove all that is in the directory of a run, whose lock is held. ``config.yaml`` goes last, so that what is left
+    after an interrupt is still known for what it was.
+
+    :param directory: of the run.
+    """
+    for path in sorted(directory.iterdir(), key=lambda path: path.name == "config.yaml"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
             path.unlink()
 
 

@@ -81,7 +81,7 @@ def train(config: TrainConfig) -> OnPolicyAlgorithm:
     try:
         with locked(directory):
             check_directory(directory)  # while the model was being made, another training may have begun here
-            return _learn(config, directory, model)
+            return _learn(config, directory, model, config.progress)
     finally:
         with contextlib.suppress(OSError):  # only a start that failed leaves nothing in it
             directory.rmdir()
@@ -123,11 +123,11 @@ def resume(options: ResumeConfig) -> OnPolicyAlgorithm:
         state = history.newest()[1] if history.timesteps() else None
         for _, reason in history.damaged:
             warnings.warn(f"{reason} The checkpoint before it is taken.", stacklevel=2)
-        progress = config.progress and options.progress
-        config = dataclasses.replace(config, total_timesteps=total, progress=progress)
+        config = dataclasses.replace(config, total_timesteps=total)
         if rank:
             return _learn_along(config, new_algorithm(config), state)
-        return _learn(config, directory, new_algorithm(config), resumed=True, state=state)
+        progress = config.progress and options.progress
+        return _learn(config, directory, new_algorithm(config), progress, resumed=True, state=state)
 
 
 def new_algorithm(config: TrainConfig) -> OnPolicyAlgorithm:
@@ -201,17 +201,24 @@ def save_policy(model: OnPolicyAlgorithm, directory: Path) -> None:
 
 
 def _learn(
-    config: TrainConfig, directory: Path, model: OnPolicyAlgorithm, resumed: bool = False, state: Tree | None = None
+    config: TrainConfig,
+    directory: Path,
+    model: OnPolicyAlgorithm,
+    progress: bool,
+    resumed: bool = False,
+    state: Tree | None = None,
 ) -> OnPolicyAlgorithm:
     """Train to the end of the run, or until something ends it, and write down what there is then.
 
     :param config: the configuration.
     :param directory: the directory of the run.
     :param model: the algorithm, before any training.
+    :param progress: whether this process shows a progress bar; the configuration says whether the run has one.
     :param resumed: whether there may be files of an earlier process.
     :param state: the state that the algorithm goes on from; None: it begins.
     """
     config = dataclasses.replace(config, critic=critic_name(model.policy_kwargs.get("separate_critic", False)))
+    before = set(directory.iterdir())
     samples = SampleTexts(directory / "samples.jsonl", config)
     episodes = RecordEpisodes(directory / "episodes.jsonl", config)
     done = _go_on(model, state)  # now, since making whatever was made before may have drawn random numbers
@@ -242,7 +249,7 @@ def _learn(
             policy, picture = lambda: save_policy(model, directory / "policy"), lambda: plot_learning_curve(directory)
             steps = [*saved, policy, *steps, picture, lambda: write_card(directory)]
         elif not resumed:
-            steps.append(lambda: remove_start(directory))
+            steps.append(lambda: remove_start(directory, before))
         take_every(steps, cause)
         if cause is not None and checkpoints is not None and (checkpoints.timesteps is not None or resumed):
             cause.add_note(f"`{resume_command(directory)}` goes on from {checkpoints.timesteps or 0} tokens.")
@@ -252,7 +259,7 @@ def _learn(
             if tracker is not None:
                 tracker.begin()
             remaining = max(0, config.total_timesteps - done)
-            model.learn(remaining, callbacks, progress_bar=config.progress, reset_num_timesteps=state is None)
+            model.learn(remaining, callbacks, progress_bar=progress, reset_num_timesteps=state is None)
         except BaseException as error:
             if not (isinstance(error, Stopped) and error.at_once):
                 write_down(error)

@@ -31,7 +31,7 @@ from agents.models.pretrained import load_causal_lm
 from agents.policies.causal_lm_policy import load_policy
 from agents.runs.config import load_config
 from agents.state.manifest import MANIFEST, seal
-from text_env import chat_templates
+from text_env import chat_templates, reasoning_gym_tasks
 from text_env.chat_templates import apply_chat_template
 from text_env.rewards import make_reward
 from text_env.tokenization import load_tokenizer
@@ -212,6 +212,33 @@ class Listener(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         self.heard.append(self.request.recv(64))
         self.request.sendall(b"HTTP/1.0 400 no\r\n\r\n")
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate", "critic", "play", "train"])
+def test_a_task_that_runs_answers_is_refused_where_only_a_run_says_that_it_may(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    pytest.importorskip("reasoning_gym")
+    (place.model / "value_head.safetensors").touch()
+    task = {"task": "reasoning_gym:countdown", "task_kwargs": {"runs_answers": True}}
+    place.run_with(**task, reward="task", prompts="builtin")
+    run = str(place.root / "run")
+    others = {"play": ["play", run], "train": ["train", "--resume", run]}
+
+    def called(*more: str) -> str:
+        status = main([*others[command], *more]) if command in others else place.command(command, *more)
+        assert status == 1
+        return " ".join(capsys.readouterr().out.split())
+
+    message = called()
+    assert "config.yaml, task_kwargs: 'runs_answers' would have the model's answers run as Python" in message
+    assert "pass --trust" in message
+
+    def made(*_: Any) -> None:
+        raise ValueError("the task is made")
+
+    monkeypatch.setattr(reasoning_gym_tasks, "_dataset", made)
+    assert "the task is made" in called("--trust")
 
 
 def test_what_is_named_by_hand_leaves_the_rest_of_the_file_untrusted(

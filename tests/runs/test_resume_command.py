@@ -306,6 +306,7 @@ def test_a_run_that_was_finished_already_is_said_to_be(runs: Runs, capsys: pytes
         *(({"reward": "builtin+0.5*mine:score"}, "ppo", " --trust"), ({"constraint": "mine:few"}, "ppo", " --trust")),
         *(({"reward": {"mine:score": 1.0}}, "ppo", " --trust"), ({"reward": "http://host:8000"}, "ppo", " --trust")),
         ({"task": "sums.jsonl", "task_kwargs": {"match": "mine:equal"}}, "ppo", " --trust"),
+        ({"task": "reasoning_gym:countdown", "task_kwargs": {"runs_answers": True}}, "ppo", " --trust"),
     ],
     ids=str,
 )
@@ -314,6 +315,15 @@ def test_a_command_says_trust_where_the_run_names_code(
 ) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"algo": algo, "env": env}))
     assert resume_command(tmp_path) == f"textrlhf train --resume {tmp_path}{trust}"
+
+
+def test_a_resumed_run_without_a_progress_bar_leaves_the_bar_to_later_ones(runs: Runs, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert runs.train(run, "--progress") == 0
+    assert resume(run, "--no-progress") == 0
+    assert load_config(run / "config.yaml").progress
+    assert resume(runs.whole) == 0
+    assert not load_config(runs.whole / "config.yaml").progress  # as it was started
 
 
 def test_what_cannot_be_resumed_is_refused(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -345,6 +355,12 @@ def test_two_trainings_do_not_share_a_directory(runs: Runs, tmp_path: Path, caps
 
 
 # ---- which checkpoints there are -----------------------------------------------------------------------------------
+
+
+def test_the_best_of_no_checkpoints_is_refused(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert runs.train(tmp_path / "run", "--best", "objective/kl", "--checkpoint-every", "0") == 1
+    assert "best by 'objective/kl' is kept; got best together with checkpoint_every=0" in said(capsys)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_best_checkpoint_by_a_metric_is_kept(
