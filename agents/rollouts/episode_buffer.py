@@ -210,7 +210,7 @@ class EpisodeBuffer(RolloutBuffer):
         self._logged = {name: _Column(np.float32) for name in ("rewards", "values", "log_probs")}
         self._laid_out = self._finalized = False
         self.exact_kl: np.ndarray | None = None  # float32 [N], nats; None where no exact divergence is paid
-        self.kl_penalty = np.zeros(0, dtype=np.float32)  # [N], what has been subtracted from the rewards for it
+        self.kl_penalty: np.ndarray = np.zeros(0, dtype=np.float32)  # [N], that the rewards pay already
         self._ref_hidden: torch.Tensor | None = None  # [N, H], likewise
 
     def add(  # type: ignore[override]
