@@ -9,6 +9,7 @@ weights.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import random
@@ -57,7 +58,8 @@ def kill_runs(
         while todo:
             process = _start(directory, options)
             _wait_for_start(process, directory, _starts(directory))
-            time.sleep(moments.uniform(0, seconds))
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a run that is over is waited for no longer
+                process.wait(moments.uniform(0, seconds))
             writing = killed % 2 == 1 and _wait_for_writing(process, directory)
             if process.poll() is not None:  # over before the moment had come
                 break
