@@ -444,7 +444,8 @@ def needs_tuning(evidence: Evidence) -> Claim:
     )
     low, high = np.percentile(resampled, [2.5, 97.5])
     text = f"loss of `ppo` ({losses['ppo'][0]:.3f}) − mean loss of {', '.join(f'`{name}`' for name in others)}"
-    return positive(text, Estimate(float(value), float(low), float(high)), len(evidence.runs["ppo"]))
+    seeds = [len(evidence.runs[name]) for name in losses]  # the noise of every loss is taken from that many runs
+    return positive(text, Estimate(float(value), float(low), float(high)), *seeds)
 
 
 def fewer_lines(evidence: Evidence, simple: str, other: str) -> Claim:

@@ -233,6 +233,13 @@ def test_needing_tuning_is_losing_more_than_others_by_an_average_learning_rate()
     assert verdicts(tuned(robust, [0.89, 1.0, 0.9]))[text] == Verdict.UNDECIDED
 
 
+def test_few_seeds_of_another_algorithm_decide_nothing_about_tuning() -> None:
+    evidence = tuned([0.0, 1.2, 0.0], [0.9, 1.0, 0.9])
+    for seeds, verdict in ((sentences.FEWEST_SEEDS, Verdict.SUPPORTED), (1, Verdict.UNDECIDED)):
+        evidence.runs["a2c"] = runs_of("a2c", seeds, 1.0, 0.1)
+        assert verdicts(evidence)["PPO needs tuning"] == verdict
+
+
 def test_a_learning_rate_that_was_never_tried_is_an_error() -> None:
     evidence = tuned([0.0, 1.0, 0.0], [0.0, 1.0, 0.0])
     for one in evidence.runs["ppo"]:
