@@ -18,6 +18,8 @@ from text_env.vector_env import TextVectorEnv
 
 # Methods of the vector environment that return one entry per row.
 PER_ROW_METHODS = frozenset({"action_masks", "render"})
+# What infos of a step say of episodes that it has finished.
+FINAL = frozenset({"final_obs", "_final_obs", "final_info", "_final_info"})
 
 
 class TextVecEnv(VecEnv):
@@ -79,6 +81,7 @@ class TextVecEnv(VecEnv):
         rows: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         if dones.any():
             final = _rows_of(infos["final_info"], self.num_envs)
+            anew = _rows_of({k: v for k, v in infos.items() if k not in FINAL}, self.num_envs)
             for row in np.flatnonzero(dones):
                 elapsed = round(time.time() - self._start, 6)
                 rows[row] = {
@@ -87,6 +90,8 @@ class TextVecEnv(VecEnv):
                     "TimeLimit.truncated": bool(truncations[row] and not terminations[row]),
                     "episode": {"r": float(self._returns[row]), "l": int(self._lengths[row]), "t": elapsed},
                 }
+                # The row has started another episode, of which the vector environment tells beside the final info.
+                self.reset_infos[row] = anew[row]
             self._returns[dones] = 0
             self._lengths[dones] = 0
         return observation, rewards.astype(np.float32), dones, rows

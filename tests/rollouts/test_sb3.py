@@ -318,6 +318,23 @@ def test_options_of_a_reset_reach_each_row() -> None:
     assert len(drawn) > 1
 
 
+def test_reset_infos_are_those_of_the_episodes_that_are_under_way() -> None:
+    env = TextVecEnv(make_env(3))
+    stock = sb3_make_vec_env("TextRLHF-v0", n_envs=3, seed=0, env_kwargs=options())
+    env.seed(0)
+    seen = set()
+    for each in (env, stock):
+        each.reset()
+    for tokens in ([EOS, 5, 6], [EOS, EOS, 7], [8, EOS, 9]) * 4:
+        play(env, tokens)
+        stock.step(np.array(tokens))
+        assert env.reset_infos == stock.reset_infos
+        under_way = [env.vector_env.episodes.prompt(row).text for row in range(3)]
+        assert [info["prompt"] for info in env.reset_infos] == under_way
+        seen.add(env.reset_infos[1]["prompt"])
+    assert len(seen) > 1
+
+
 def test_attributes_and_methods_of_the_environment_can_be_reached() -> None:
     env = TextVecEnv(make_env(3))
     assert env.get_attr("max_new_tokens") == [8, 8, 8]
