@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import gymnasium as gym
@@ -50,11 +51,8 @@ class TextVecEnv(VecEnv):
         self._about_to_play()
         # SB3 keeps one dict of options per row. The vector environment takes one list of rows per option.
         seeds = [seed for seed in self._seeds if seed is not None]
-        options = {
-            key: [row.get(key) for row in self._options]
-            for key in ("prompt", "response")
-            if any(key in row for row in self._options)
-        }
+        # All keys of theirs are handed on, so that it refuses those that it doesn't know.
+        options = {key: [row.get(key) for row in self._options] for key in dict.fromkeys(chain(*self._options))}
         observation, infos = self.outermost.reset(
             seed=list(self._seeds) if len(seeds) == self.num_envs else None,  # type: ignore[arg-type]
             options=options or None,

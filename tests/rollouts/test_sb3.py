@@ -318,6 +318,14 @@ def test_options_of_a_reset_reach_each_row() -> None:
     assert len(drawn) > 1
 
 
+@pytest.mark.parametrize("name", ["promt", "reset_mask"])
+def test_options_of_a_reset_that_no_row_knows_are_refused(name: str) -> None:
+    env = TextVecEnv(make_env(3))
+    env.set_options([{"prompt": "a"}, {name: True}, {}])
+    with pytest.raises(ValueError, match=f"Unknown reset options \\['{name}'\\]|'reset_mask'\\] to be a bool array"):
+        env.reset()
+
+
 def test_reset_infos_are_those_of_the_episodes_that_are_under_way() -> None:
     env = TextVecEnv(make_env(3))
     stock = sb3_make_vec_env("TextRLHF-v0", n_envs=3, seed=0, env_kwargs=options())
