@@ -17,8 +17,11 @@ from stable_baselines3.common.vec_env import VecEnv
 import text_env  # noqa: F401  registers TextRLHF-v0
 from text_env.vector_env import TextVectorEnv
 
-# Methods of the vector environment that return one entry per row.
+# Methods and attributes of the vector environment that have one entry per row.
 PER_ROW_METHODS = frozenset({"action_masks", "render"})
+PER_ROW_ATTRIBUTES = frozenset({"np_random", "np_random_seed"})
+# What is one row's where the vector environment has that of all rows together.
+SPACES = frozenset({"action_space", "observation_space"})
 # What infos of a step say of episodes that it has finished.
 FINAL = frozenset({"final_obs", "_final_obs", "final_info", "_final_info"})
 
@@ -114,8 +117,11 @@ class TextVecEnv(VecEnv):
         self.outermost.close()
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        if attr_name in SPACES:
+            return [getattr(self, attr_name) for _ in self._get_indices(indices)]
         owner = self.outermost if hasattr(self.outermost, attr_name) else self.vector_env
-        return [getattr(owner, attr_name) for _ in self._get_indices(indices)]
+        value = getattr(owner, attr_name)
+        return [value[row] if attr_name in PER_ROW_ATTRIBUTES else value for row in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
         if len(list(self._get_indices(indices))) != self.num_envs:
@@ -123,6 +129,15 @@ class TextVecEnv(VecEnv):
         setattr(self.vector_env, attr_name, value)
 
     def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
+        if method_name in ("reset", "step"):
+            raise ValueError(
+                f"Expected a method that says something of a row, got {method_name!r}, which plays in all rows at "
+                "once, whatever the indices: use the reset() of this environment, after seed() or set_options(), and "
+                "its step()."
+            )
+        if method_name == "stream":
+            rows = self._get_indices(indices)
+            return [self.vector_env.stream(row, *method_args, **method_kwargs) for row in rows]
         owner = self.outermost if hasattr(self.outermost, method_name) else self.vector_env
         result = getattr(owner, method_name)(*method_args, **method_kwargs)
         return [result[row] if method_name in PER_ROW_METHODS else result for row in self._get_indices(indices)]
