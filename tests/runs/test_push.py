@@ -132,6 +132,7 @@ class Hub(BaseHTTPRequestHandler):
     committed: dict[str, bytes] = {}  # noqa: RUF012  emptied by the fixture
     private: bool | None = None
     allowed = True
+    message = ""
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -146,6 +147,8 @@ class Hub(BaseHTTPRequestHandler):
             return self._answer({"files": [{**file, "shouldIgnore": False, "oid": None} for file in files]})
         if "/commit/" in self.path:
             for line in map(json.loads, body.splitlines()):
+                if line["key"] == "header":
+                    type(self).message = line["value"]["summary"]
                 if line["key"] == "file":
                     self.committed[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             return self._answer(
@@ -194,6 +197,23 @@ def test_a_policy_without_a_run_is_pushed_as_it_is(tmp_path: Path, hub: str) -> 
     push(policy, "me/critic", endpoint=hub)
     assert set(Hub.committed) == {path.name for path in policy.iterdir()}
     assert "README.md" not in Hub.committed
+
+
+def test_a_model_beside_a_config_of_something_else_is_no_policy_of_a_run(tmp_path: Path, hub: str) -> None:
+    (tmp_path / "config.yaml").write_text("a: 1\n")
+    model = Path(save_model(tmp_path / "model"))
+    push(model, "me/critic", endpoint=hub)
+    assert set(Hub.committed) == {path.name for path in model.iterdir()}
+    assert "README.md" not in Hub.committed
+
+
+def test_a_policy_is_pushed_with_its_card_from_inside_its_directory(
+    tmp_path: Path, hub: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run_with_policy(tmp_path / "run") / "policy")
+    push(Path(), "me/critic", endpoint=hub)
+    assert b"trained from" in Hub.committed["README.md"]
+    assert Hub.message == "A policy of run"
 
 
 def test_a_hub_that_refuses_is_an_error_that_says_what_to_do(
