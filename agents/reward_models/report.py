@@ -99,8 +99,7 @@ def plot_margins(margins: NDArray[np.float64], path: Path) -> None:
 
     figure = matplotlib.figure.Figure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
-    width = max(float(np.abs(margins).max()), 1e-6) / 20
-    edges = [width * number for number in range(-20, 21)]  # 0 is among them, so no bar mixes right and wrong pairs
+    edges = margin_edges(margins)
     axes.hist(margins[margins > 0], edges, color="tab:blue", label="right")
     axes.hist(margins[margins <= 0], edges, color="tab:orange", label="wrong")
     axes.set_xlabel("margin: score of the chosen text − score of the rejected one")
@@ -108,6 +107,16 @@ def plot_margins(margins: NDArray[np.float64], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left", framealpha=0.9)
     figure.savefig(path, dpi=120)
+
+
+def margin_edges(margins: NDArray[np.float64]) -> list[float]:
+    """
+    :param margins: float64 [N].
+    :return: the ends of 40 bars that hold all margins. 0 is among them, so no bar mixes right and wrong pairs.
+    """
+    most = max(float(np.abs(margins).max()), 1e-6)
+    up = np.linspace(0, most, 21).tolist()  # ends in `most` itself: 20 times a twentieth of it may be less
+    return [*(-end for end in up[:0:-1]), *up]
 
 
 def report_table(report: dict[str, Any]) -> Table:

@@ -19,7 +19,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 import agents.reward_models.train
 from agents.cli import main
 from agents.policies.causal_lm_policy import load_policy
-from agents.reward_models.report import calibration_bins, describe_margins, expected_calibration_error, report_table
+from agents.reward_models.report import (
+    calibration_bins,
+    describe_margins,
+    expected_calibration_error,
+    margin_edges,
+    report_table,
+)
 from agents.reward_models.train import (
     RewardModelConfig,
     fitting,
@@ -558,3 +564,11 @@ def test_margins_that_say_what_is_true_are_calibrated_and_exaggerated_ones_are_n
     margins[rng.random(20_000) > 1 / (1 + np.exp(-margins))] *= -1  # chosen with probability σ(margin)
     assert expected_calibration_error(calibration_bins(margins)) < 0.02
     assert expected_calibration_error(calibration_bins(4 * margins)) > 0.1
+
+
+def test_the_bars_hold_all_margins_and_none_holds_right_and_wrong_ones() -> None:
+    for margins in np.random.default_rng(0).normal(size=(200, 8)):  # one in fourteen lost its largest
+        edges = margin_edges(margins)
+        assert np.histogram(margins, edges)[0].sum() == 8
+        assert edges == sorted(edges)
+        assert 0 in edges
