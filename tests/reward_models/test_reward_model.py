@@ -484,6 +484,7 @@ def test_what_cannot_be_used_is_refused_before_training(
         ({"micro_batch_size": 5}, toy_pairs(), "divisor of batch_size=16, got 5"),
         ({"dtype": "float3"}, toy_pairs(), "Expected dtype"),
         ({"max_pairs": 0}, toy_pairs(), "got 0 and 48"),
+        ({"max_pairs": -1}, toy_pairs(), "Expected max_pairs"),  # which would be all but the last
     ]
     for changes, preferences, message in refusals:
         with pytest.raises(ValueError, match=message):
