@@ -112,7 +112,7 @@ def run_critic(config: CriticConfig) -> int:
     console.print(critic_table(result))
     console.print(prompts_in_words(result), highlight=False, markup=False, soft_wrap=True)
     plot_critic(result, config.picture(), str(config.policy))
-    console.print(f"Wrote {config.picture()}")
+    console.print(f"Wrote {config.picture()}", soft_wrap=True, highlight=False, markup=False)
     if config.json is not None:
         config.json.write_text(json.dumps(result, indent=2) + "\n")
     return 0
@@ -303,7 +303,8 @@ def _print_written(directory: Path | None) -> None:
     if launched()[0]:  # another process has written
         return
     files = "policy/, learning_curve.png, progress.csv, samples.jsonl, episodes.jsonl, config.yaml"
-    console.print(f"Wrote {directory}/: {files}. `textrlhf report {directory}` makes a page of them.", soft_wrap=True)
+    wrote = f"Wrote {directory}/: {files}. `textrlhf report {directory}` makes a page of them."
+    console.print(wrote, soft_wrap=True, highlight=False, markup=False)
 
 
 def run_doctor(config: DoctorConfig) -> int:
@@ -335,7 +336,10 @@ def run_reward_model(config: RewardModelConfig) -> int:
 
     console.print(report_table(train_reward_model(config)))
     console.print(
-        f"Wrote {config.out}/: use it as --reward {config.out}; reward_model.json, calibration.png, margins.png"
+        f"Wrote {config.out}/: use it as --reward {config.out}; reward_model.json, calibration.png, margins.png",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,  # a name may have brackets
     )
     return 0
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -125,7 +126,7 @@ def report_table(report: dict[str, Any]) -> Table:
     :return: a table of the most important entries.
     """
     held_out, pairs, normalisation = report["held_out"], report["pairs"], report["normalisation"]
-    table = Table("", "", title=f"Reward model on {report['settings']['preferences']}", show_header=False)
+    table = Table("", "", title=f"Reward model on {escape(report['settings']['preferences'])}", show_header=False)
     table.add_row("pairs", f"{pairs['train']} to train, {pairs['held_out']} held out (by: {pairs['split_by']})")
     table.add_row("left out", f"{pairs['malformed']} malformed rows, {pairs['overlong']} overlong pairs")
     table.add_row("held-out accuracy", f"{held_out['accuracy']:.3f} ± {held_out['accuracy_se']:.3f}", style="bold")
@@ -140,7 +141,7 @@ def report_table(report: dict[str, Any]) -> Table:
     if normalisation is not None:
         spread = f"mean {normalisation['mean']:.3f}, standard deviation {normalisation['std']:.3f}"
         table.add_row(
-            f"{normalisation['texts']} texts of {normalisation['policy']}", f"{spread}, normalised to 0 and 1"
+            f"{normalisation['texts']} texts of {escape(normalisation['policy'])}", f"{spread}, normalised to 0 and 1"
         )
     table.add_row("seconds", f"{report['seconds']['all']:.0f}, training {report['seconds']['training']:.0f}")
     return table

@@ -503,15 +503,18 @@ def test_scores_that_are_not_finite_are_an_error() -> None:
 def test_the_command_trains_from_a_file_and_the_result_is_a_reward_for_train(
     base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in toy_pairs()))
+    pairs = tmp_path / "pairs[/b].jsonl"  # no markup of Rich's
+    pairs.parent.mkdir()
+    pairs.write_text("".join(json.dumps(pair) + "\n" for pair in toy_pairs()))
     (tmp_path / "prompts.txt").write_text("The film\nI\n")
-    out = str(tmp_path / "reward")
-    command = ["reward-model", "--preferences", str(tmp_path / "pairs.jsonl"), "--base", base, "--out", out]
+    out = str(tmp_path / "[red]reward")
+    command = ["reward-model", "--preferences", str(pairs), "--base", base, "--out", out]
     options = ["--learning-rate", "3e-3", "--batch-size", "16", "--max-new-tokens", "8", "--device", "cpu"]
     assert main([*command, *options, "--n-normalisation-texts", "64"]) == 0
     shown = capsys.readouterr()
-    for words in ("held-out accuracy", "expected calibration error", "normalised to 0 and 1", "use it as --reward"):
+    for words in ("held-out accuracy", "expected calibration error", "normalised to 0 and 1", "[/b].jsonl"):
         assert words in " ".join(shown.out.split())
+    assert f"use it as --reward {out};" in shown.out
     assert "policy's texts: 100%" in shown.err
     assert main([*command, *options]) == 1
     assert "holds something already" in capsys.readouterr().out
