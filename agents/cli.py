@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 import tyro
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
-from agents.evaluation.report import answers_table, evaluation_table, prompts_in_words, texts_table
+from agents.evaluation.report import answers_table, evaluation_table, prompts_in_words, scored_text, texts_table
 from agents.reward_models.config import RewardModelConfig
 from agents.runs.commands import (
     COMMANDS,
@@ -41,6 +42,7 @@ from agents.runs.look_commands import PlayConfig, PushConfig, ReportConfig, Watc
 from agents.runs.usage import usage
 from agents.state.lock import locked
 from text_env.imports import UntrustedNameError
+from text_env.rendering import printable
 from text_env.tokenization import BUILTIN_MODELS
 
 if TYPE_CHECKING:
@@ -110,7 +112,7 @@ def run_critic(config: CriticConfig) -> int:
     console.print(critic_table(result))
     console.print(prompts_in_words(result), highlight=False, markup=False, soft_wrap=True)
     plot_critic(result, config.picture(), str(config.policy))
-    console.print(f"Wrote {config.picture()}")
+    console.print(f"Wrote {config.picture()}", soft_wrap=True, highlight=False, markup=False)
     if config.json is not None:
         config.json.write_text(json.dumps(result, indent=2) + "\n")
     return 0
@@ -146,8 +148,8 @@ def _sample(config: SampleConfig, env_config: EnvConfig) -> None:
     set_random_seed(config.seed)
     policy = load_policy(config.policy, env, config.device, config.dtype, config.temperature)
     for info in sample_texts(policy, env, prompts, config.greedy):
-        text = f"[bold]{escape(info['prompt'])}[/bold]{escape(info['completion'])}"
-        console.print(f"{text} [dim]({escape(score_of(info))})[/dim]", soft_wrap=True)
+        text = (printable(info["prompt"]), "bold"), printable(info["completion"])
+        console.print(Text.assemble(*text, " ", (f"({score_of(info)})", "dim")), soft_wrap=True)
 
 
 def run_push(config: PushConfig) -> int:
@@ -301,7 +303,8 @@ def _print_written(directory: Path | None) -> None:
     if launched()[0]:  # another process has written
         return
     files = "policy/, learning_curve.png, progress.csv, samples.jsonl, episodes.jsonl, config.yaml"
-    console.print(f"Wrote {directory}/: {files}. `textrlhf report {directory}` makes a page of them.", soft_wrap=True)
+    wrote = f"Wrote {directory}/: {files}. `textrlhf report {directory}` makes a page of them."
+    console.print(wrote, soft_wrap=True, highlight=False, markup=False)
 
 
 def run_doctor(config: DoctorConfig) -> int:
@@ -333,7 +336,10 @@ def run_reward_model(config: RewardModelConfig) -> int:
 
     console.print(report_table(train_reward_model(config)))
     console.print(
-        f"Wrote {config.out}/: use it as --reward {config.out}; reward_model.json, calibration.png, margins.png"
+        f"Wrote {config.out}/: use it as --reward {config.out}; reward_model.json, calibration.png, margins.png",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,  # a name may have brackets
     )
     return 0
 
@@ -460,15 +466,14 @@ def _evaluate(
 
 
 def _print_texts(path: Path) -> None:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    with path.open() as file:  # by lines of the file: texts may hold other ends of lines, such as U+2028
+        rows = [json.loads(line) for line in file]
     last = rows[-1]["timesteps"]
     for title, when in (("Before", rows[0]["timesteps"]), ("After", last)):
         console.print(f"\n[bold]{title}[/bold]")
         for row in (row for row in rows if row["timesteps"] == when):
-            console.print(
-                f" [dim]{row['score']:+.2f}[/dim] [bold]{escape(row['prompt'])}[/bold]{escape(row['completion'])}",
-                soft_wrap=True,
-            )
+            text = scored_text(f" {row['score']:+.2f}", row["prompt"], row["completion"])
+            console.print(text, soft_wrap=True)
     console.print()
 
 

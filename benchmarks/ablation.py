@@ -210,9 +210,9 @@ def main(options: Options) -> int:
     :param options: the settings.
     :return: the exit status, 0.
     """
-    runs, tokens = options.out / "runs", options.total_timesteps
+    runs, size = options.out / "runs", f"{options.total_timesteps}-{options.episodes}"
     todo = {
-        runs / f"{name.replace(' ', '-')}-{tokens}-{seed}.json": (name, seed, options)
+        runs / f"{name.replace(' ', '-')}-{size}-{seed}.json": (name, seed, options)
         for seed in range(options.seeds)
         for name in VARIANTS
     }

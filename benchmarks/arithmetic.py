@@ -260,9 +260,9 @@ def main(options: Options) -> int:
     :param options: the settings.
     :return: the exit status: 0 if every run of PPO reached 0.9 greedily and 0.85 by sampling, else 1.
     """
-    runs, tokens = options.out / "runs", options.total_timesteps
+    runs, size = options.out / "runs", f"{options.total_timesteps}-{options.episodes}"
     todo = {
-        runs / f"{name}-{tokens}-{seed}.json": (name, seed, options)
+        runs / f"{name}-{size}-{seed}.json": (name, seed, options)
         for seed in range(options.seeds)
         for name in options.algorithms
     }

@@ -26,6 +26,7 @@ def run_seed(seed: int, runs: Path) -> dict[str, Any]:
     :param seed: of the demo.
     :param runs: directory of the runs.
     :return: the seed's row of the table.
+    :raises RuntimeError: with the process's last words, if it ended before the evaluation.
     """
     directory = runs / str(seed)
     exit_status = directory / "exit_status"
@@ -33,6 +34,9 @@ def run_seed(seed: int, runs: Path) -> dict[str, Any]:
         command = [sys.executable, "-m", "agents.cli", "demo", "--run-dir", str(directory), "--seed", str(seed)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, check=False)
+        if not (directory / "evaluation.json").exists():
+            last = done.stderr.decode(errors="replace")[-2000:]
+            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode} before it was evaluated:\n{last}")
         exit_status.write_text(f"{done.returncode}\n")
     result = json.loads((directory / "evaluation.json").read_text())
     policy, reference = result["policy"], result["reference"]

@@ -398,7 +398,8 @@ def result(policy: Policy, runs: Path, start: Point) -> Run:
     proxy, directory = policy.proxy.directory(runs), policy.directory(runs)
     report = json.loads((proxy / "reward_model.json").read_text())
     curve = read_curve(directory / "progress.csv", start)
-    samples = [json.loads(line) for line in (directory / "samples.jsonl").read_text().splitlines()]
+    with (directory / "samples.jsonl").open() as file:  # by lines of the file: texts may hold other ends of lines
+        samples = [json.loads(line) for line in file]
     last = [row for row in samples if row["timesteps"] == samples[-1]["timesteps"]]
     return {
         "size": policy.proxy.size,

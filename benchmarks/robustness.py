@@ -14,7 +14,8 @@ with two seeds; their random model of width 32 learns nothing at the default, so
 which tests ask that they be solved (:data:`TASKS`). No run stops early. All else is as PPO's signature has it.
 
 A run ends *below its start* if its score is lower than before training by more than two standard errors of the
-difference, or if training raised ``FloatingPointError``. By chance alone, one run in 44 that learned nothing would.
+difference, or if training raised ``FloatingPointError``. By chance alone, at most one run in 44 that learned nothing
+would: both scores are of the same prompts, which can only make their difference vary less than is assumed.
 Finished runs are kept in the folder runs/, each with its commit; delete it when PPO has changed.
 """
 
@@ -272,7 +273,7 @@ def is_below(row: dict[str, Any]) -> bool:
 def error_of(row: dict[str, Any]) -> float:
     """
     :param row: a run that did not fail.
-    :return: the standard error of after − before, the two being independent.
+    :return: the standard error of after − before if the two are independent, which is the most: they share prompts.
     """
     return math.hypot(row["before_error"], row["after_error"])
 

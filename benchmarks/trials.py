@@ -170,7 +170,7 @@ def file_of(name: str, seed: int, options: Options) -> Path:
     :return: the file that the trial's row is kept in.
     """
     words = name.replace(" ", "-").replace(",", "").replace(":", "")
-    return options.out / "runs" / f"{words}-{tokens_of(name, options)}-{seed}.json"
+    return options.out / "runs" / f"{words}-{tokens_of(name, options)}-{options.episodes}-{seed}.json"
 
 
 def run(name: str, seed: int, options: Options) -> dict[str, Any]:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     import optuna
 
 
+MEASUREMENTS = 8  # of a trial, the last one after its training
+
+
 class Evaluation(BaseCallback):
     """Tells Optuna the gold score of held-out texts between two rollouts, and ends the trial if Optuna says so.
 
@@ -45,24 +48,26 @@ class Evaluation(BaseCallback):
         return True
 
     def _on_rollout_start(self) -> None:
-        if self.num_timesteps >= self._due:
-            self._due += self.every
-            self._measure()
-
-    def _on_training_end(self) -> None:
-        self._measure()
-
-    def _measure(self) -> None:
         import optuna
 
+        if self.num_timesteps >= self._due:
+            self._measure(self._due)
+            self._due += self.every
+            if self.trial.should_prune():
+                raise optuna.TrialPruned
+
+    def _on_training_end(self) -> None:
+        self._measure(MEASUREMENTS * self.every)
+
+    def _measure(self, step: int) -> None:
         policy: Any = self.model.policy
         with torch.random.fork_rng():  # the same random numbers every time, without changing those of the training
             torch.manual_seed(0)
             texts = sample_texts(policy, self.held_out, list(self.held_out.prompts[: self.held_out.num_envs]))
         self.gold_score = float(np.mean([text["gold_score"] for text in texts]))
-        self.trial.report(self.gold_score, self.num_timesteps)
-        if self.trial.should_prune():
-            raise optuna.TrialPruned
+        # Optuna compares what trials report at the same step. They write other texts, so that hardly two of them would
+        # ever have the same number of tokens: what counts is the number at which the measurement was due.
+        self.trial.report(self.gold_score, step)
 
 
 def train(trial: optuna.Trial, total_timesteps: int, n_episodes: int, n_texts: int) -> float:
@@ -82,7 +87,7 @@ def train(trial: optuna.Trial, total_timesteps: int, n_episodes: int, n_texts: i
         policy_kwargs={"model": "builtin"},
         seed=0,
     )
-    evaluation = Evaluation(trial, n_texts, every=total_timesteps // 8)
+    evaluation = Evaluation(trial, n_texts, every=total_timesteps // MEASUREMENTS)
     ppo.learn(total_timesteps, callback=evaluation)
     return evaluation.gold_score
 

@@ -448,9 +448,11 @@ def run_demo_with(monkeypatch: pytest.MonkeyPatch, run_dir: Path, **changed: flo
         config.run_dir.mkdir(parents=True, exist_ok=True)
         (config.run_dir / "config.yaml").write_text(dump_config(config))
         rows = [
-            {"timesteps": t, "prompt": "The movie", "completion": f" [/b] at {t}", "score": 1.0} for t in (0, 50, 99)
+            {"timesteps": t, "prompt": "The movie", "completion": f" [/b]\x1b[2J\u2028 at {t}", "score": 1.0}
+            for t in (0, 50, 99)
         ]
-        (config.run_dir / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        (config.run_dir / "samples.jsonl").write_text("".join(lines))
 
     monkeypatch.setattr("agents.runs.train.train", train)
     monkeypatch.setattr("agents.cli._evaluate", lambda *_: {**writers, **figures})
@@ -463,8 +465,8 @@ def test_the_demo_prints_its_figures_and_texts_before_and_after(
     assert run_demo_with(monkeypatch, tmp_path / "demo") == 0
     shown = capsys.readouterr().out
     assert "256 episodes each" in shown
-    assert "The movie [/b] at 0" in shown
-    assert "The movie [/b] at 99" in shown
+    for tokens in (0, 99):  # as they are, but a control character is obeyed by no terminal
+        assert f"The movie [/b]\ufffd[2J\u2028 at {tokens}" in shown
     assert "at 50" not in shown
     assert shown.count("yes ") == 4
     assert json.loads((tmp_path / "demo" / "evaluation.json").read_text())["kl"] == 9.0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import functools
 import itertools
+import json
 import math
 import pkgutil
 import re
@@ -236,6 +237,32 @@ def test_pages_say_the_speeds_that_the_table_has() -> None:
     assert f"{update[1]} times the tokens a second of a bare forward and backward pass" in token
     assert f"takes {head[1]} times as long" in token
     assert f"and {own[1]} times as long as one with a critic of its own" in token
+
+
+def test_pages_say_what_the_seeds_of_the_demo_and_the_trials_of_the_defaults_came_to() -> None:
+    measured = ROOT / "benchmarks" / "results"
+    seeds = json.loads((measured / "demo_seeds.json").read_text())["seeds"]
+    trials = json.loads((measured / "trials" / "results.json").read_text())
+    results, ppo = (" ".join((ROOT / "docs" / name).read_text().split()) for name in ("results.md", "ppo.md"))
+
+    def span(key: str, style: str) -> str:
+        return " to ".join(f"{end:{style}}" for end in (min(row[key] for row in seeds), max(row[key] for row in seeds)))
+
+    said = f"score {span('score_gain_std', '+.2f')} standard deviations, gold score {span('gold_gain', '+.2f')}, KL "
+    said += f"{span('kl', '.1f')} nats, distinct-2 {span('distinct_2_ratio', '.2f')} of the start"
+    assert said in results
+
+    def objective(*names: str) -> list[str]:
+        found = [[row["objective"] for row in trials if row["trial"] == name] for name in names]
+        return [f"{sum(objectives) / len(objectives):.2f}" for objectives in found]
+
+    critics = objective("head, 4 epochs", "copy, 4 epochs", "reward model, 4 epochs")
+    assert "{} with a head on the policy, {} with a copy, {} with the reward model".format(*critics) in ppo
+    passes = objective(*(f"reward model, {n}" for n in ("1 epoch at 4e-4", "2 epochs", "4 epochs at 1.5e-4")))
+    assert "1 epoch at 4e-4 {}, 2 at 3e-4 {}, 4 at 1.5e-4 {}".format(*passes) in ppo
+    small = objective("reward model, 2 epochs", *(f"reward model, 2 epochs, lambda 0.{n}" for n in (9, 8, 6)))
+    assert "0.95: {}; 0.9: {}; 0.8: {}; 0.6: {}".format(*small) in ppo
+    assert "next to nothing is learned in this time ({})".format(*objective("head, trust region 0.1")) in ppo
 
 
 def test_the_page_about_the_command_line_shows_and_explains_every_command() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -72,3 +73,22 @@ def test_optuna_ends_a_trial_that_falls_behind() -> None:
     [trial] = study.trials
     assert trial.state == optuna.trial.TrialState.PRUNED
     assert 100 <= max(trial.intermediate_values) < 800  # after an eighth of the training
+
+
+def test_optuna_compares_trials_whose_texts_are_of_other_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    optuna = pytest.importorskip("optuna")
+    golds = iter([0.5] + [0.9] * 7 + [0.5] * 8)  # the second trial falls behind after its first measurement
+    told: list[float] = []
+
+    def texts(policy: Any, env: Any, prompts: Any) -> list[dict[str, float]]:
+        told.append(next(golds))
+        return [{"gold_score": told[-1]}]
+
+    monkeypatch.setattr(optuna_study, "sample_texts", texts)
+    study = optuna.create_study(direction="maximize", pruner=optuna.pruners.MedianPruner(n_startup_trials=1))
+    for rate in (3e-5, 3e-3):  # after the first update they write other texts
+        study.enqueue_trial({"learning_rate": rate, "kl_coef": 0.04})
+    study.optimize(lambda trial: optuna_study.train(trial, 1600, 4, 4), n_trials=2)
+    states = [trial.state for trial in study.trials]
+    assert states == [optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED]
+    assert told.count(0.5) == 3  # once in the first trial, twice in the second

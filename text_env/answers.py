@@ -321,10 +321,14 @@ class Verifier:
         """
         :param answer: an answer.
         :return: what it counts as in a vote. If numbers are compared, the number: ``"1,000"`` votes for ``"1000.0"``.
-            Otherwise the answer, where any white space is as good as one space.
+            Otherwise, and for numbers of thousands of digits, the answer, where any white space is as good as one
+            space.
         """
         value = as_number(answer) if self.match is number else None
-        return " ".join(answer.split()) if value is None else str(value)
+        if value is not None:
+            with suppress(ValueError):  # str() refuses more than 4300 digits, which a decimal may have as a fraction
+                return str(value)
+        return " ".join(answer.split())
 
     def judge(self, text: str, expected: Any) -> tuple[float | None, float, str | None]:
         """

@@ -16,6 +16,8 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import numpy as np
+
 PARQUET = ".parquet"
 
 
@@ -153,7 +155,8 @@ def rows_of(table: Any, what: str, columns: Iterable[str]) -> Iterable[Any]:
         such as a list or a ``datasets.Dataset``.
     :param what: what the table holds, for error messages, for example ``"prompts"``.
     :param columns: names of columns, all of which are there if a mapping holds columns.
-    :return: the rows. Those of tables with columns are mappings from the columns' names.
+    :return: the rows. Those of tables with columns are mappings from the columns' names, with None where a table has no
+        value, be it that pandas marks this by NaN.
     :raises ValueError: if the object has no rows, or has them in no order that is the same in every process.
     """
     kind = f"{type(table).__module__.partition('.')[0]}.{type(table).__name__}"
@@ -162,7 +165,10 @@ def rows_of(table: Any, what: str, columns: Iterable[str]) -> Iterable[Any]:
     if hasattr(table, "to_pylist"):  # pyarrow's tables, record batches and arrays
         return list(table.to_pylist())
     if hasattr(table, "to_dict") and hasattr(table, "columns") and hasattr(table, "iloc"):  # pandas.DataFrame
-        return list(table.to_dict("records"))
+        return [
+            {name: _unwrapped(cell) for name, cell in row.items()}
+            for row in _none_where_missing(table).to_dict("records")
+        ]
     if isinstance(table, Mapping):
         return _rows_of_columns(table, what, list(columns))
     # A datasets.Dataset has a column_names too, and iterates over its rows.
@@ -189,7 +195,7 @@ def rows_of(table: Any, what: str, columns: Iterable[str]) -> Iterable[Any]:
 
 
 def _rows_of_columns(table: Mapping[Any, Any], what: str, columns: list[str]) -> list[dict[Any, Any]]:
-    values = {name: column.tolist() if hasattr(column, "tolist") else column for name, column in dict(table).items()}
+    values = {name: _listed(column) for name, column in dict(table).items()}
     lengths = {name: len(column) for name, column in values.items() if isinstance(column, list | tuple)}
     if not set(columns) <= set(lengths) or len(lengths) < len(values) or len(set(lengths.values())) != 1:
         named = " and ".join(map(repr, columns))
@@ -199,3 +205,20 @@ def _rows_of_columns(table: Mapping[Any, Any], what: str, columns: list[str]) ->
             f". A data set with splits is given as one of them, data[{next(iter(table), 'train')!r}]."
         )
     return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
+
+
+def _listed(column: Any) -> Any:
+    """A column as a list, if it is a pandas.Series, an array or the like; anything else as it is."""
+    if hasattr(column, "notna"):
+        return [_unwrapped(cell) for cell in _none_where_missing(column).tolist()]
+    return column.tolist() if hasattr(column, "tolist") else column
+
+
+def _none_where_missing(table: Any) -> Any:
+    """A data frame or a column of pandas, which would turn None back into NaN in a column of numbers."""
+    return table.astype(object).where(table.notna(), None)
+
+
+def _unwrapped(cell: Any) -> Any:
+    """A cell, whose list pandas.read_parquet gives as an array."""
+    return cell.tolist() if isinstance(cell, np.ndarray) else cell

@@ -6,6 +6,9 @@ from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
+
+from text_env.rendering import printable
 
 
 def prompts_in_words(result: dict[str, Any]) -> str:
@@ -84,7 +87,16 @@ def texts_table(result: dict[str, Any]) -> Table:
     other = result["compared_with"]
     table = Table(*(("before", "after") if other == "reference" else (other, "policy")), show_lines=True)
     for pair in result["texts"]:
-        prompt = f"[bold]{escape(pair['prompt'])}[/bold]"
         texts = (pair[other], pair["policy"])
-        table.add_row(*(f"[dim]{t['score']:+.2f}[/dim] {prompt}{escape(t['completion'])}" for t in texts))
+        table.add_row(*(scored_text(f"{t['score']:+.2f}", pair["prompt"], t["completion"]) for t in texts))
     return table
+
+
+def scored_text(score: str, prompt: str, completion: str) -> Text:
+    """
+    :param score: the score, in words.
+    :param prompt: the prompt of a text.
+    :param completion: what a model wrote after it.
+    :return: them for the terminal, which obeys nothing that is in them.
+    """
+    return Text.assemble((score, "dim"), " ", (printable(prompt), "bold"), printable(completion))

@@ -83,5 +83,7 @@ class RewardModelConfig:
             check_integer(name, getattr(self, name), 1)
         if self.lora_r is not None:
             check_integer("lora_r", self.lora_r, 1)
+        if self.max_pairs is not None:
+            check_integer("max_pairs", self.max_pairs, 0)
         check_number("weight_decay", self.weight_decay, least=0)
         check_integer("n_normalisation_texts", self.n_normalisation_texts, 0)

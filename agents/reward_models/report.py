@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -99,8 +100,7 @@ def plot_margins(margins: NDArray[np.float64], path: Path) -> None:
 
     figure = matplotlib.figure.Figure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
-    width = max(float(np.abs(margins).max()), 1e-6) / 20
-    edges = [width * number for number in range(-20, 21)]  # 0 is among them, so no bar mixes right and wrong pairs
+    edges = margin_edges(margins)
     axes.hist(margins[margins > 0], edges, color="tab:blue", label="right")
     axes.hist(margins[margins <= 0], edges, color="tab:orange", label="wrong")
     axes.set_xlabel("margin: score of the chosen text − score of the rejected one")
@@ -110,13 +110,23 @@ def plot_margins(margins: NDArray[np.float64], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def margin_edges(margins: NDArray[np.float64]) -> list[float]:
+    """
+    :param margins: float64 [N].
+    :return: the ends of 40 bars that hold all margins. 0 is among them, so no bar mixes right and wrong pairs.
+    """
+    most = max(float(np.abs(margins).max()), 1e-6)
+    up = np.linspace(0, most, 21).tolist()  # ends in `most` itself: 20 times a twentieth of it may be less
+    return [*(-end for end in up[:0:-1]), *up]
+
+
 def report_table(report: dict[str, Any]) -> Table:
     """
     :param report: what :func:`agents.reward_models.train.train_reward_model` returned.
     :return: a table of the most important entries.
     """
     held_out, pairs, normalisation = report["held_out"], report["pairs"], report["normalisation"]
-    table = Table("", "", title=f"Reward model on {report['settings']['preferences']}", show_header=False)
+    table = Table("", "", title=f"Reward model on {escape(report['settings']['preferences'])}", show_header=False)
     table.add_row("pairs", f"{pairs['train']} to train, {pairs['held_out']} held out (by: {pairs['split_by']})")
     table.add_row("left out", f"{pairs['malformed']} malformed rows, {pairs['overlong']} overlong pairs")
     table.add_row("held-out accuracy", f"{held_out['accuracy']:.3f} ± {held_out['accuracy_se']:.3f}", style="bold")
@@ -131,7 +141,7 @@ def report_table(report: dict[str, Any]) -> Table:
     if normalisation is not None:
         spread = f"mean {normalisation['mean']:.3f}, standard deviation {normalisation['std']:.3f}"
         table.add_row(
-            f"{normalisation['texts']} texts of {normalisation['policy']}", f"{spread}, normalised to 0 and 1"
+            f"{normalisation['texts']} texts of {escape(normalisation['policy'])}", f"{spread}, normalised to 0 and 1"
         )
     table.add_row("seconds", f"{report['seconds']['all']:.0f}, training {report['seconds']['training']:.0f}")
     return table

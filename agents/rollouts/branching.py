@@ -77,7 +77,7 @@ def branch(
     """
     if n_branches < 1:
         raise ValueError(f"Expected n_branches >= 1, got {n_branches}.")
-    order = np.argsort([-len(response) for response in responses], kind="stable")
+    order = np.argsort([0 if response is None else -len(response) for response in responses], kind="stable")
     again = np.repeat(order, n_branches).tolist()
     openings: dict[str, Any] = {"prompts": [prompts[i] for i in again], "responses": [responses[i] for i in again]}
     with env.left_as_it_was():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import gymnasium as gym
@@ -16,8 +17,13 @@ from stable_baselines3.common.vec_env import VecEnv
 import text_env  # noqa: F401  registers TextRLHF-v0
 from text_env.vector_env import TextVectorEnv
 
-# Methods of the vector environment that return one entry per row.
+# Methods and attributes of the vector environment that have one entry per row.
 PER_ROW_METHODS = frozenset({"action_masks", "render"})
+PER_ROW_ATTRIBUTES = frozenset({"np_random", "np_random_seed"})
+# What is one row's where the vector environment has that of all rows together.
+SPACES = frozenset({"action_space", "observation_space"})
+# What infos of a step say of episodes that it has finished.
+FINAL = frozenset({"final_obs", "_final_obs", "final_info", "_final_info"})
 
 
 class TextVecEnv(VecEnv):
@@ -48,11 +54,8 @@ class TextVecEnv(VecEnv):
         self._about_to_play()
         # SB3 keeps one dict of options per row. The vector environment takes one list of rows per option.
         seeds = [seed for seed in self._seeds if seed is not None]
-        options = {
-            key: [row.get(key) for row in self._options]
-            for key in ("prompt", "response")
-            if any(key in row for row in self._options)
-        }
+        # All keys of theirs are handed on, so that it refuses those that it doesn't know.
+        options = {key: [row.get(key) for row in self._options] for key in dict.fromkeys(chain(*self._options))}
         observation, infos = self.outermost.reset(
             seed=list(self._seeds) if len(seeds) == self.num_envs else None,  # type: ignore[arg-type]
             options=options or None,
@@ -79,6 +82,7 @@ class TextVecEnv(VecEnv):
         rows: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         if dones.any():
             final = _rows_of(infos["final_info"], self.num_envs)
+            anew = _rows_of({k: v for k, v in infos.items() if k not in FINAL}, self.num_envs)
             for row in np.flatnonzero(dones):
                 elapsed = round(time.time() - self._start, 6)
                 rows[row] = {
@@ -87,6 +91,8 @@ class TextVecEnv(VecEnv):
                     "TimeLimit.truncated": bool(truncations[row] and not terminations[row]),
                     "episode": {"r": float(self._returns[row]), "l": int(self._lengths[row]), "t": elapsed},
                 }
+                # The row has started another episode, of which the vector environment tells beside the final info.
+                self.reset_infos[row] = anew[row]
             self._returns[dones] = 0
             self._lengths[dones] = 0
         return observation, rewards.astype(np.float32), dones, rows
@@ -111,8 +117,11 @@ class TextVecEnv(VecEnv):
         self.outermost.close()
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        if attr_name in SPACES:
+            return [getattr(self, attr_name) for _ in self._get_indices(indices)]
         owner = self.outermost if hasattr(self.outermost, attr_name) else self.vector_env
-        return [getattr(owner, attr_name) for _ in self._get_indices(indices)]
+        value = getattr(owner, attr_name)
+        return [value[row] if attr_name in PER_ROW_ATTRIBUTES else value for row in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
         if len(list(self._get_indices(indices))) != self.num_envs:
@@ -120,6 +129,15 @@ class TextVecEnv(VecEnv):
         setattr(self.vector_env, attr_name, value)
 
     def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
+        if method_name in ("reset", "step"):
+            raise ValueError(
+                f"Expected a method that says something of a row, got {method_name!r}, which plays in all rows at "
+                "once, whatever the indices: use the reset() of this environment, after seed() or set_options(), and "
+                "its step()."
+            )
+        if method_name == "stream":
+            rows = self._get_indices(indices)
+            return [self.vector_env.stream(row, *method_args, **method_kwargs) for row in rows]
         owner = self.outermost if hasattr(self.outermost, method_name) else self.vector_env
         result = getattr(owner, method_name)(*method_args, **method_kwargs)
         return [result[row] if method_name in PER_ROW_METHODS else result for row in self._get_indices(indices)]

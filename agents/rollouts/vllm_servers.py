@@ -29,6 +29,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from functools import partial
 from http.client import HTTPException
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,6 +104,7 @@ class VllmServers:
         if directory is None:
             weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
         self._weights: _Weights | None = None
+        self._numbers = count(1)  # of the weights that have been written
         self._lock = threading.Lock()  # over who writes what
         self._waits = False  # whether nobody is there, which has been said
         self._slots = threading.BoundedSemaphore(MOST_REQUESTS)
@@ -130,7 +132,9 @@ class VllmServers:
         :raises ValueError: if a server refuses them.
         :raises NoServerLeft: if nobody is there to take them.
         """
-        before, self._weights = self._weights, _saved(policy, version, self._directory / f"{self.name}-{version}")
+        # Not by their version, which is the same again if a training goes on from an earlier state, or another begins.
+        directory = self._directory / f"{self.name}-{next(self._numbers)}"
+        before, self._weights = self._weights, _saved(policy, version, directory)
         with self._lock:
             for loaded in [in_background(partial(self._load, server)) for server in self._servers]:
                 loaded.result()

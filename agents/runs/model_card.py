@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -18,6 +18,8 @@ EVALUATION = "evaluation.json"
 MOST_TEXTS = 3
 NONE = "–"  # in place of a figure of texts to which it does not apply
 FIGURES = {"objective/scores": "score", "objective/gold_score": "gold score", "objective/kl": "KL (nats a text)"}
+OTHERS = {"reference": ("its reference", "reference"), "against": ("another model", "another model")}
+"""What an evaluation compares with: how it is called in a sentence, and at the head of a column."""
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -30,7 +32,8 @@ def write_card(directory: Path) -> Path:
     :raises ValueError: if a file of the run is not what a run writes.
     """
     path = directory / "policy" / CARD
-    path.write_text(card(read_run(directory), _evaluation(directory / EVALUATION)), encoding="utf-8")
+    text = card(read_run(directory), _evaluation(directory / EVALUATION))
+    path.write_text(text, encoding="utf-8", errors="replace")  # JSON can hold halves of characters
     return path
 
 
@@ -57,7 +60,7 @@ def card(run: RunFiles, evaluation: dict[str, Any] | None = None) -> str:
         lstrip_blocks=True,
         autoescape=False,
     )
-    environment.filters |= {"code": code_span, "block": code_block}
+    environment.filters |= {"code": code_span, "block": code_block, "figure": _figure}
     last = max((row["timesteps"] for row in run.samples), default=0)
     text = environment.get_template("model_card.md").render(
         name=run.directory.absolute().name,
@@ -98,25 +101,38 @@ def _evaluation(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     found = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(found, dict) or not isinstance(found.get("policy"), dict):
+    other = found.get("compared_with") if isinstance(found, dict) else None
+    if other not in [*OTHERS] or not all(isinstance(found.get(writer), dict) for writer in ("policy", other)):
         raise ValueError(f"Expected {path} to be what `textrlhf evaluate --json` writes; got something else.")
     return found
 
 
 def _told(evaluation: dict[str, Any]) -> dict[str, Any]:
     """An evaluation as the template shows it."""
-    other = str(evaluation["compared_with"])
+    other = evaluation["compared_with"]
     ours, theirs = evaluation["policy"], evaluation[other]
     rows = [(name, _figure(ours.get(name)), _figure(theirs.get(name))) for name in dict.fromkeys([*ours, *theirs])]
+    in_a_sentence, at_the_head = OTHERS[other]
     rate = evaluation.get("win_rate")
     return {
-        **{name: evaluation[name] for name in ("episodes", "prompts", "prompt_set", "compared_with")},
+        **{name: _count(evaluation.get(name)) for name in ("episodes", "prompts")},
+        "prompt_set": evaluation.get("prompt_set"),
+        "other": in_a_sentence,
+        "head": at_the_head,
         "trained_on": bool(evaluation.get("trained_on")),
         "rows": [row for row in rows if row[1:] != (NONE, NONE)],
-        "kl": f"{evaluation['kl']:.3g}",
-        "win_rate": "" if rate is None else f"{100 * rate:.0f} %",
+        "kl": _figure(evaluation.get("kl")),
+        "win_rate": f"{100 * rate:.0f} %" if _is_number(rate) else "",
     }
 
 
 def _figure(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, int | float) and not isinstance(value, bool) else NONE
+    return f"{value:.3g}" if _is_number(value) else NONE
+
+
+def _count(value: Any) -> str:
+    return str(value) if _is_number(value) else NONE
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -31,13 +31,16 @@ def push(
         )
     if constants.HF_HUB_OFFLINE:
         raise ConnectionError("HF_HUB_OFFLINE is set, so that nothing can be pushed. Unset it, and try again.")
-    if (policy.parent / "config.yaml").is_file():
-        write_card(policy.parent)
+    place = policy.absolute()  # which has names also for "."
+    of_run = place.name == "policy" and (place.parent / "config.yaml").is_file()
+    if of_run:
+        write_card(place.parent)
+    name = place.parent.name if of_run else place.name
     api = HfApi(endpoint=endpoint)
     try:
         made = api.create_repo(repo, private=private, exist_ok=True)
         commit = api.upload_folder(
-            repo_id=made.repo_id, folder_path=policy, commit_message=message or f"A policy of {directory.name}"
+            repo_id=made.repo_id, folder_path=policy, commit_message=message or f"A policy of {name}"
         )
     except Exception as error:  # what it raises without a network depends on the library that speaks HTTP for it
         raise ConnectionError(

@@ -64,7 +64,8 @@ def view(run: RunFiles, n_texts: int, width: int = WIDTH) -> RenderableType:
             Text(printable(metric.title)), Text(sparkline(values, width), "cyan"), Text(ends), Text(metric.unit, "dim")
         )
     parts: list[RenderableType] = [head, table if shown else Text("No iteration has been finished yet.", "dim")]
-    latest = [row for row in run.samples if row["timesteps"] == times(run.samples)[-1]][:n_texts]
+    last = max(times(run.samples), default=0)  # once: there may be many rows
+    latest = [row for row in run.samples if row["timesteps"] == last][:n_texts]
     for row in latest:
         score = row.get("score")
         number = f"{score:+.2f}" if isinstance(score, int | float) else "–"

@@ -29,11 +29,12 @@ def present(directory: Path) -> Path:
 def replacing(directory: Path) -> Iterator[Path]:
     """Write a directory anew. What was written is on the disk when the block is left, and survives a loss of power.
 
-    :param directory: the directory, which need not exist.
+    :param directory: the directory, which need not exist. Of a link the directory that it leads to is replaced.
     :return: a context that gives an empty directory to write files in. If the block ends without an error, it takes
         the place of ``directory``; else it is removed, and ``directory`` is as it was.
     :raises OSError: if the files can't be written.
     """
+    directory = _itself(directory)
     partial, previous = _beside(directory, PARTIAL), _beside(directory, PREVIOUS)
     new_parents = [parent for parent in directory.parents if not parent.exists()]
     shutil.rmtree(partial, ignore_errors=True)
@@ -65,6 +66,7 @@ def remove(directory: Path) -> None:
     :param directory: the directory, which need not exist.
     :raises OSError: if it can't be removed.
     """
+    directory = _itself(directory)
     partial = _beside(directory, PARTIAL)
     for path in (directory, _beside(directory, PREVIOUS)):
         if path.exists():
@@ -99,4 +101,10 @@ def sync(path: Path) -> None:
 
 
 def _beside(directory: Path, ending: str) -> Path:
+    directory = _itself(directory)
     return directory.with_name(directory.name + ending)
+
+
+def _itself(directory: Path) -> Path:
+    """Where a directory really is. A link to it stays one, and what is written beside it is on its own file system."""
+    return directory.resolve() if directory.is_symlink() else directory

@@ -27,6 +27,7 @@ from benchmarks.algorithms.sentences import (
     chosen_trial,
     collapsed,
     collapses,
+    diverged,
     has_likelihood,
     iqm,
     iqm_difference,
@@ -533,10 +534,13 @@ def tuning(evidence: Evidence) -> str:
         runs = evidence.runs.get(name)
         chosen = chosen_trial(name, trials, runs) if runs else None
         cells = [
-            ("**{}**" if i == chosen else "{}").format(f"{t['learning_rate']:.1e}: {t['objective']:.2f}")
+            ("**{}**" if i == chosen else "{}").format(
+                f"{t['learning_rate']:.1e}: " + ("diverged" if diverged(t) else f"{t['objective']:.2f}")
+            )
             for i, t in sorted(enumerate(trials), key=lambda item: item[1]["learning_rate"])
         ]
-        lost = f"{tuning_loss(evidence, name)[0]:.2f}" if runs else "n/a"
+        whole = runs and not any(map(diverged, trials))
+        lost = f"{tuning_loss(evidence, name)[0]:.2f}" if whole else "n/a"
         rows.append([f"`{name}`", str(len(trials)), ", ".join(cells), lost])
     return f"""## Tuning
 

@@ -399,7 +399,7 @@ def tuning_loss(evidence: Evidence, name: str, repetitions: int = BOOTSTRAP_REPE
     showed. The chosen trial stays the chosen one, so that this noise doesn't look like a sensitivity.
 
     :param evidence: with tuning trials.
-    :param name: the algorithm.
+    :param name: the algorithm, of whose trials none :func:`diverged`.
     :return: ``[1 + repetitions]``: the objective of the trial chosen − the mean of all, then resamples of it.
     """
     trials, runs = evidence.tuning[name], evidence.runs[name]
@@ -410,6 +410,11 @@ def tuning_loss(evidence: Evidence, name: str, repetitions: int = BOOTSTRAP_REPE
     noise[0] = 0.0
     values = np.array([trial["objective"] for trial in trials]) + noise
     return values[:, chosen] - values.mean(axis=1)
+
+
+def diverged(trial: dict[str, Any]) -> bool:
+    """Whether a tuning trial came to nothing, so that no loss can be made of it."""
+    return trial["objective"] is None or not np.isfinite(trial["objective"])
 
 
 def chosen_trial(name: str, trials: Sequence[dict[str, Any]], runs: Sequence[Run]) -> int:
@@ -435,6 +440,8 @@ def needs_tuning(evidence: Evidence) -> Claim:
     others = [name for name in own(evidence.runs) if name != "ppo" and name in evidence.tuning]
     if "ppo" not in evidence.tuning or evidence.lacks("ppo") or not others:
         return missing("tuning trials of ppo and of another")
+    if broken := [name for name in ("ppo", *others) if any(map(diverged, evidence.tuning[name]))]:
+        return missing(f"a loss of {', '.join(f'`{name}`' for name in broken)}, of whose trials some diverged")
     # Independent draws of noise: resamples of one algorithm are shuffled against those of another.
     generator = np.random.default_rng(1)
     losses = {name: tuning_loss(evidence, name) for name in ("ppo", *others)}
@@ -444,7 +451,8 @@ def needs_tuning(evidence: Evidence) -> Claim:
     )
     low, high = np.percentile(resampled, [2.5, 97.5])
     text = f"loss of `ppo` ({losses['ppo'][0]:.3f}) − mean loss of {', '.join(f'`{name}`' for name in others)}"
-    return positive(text, Estimate(float(value), float(low), float(high)), len(evidence.runs["ppo"]))
+    seeds = [len(evidence.runs[name]) for name in losses]  # the noise of every loss is taken from that many runs
+    return positive(text, Estimate(float(value), float(low), float(high)), *seeds)
 
 
 def fewer_lines(evidence: Evidence, simple: str, other: str) -> Claim:

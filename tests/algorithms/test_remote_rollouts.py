@@ -277,6 +277,25 @@ def test_with_a_lag_a_resumed_run_has_what_was_written_ahead(model: str, tmp_pat
     assert asked_again == asked - 3 * 8  # the texts of the third rollout are in the checkpoint, too
 
 
+@pytest.mark.parametrize("lora", [None, {"r": 2, "target_modules": "all-linear"}], ids=["all weights", "adapter"])
+def test_the_same_servers_write_for_a_training_that_goes_back_and_for_another_one(
+    lora: Any, model: str, tmp_path: Path
+) -> None:
+    """Both have the version of the weights that the servers have already, and other weights."""
+    with stand_ins(model) as [server]:
+        ppo, _ = learner(model, [server], policy_kwargs={"lora": lora}, learning_rate=1e-2)
+        ppo.learn(1)
+        ppo.save(tmp_path / "saved")
+        ppo.learn(1, reset_num_timesteps=False)
+        back = PPO.load(tmp_path / "saved", make_env(8), device="cpu", rollouts=ppo.rollouts, seed=1)
+        other, _ = learner(model, [], policy_kwargs={"lora": lora}, rollouts=ppo.rollouts)
+        for algorithm in (back, other, other):
+            algorithm.set_logger(Logger(None, [rows := Rows()]))
+            algorithm.learn(1, reset_num_timesteps=False)
+            assert rows.rows[0]["mismatch/lag"] == 0
+            assert rows.rows[0]["mismatch/log_prob_max"] < 1e-4
+
+
 def test_a_policy_that_writes_itself_can_not_be_behind_itself(model: str) -> None:
     with pytest.raises(ValueError, match=r"max_lag=0 with rollouts='local', got 2"):
         learner(model, [], max_lag=2)

@@ -233,6 +233,25 @@ def test_needing_tuning_is_losing_more_than_others_by_an_average_learning_rate()
     assert verdicts(tuned(robust, [0.89, 1.0, 0.9]))[text] == Verdict.UNDECIDED
 
 
+def test_few_seeds_of_another_algorithm_decide_nothing_about_tuning() -> None:
+    evidence = tuned([0.0, 1.2, 0.0], [0.9, 1.0, 0.9])
+    for seeds, verdict in ((sentences.FEWEST_SEEDS, Verdict.SUPPORTED), (1, Verdict.UNDECIDED)):
+        evidence.runs["a2c"] = runs_of("a2c", seeds, 1.0, 0.1)
+        assert verdicts(evidence)["PPO needs tuning"] == verdict
+
+
+def test_a_trial_that_diverged_is_reported_and_no_loss_is_made_of_it(tmp_path: Path) -> None:
+    evidence = tuned([0.0, 1.2, 0.0], [0.9, 1.0, 0.9])
+    evidence.tuning["a2c"][2] |= {"score": None, "kl": None, "objective": None}  # as `benchmarks.algorithms` writes it
+    assert verdicts(evidence)["PPO needs tuning"] == Verdict.UNDECIDED
+    write(tmp_path, [*evidence.runs["ppo"], *evidence.runs["a2c"]], tuning=evidence.tuning)
+    report.write_report(tmp_path)
+    table = (tmp_path / "table.md").read_text()
+    assert "| `a2c` | 3 | 1.0e-05: 0.90, **1.0e-04: 1.00**, 1.0e-03: diverged | n/a |" in table
+    assert "loss of `ppo` (0.800) − mean loss" not in table
+    assert "not measured: a loss of `a2c`, of whose trials some diverged" in table
+
+
 def test_a_learning_rate_that_was_never_tried_is_an_error() -> None:
     evidence = tuned([0.0, 1.0, 0.0], [0.0, 1.0, 0.0])
     for one in evidence.runs["ppo"]:

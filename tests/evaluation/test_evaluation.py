@@ -13,7 +13,7 @@ from rich.table import Table
 
 from agents.evaluation.evaluate import describe, distinct_n, draw_prompts, evaluate
 from agents.evaluation.intervals import bootstrap_interval, compare, effective_size, student_t, wilson_interval, wins
-from agents.evaluation.report import evaluation_table
+from agents.evaluation.report import evaluation_table, texts_table
 from agents.models.reference import Reference
 from agents.policies.causal_lm_policy import CausalLMPolicy, load_policy
 from agents.rollouts.sampling import collect_texts, sample_texts
@@ -225,6 +225,16 @@ def test_what_applies_to_all_texts_of_one_writer_only_is_shown_without_a_compari
         mine, their = (("1.000", "–"), ("–", "8.000"))
         assert rows["reward/short"] == [*(mine[::-1] if at_once == "policy" else mine), "", ""]
         assert rows["reward/long"] == [*(their[::-1] if at_once == "policy" else their), "", ""]
+
+
+def test_texts_are_shown_as_they_are_and_give_no_orders() -> None:
+    text = {"score": 1.0, "completion": "[red]b\x1b[2J\\"}
+    table = texts_table(
+        {"compared_with": "reference", "texts": [{"prompt": "[/] \x1b]0;a\\", "reference": text, "policy": text}]}
+    )
+    assert [str(cell) for column in table.columns for cell in column.cells] == [
+        "+1.00 [/] \ufffd]0;a\\[red]b\ufffd[2J\\"
+    ] * 2
 
 
 def rows_of(table: Table) -> dict[str, list[Any]]:

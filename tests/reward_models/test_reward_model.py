@@ -19,7 +19,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 import agents.reward_models.train
 from agents.cli import main
 from agents.policies.causal_lm_policy import load_policy
-from agents.reward_models.report import calibration_bins, describe_margins, expected_calibration_error, report_table
+from agents.reward_models.report import (
+    calibration_bins,
+    describe_margins,
+    expected_calibration_error,
+    margin_edges,
+    report_table,
+)
 from agents.reward_models.train import (
     RewardModelConfig,
     fitting,
@@ -478,6 +484,7 @@ def test_what_cannot_be_used_is_refused_before_training(
         ({"micro_batch_size": 5}, toy_pairs(), "divisor of batch_size=16, got 5"),
         ({"dtype": "float3"}, toy_pairs(), "Expected dtype"),
         ({"max_pairs": 0}, toy_pairs(), "got 0 and 48"),
+        ({"max_pairs": -1}, toy_pairs(), "Expected max_pairs"),  # which would be all but the last
     ]
     for changes, preferences, message in refusals:
         with pytest.raises(ValueError, match=message):
@@ -496,15 +503,18 @@ def test_scores_that_are_not_finite_are_an_error() -> None:
 def test_the_command_trains_from_a_file_and_the_result_is_a_reward_for_train(
     base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in toy_pairs()))
+    pairs = tmp_path / "pairs[/b].jsonl"  # no markup of Rich's
+    pairs.parent.mkdir()
+    pairs.write_text("".join(json.dumps(pair) + "\n" for pair in toy_pairs()))
     (tmp_path / "prompts.txt").write_text("The film\nI\n")
-    out = str(tmp_path / "reward")
-    command = ["reward-model", "--preferences", str(tmp_path / "pairs.jsonl"), "--base", base, "--out", out]
+    out = str(tmp_path / "[red]reward")
+    command = ["reward-model", "--preferences", str(pairs), "--base", base, "--out", out]
     options = ["--learning-rate", "3e-3", "--batch-size", "16", "--max-new-tokens", "8", "--device", "cpu"]
     assert main([*command, *options, "--n-normalisation-texts", "64"]) == 0
     shown = capsys.readouterr()
-    for words in ("held-out accuracy", "expected calibration error", "normalised to 0 and 1", "use it as --reward"):
+    for words in ("held-out accuracy", "expected calibration error", "normalised to 0 and 1", "[/b].jsonl"):
         assert words in " ".join(shown.out.split())
+    assert f"use it as --reward {out};" in shown.out
     assert "policy's texts: 100%" in shown.err
     assert main([*command, *options]) == 1
     assert "holds something already" in capsys.readouterr().out
@@ -558,3 +568,11 @@ def test_margins_that_say_what_is_true_are_calibrated_and_exaggerated_ones_are_n
     margins[rng.random(20_000) > 1 / (1 + np.exp(-margins))] *= -1  # chosen with probability σ(margin)
     assert expected_calibration_error(calibration_bins(margins)) < 0.02
     assert expected_calibration_error(calibration_bins(4 * margins)) > 0.1
+
+
+def test_the_bars_hold_all_margins_and_none_holds_right_and_wrong_ones() -> None:
+    for margins in np.random.default_rng(0).normal(size=(200, 8)):  # one in fourteen lost its largest
+        edges = margin_edges(margins)
+        assert np.histogram(margins, edges)[0].sum() == 8
+        assert edges == sorted(edges)
+        assert 0 in edges

@@ -155,6 +155,14 @@ def test_the_memo_reads_each_state_about_once_however_often_it_is_continued() ->
     assert read < 1.2 * contexts  # padding included; without the memo, more than 8 times as many
 
 
+def test_a_state_without_a_response_may_be_none_as_for_a_reset() -> None:
+    env = make_env(2)
+    policy = make_policy(env, model=make_model(ends=0.1))
+    branches = branch(policy, env, ["a", "The movie"], [None, [5, 6]], 2)
+    assert branches.order.tolist() == [1, 0]
+    assert [episode["prompt"] for episode in branches.episodes] == ["The movie"] * 2 + ["a"] * 2
+
+
 def test_what_cannot_be_continued_is_refused() -> None:
     env = make_env(2)
     policy = make_policy(env, model=make_model())

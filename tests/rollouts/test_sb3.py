@@ -318,6 +318,31 @@ def test_options_of_a_reset_reach_each_row() -> None:
     assert len(drawn) > 1
 
 
+@pytest.mark.parametrize("name", ["promt", "reset_mask"])
+def test_options_of_a_reset_that_no_row_knows_are_refused(name: str) -> None:
+    env = TextVecEnv(make_env(3))
+    env.set_options([{"prompt": "a"}, {name: True}, {}])
+    with pytest.raises(ValueError, match=f"Unknown reset options \\['{name}'\\]|'reset_mask'\\] to be a bool array"):
+        env.reset()
+
+
+def test_reset_infos_are_those_of_the_episodes_that_are_under_way() -> None:
+    env = TextVecEnv(make_env(3))
+    stock = sb3_make_vec_env("TextRLHF-v0", n_envs=3, seed=0, env_kwargs=options())
+    env.seed(0)
+    seen = set()
+    for each in (env, stock):
+        each.reset()
+    for tokens in ([EOS, 5, 6], [EOS, EOS, 7], [8, EOS, 9]) * 4:
+        play(env, tokens)
+        stock.step(np.array(tokens))
+        assert env.reset_infos == stock.reset_infos
+        under_way = [env.vector_env.episodes.prompt(row).text for row in range(3)]
+        assert [info["prompt"] for info in env.reset_infos] == under_way
+        seen.add(env.reset_infos[1]["prompt"])
+    assert len(seen) > 1
+
+
 def test_attributes_and_methods_of_the_environment_can_be_reached() -> None:
     env = TextVecEnv(make_env(3))
     assert env.get_attr("max_new_tokens") == [8, 8, 8]
@@ -346,6 +371,30 @@ def test_what_a_method_says_of_each_row_is_handed_out_by_row() -> None:
     np.testing.assert_array_equal(np.stack(masks), env.vector_env.action_masks())
     assert masks[0].shape == (env.action_space.n,)
     assert env.has_attr("action_masks")
+    streams = env.env_method("stream")
+    assert [stream.token_ids[-1] for stream in streams[1:]] == [6, 7]
+    assert streams == [env.vector_env.stream(row) for row in range(3)]
+    assert env.env_method("stream", indices=[2]) == streams[2:]
+
+
+def test_what_the_rows_have_of_their_own_is_handed_out_by_row() -> None:
+    env = TextVecEnv(make_env(3))
+    env.seed(5)
+    env.reset()
+    assert env.get_attr("action_space") == [env.action_space] * 3  # of one row, as SB3 knows them
+    assert env.get_attr("observation_space", indices=[1]) == [env.observation_space]
+    assert env.get_attr("np_random_seed") == [5, 6, 7]
+    assert env.get_attr("np_random", indices=2) == [env.vector_env.np_random[2]]
+
+
+@pytest.mark.parametrize("method", ["reset", "step"])
+def test_no_row_can_be_played_in_behind_sb3s_back(method: str) -> None:
+    env = TextVecEnv(make_env(3))
+    env.reset()
+    play(env, [5, 6, 7])
+    with pytest.raises(ValueError, match=f"got '{method}', which plays in all rows at once, whatever the indices"):
+        env.env_method(method, indices=[1])
+    assert [stream.token_ids[-1] for stream in env.env_method("stream")] == [5, 6, 7]
 
 
 def test_the_adapter_refuses_other_environments() -> None:

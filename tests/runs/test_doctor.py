@@ -242,6 +242,10 @@ def test_the_layers_of_an_adapter_are_named_and_missing_ones_found(tmp_path: Pat
         "Choose --lora-target-modules among c_attn (2), c_fc (2), c_proj (4).",
     )
     assert findings["adapter"].verdict == "problem"
+    findings = examined(tmp_path / "part", lora_r=2, lora_target_modules="attn.c_attn, 1.mlp.c_fc")  # as PEFT reads it
+    assert verdicts(findings) == {}
+    findings = examined(tmp_path / "some", lora_r=2, lora_target_modules="attn.c_attn, q_proj")
+    assert findings["LoRA"][:2] == ("warning", "The model has no layers called q_proj.")
 
 
 def test_ratios_that_are_all_alike_and_tokens_of_all_texts_are_said_as_they_are(tmp_path: Path) -> None:

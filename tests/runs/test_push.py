@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -70,9 +71,19 @@ def test_an_evaluation_in_the_directory_of_the_run_is_told(tmp_path: Path) -> No
     assert "| `score` | 1.5 | -0.25 |" in text
     assert "3.14 nats a text. It scores higher for 75 % of the prompts." in text
     assert "no number" not in text
-    (run / "evaluation.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"evaluation.json to be what `textrlhf evaluate --json` writes"):
-        write_card(run)
+    for other in ([], {"policy": {}}, {**EVALUATION, "compared_with": "# Heading", "# Heading": {}}):
+        (run / "evaluation.json").write_text(json.dumps(other))
+        with pytest.raises(ValueError, match=r"evaluation.json to be what `textrlhf evaluate --json` writes"):
+            write_card(run)
+
+
+def test_an_evaluation_against_another_policy_is_told_in_words(tmp_path: Path) -> None:
+    run = run_with_policy(tmp_path / "run")
+    against = {**EVALUATION, "compared_with": "against", "against": {"score": 0.5}}
+    (run / "evaluation.json").write_text(json.dumps(against))
+    text = write_card(run).read_text()
+    assert "64 texts of this model and as many of another model, for 32 prompts" in text
+    assert "| | this model | another model |\n| --- | --- | --- |\n| `score` | 1.5 | 0.5 |\n" in text
 
 
 def test_the_card_shows_what_applies_to_the_texts_of_one_writer_only(tmp_path: Path) -> None:
@@ -89,6 +100,16 @@ def test_what_files_say_is_never_markdown_of_the_card(tmp_path: Path) -> None:
     text = write_card(run).read_text()
     assert [line for line in text.splitlines() if line.startswith(("# ", "<"))] == ["# `run`"]
     assert all(line.startswith("    ") or "`` `a` ¦ b" in line for line in text.splitlines() if "<script>" in line)
+    figures = dict.fromkeys(("episodes", "prompts", "kl", "win_rate"), words)
+    (run / "evaluation.json").write_text(json.dumps({**EVALUATION, **figures, "prompt_set": words}))
+    row = {"timesteps": 99999, "prompt": "half a character", "completion": "\ud83c", "score": words}
+    with (run / "samples.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    marked = write_card(run).read_text()
+    assert "half a character?" in marked
+    assert [line for line in marked.splitlines() if line.startswith(("# ", "<"))] == ["# `run`"]
+    code = re.sub(r"(`+).*?\1", "", "\n".join(line for line in marked.splitlines() if not line.startswith("    ")))
+    assert "<script>" not in code
     assert "49" not in text.split("## Texts")[1].split("## Use")[0]  # {{ 7*7 }} is not evaluated
     assert code_span("") == "` `"
     assert code_block("a\n\nb") == "    a\n    \n    b"
@@ -111,6 +132,7 @@ class Hub(BaseHTTPRequestHandler):
     committed: dict[str, bytes] = {}  # noqa: RUF012  emptied by the fixture
     private: bool | None = None
     allowed = True
+    message = ""
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -125,6 +147,8 @@ class Hub(BaseHTTPRequestHandler):
             return self._answer({"files": [{**file, "shouldIgnore": False, "oid": None} for file in files]})
         if "/commit/" in self.path:
             for line in map(json.loads, body.splitlines()):
+                if line["key"] == "header":
+                    type(self).message = line["value"]["summary"]
                 if line["key"] == "file":
                     self.committed[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             return self._answer(
@@ -173,6 +197,23 @@ def test_a_policy_without_a_run_is_pushed_as_it_is(tmp_path: Path, hub: str) -> 
     push(policy, "me/critic", endpoint=hub)
     assert set(Hub.committed) == {path.name for path in policy.iterdir()}
     assert "README.md" not in Hub.committed
+
+
+def test_a_model_beside_a_config_of_something_else_is_no_policy_of_a_run(tmp_path: Path, hub: str) -> None:
+    (tmp_path / "config.yaml").write_text("a: 1\n")
+    model = Path(save_model(tmp_path / "model"))
+    push(model, "me/critic", endpoint=hub)
+    assert set(Hub.committed) == {path.name for path in model.iterdir()}
+    assert "README.md" not in Hub.committed
+
+
+def test_a_policy_is_pushed_with_its_card_from_inside_its_directory(
+    tmp_path: Path, hub: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run_with_policy(tmp_path / "run") / "policy")
+    push(Path(), "me/critic", endpoint=hub)
+    assert b"trained from" in Hub.committed["README.md"]
+    assert Hub.message == "A policy of run"
 
 
 def test_a_hub_that_refuses_is_an_error_that_says_what_to_do(

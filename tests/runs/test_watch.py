@@ -17,7 +17,8 @@ from test_report import write_run
 
 from agents.cli import main
 from agents.runs.look_commands import WatchConfig
-from agents.runs.watch import LEVELS, sparkline, watch
+from agents.runs.run_files import RunFiles
+from agents.runs.watch import LEVELS, sparkline, view, watch
 from agents.state.lock import in_use, locked
 
 
@@ -31,6 +32,13 @@ def test_one_look_shows_curves_with_units_and_the_latest_texts(
     assert any(level in shown for level in LEVELS[1:])
     for said in ("Score (trained on)", "Clip fraction", "nats per", "+4.00 The movie good"):
         assert said in shown
+
+
+def test_a_look_takes_no_longer_for_each_text_the_more_texts_there_are() -> None:
+    rows = [{"timesteps": number, "prompt": "a", "completion": "b", "score": 1.0} for number in range(32_000)]
+    start = time.perf_counter()
+    view(RunFiles(Path("run"), {}, {}, rows, [], False), 3)
+    assert time.perf_counter() - start < 5  # it takes 0.01 s; a look at all rows for each row, a minute
 
 
 def test_a_run_is_followed_until_it_ends(tmp_path: Path) -> None:

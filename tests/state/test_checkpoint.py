@@ -23,6 +23,7 @@ from agents.algorithms.reinforce import REINFORCE
 from agents.algorithms.rloo import RLOO
 from agents.models.reference import Reference
 from agents.policies.causal_lm_policy import CausalLMPolicy
+from agents.state import checkpoint
 from agents.state.manifest import seal
 from agents.state.schedules import LearningRate
 
@@ -403,6 +404,21 @@ def test_a_weight_that_is_no_number_is_never_written_over_a_good_one(run: PPO, t
         run.save(tmp_path / "checkpoint")
     loaded = PPO.load(tmp_path / "checkpoint", env=make_env(), device="cpu")
     assert largest_difference(before, weights_of(loaded.policy)) == 0.0
+
+
+def test_a_link_to_a_checkpoint_stays_a_link_however_often_it_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    link, place = tmp_path / "latest", tmp_path / "disk" / "model"
+    link.symlink_to(place)  # at first to nothing
+    for number in range(3):
+        checkpoint.save(link, {"x": torch.full((2,), float(number))})
+        assert checkpoint.load(link)["x"].tolist() == checkpoint.load(place)["x"].tolist() == [number, number]
+    assert link.is_symlink()
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_dir()) == ["disk", "latest", "model"]
+    place.rename(place.with_name("model.previous"))  # as a process leaves it that is killed between two renamings
+    assert checkpoint.load(link)["x"].tolist() == [2, 2]
+    checkpoint.save(link, {"x": torch.ones(2)})
+    assert checkpoint.load(place)["x"].tolist() == [1, 1]
 
 
 def test_an_environment_of_another_size_does_not_go_on(run: PPO, tmp_path: Path) -> None:

@@ -297,6 +297,12 @@ def test_answers_that_are_the_same_vote_for_the_same() -> None:
     assert heard["vote"] == ["12", "12.0", "a b", "a b"]
 
 
+@pytest.mark.parametrize("answer", ["3." + "3" * 4300, "0." + "3" * 4300, "9" * 3400 + "e999"])
+def test_a_number_that_a_policy_never_ends_is_wrong_and_votes_as_it_stands(answer: str) -> None:
+    heard = logged(Verifier(), texts([answer], answer=["3"]))
+    assert heard == {"correct": [0.0], "well_formed": [1.0], "answer": [answer], "vote": [answer]}
+
+
 def test_what_extractor_and_matcher_raise_on_a_text_is_worth_zero() -> None:
     def extract(text: str) -> str | None:
         if "deep" in text:

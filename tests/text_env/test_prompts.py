@@ -97,6 +97,20 @@ def test_a_table_gives_its_rows_and_not_its_columns(table: Any) -> None:
     assert load_prompts(table) == ROWS
 
 
+def test_what_a_data_frame_lacks_is_none_and_its_lists_are_lists(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "Hi"}]
+    rows = [
+        {"prompt": chat, "answer": "3", "level": 1, "steps": [1, 2]},
+        {"prompt": chat, "answer": None, "level": None, "steps": None},
+    ]
+    frame = pandas.concat([pandas.DataFrame(rows[:1]), pandas.DataFrame([{"prompt": chat}])])  # a mixture of tasks
+    assert load_prompts(frame) == rows
+    assert load_prompts(dict(frame)) == rows
+    assert load_prompts(frame.astype({"level": "Int64", "answer": "string"})) == rows
+    frame.to_parquet(tmp_path / "prompts.parquet")
+    assert load_prompts(pandas.read_parquet(tmp_path / "prompts.parquet")) == rows  # has arrays in place of the lists
+
+
 @pytest.mark.parametrize("wrap", [pandas.Series, np.array, pyarrow.array, lambda texts: pyarrow.chunked_array([texts])])
 def test_a_column_of_texts_gives_its_texts(wrap: Any) -> None:
     assert load_prompts(wrap(COLUMNS["prompt"])) == [{"prompt": prompt} for prompt in COLUMNS["prompt"]]

@@ -146,7 +146,9 @@ def lora_targets(patient: Patient) -> Finding:
     listed = ", ".join(f"{name} ({count})" for name, count in sorted(layers.items()))
     lora = lora_kwargs(patient.run)
     targets = None if lora is None or lora["target_modules"] == "all-linear" else lora["target_modules"]
-    if missing := [name for name in targets or () if name not in layers]:
+    # PEFT takes the end of a layer's path, too, such as "attn.c_attn". What else it says of a target, it says itself.
+    paths = [f".{path}" for path, _ in model.named_modules()]
+    if missing := [name for name in targets or () if not any(path.endswith(f".{name}") for path in paths)]:
         return Finding(
             "problem" if len(missing) == len(targets or ()) else "warning",
             f"The model has no layers called {', '.join(missing)}.",
