@@ -22,8 +22,8 @@ PER_ROW_METHODS = frozenset({"action_masks", "render"})
 PER_ROW_ATTRIBUTES = frozenset({"np_random", "np_random_seed"})
 # What is one row's where the vector environment has that of all rows together.
 SPACES = frozenset({"action_space", "observation_space"})
-# What infos of a step say of episodes that it has finished.
-FINAL = frozenset({"final_obs", "_final_obs", "final_info", "_final_info"})
+# What infos of a step say of episodes that it has finished; the last by Gymnasium's RecordEpisodeStatistics.
+FINAL = frozenset({"final_obs", "_final_obs", "final_info", "_final_info", "episode", "_episode"})
 
 
 class TextVecEnv(VecEnv):
@@ -191,11 +191,20 @@ def _check_wrappers(env: VectorEnv[Any, Any, Any]) -> None:
         inner = inner.env
 
 
-def _rows_of(infos: dict[str, Any], num_envs: int) -> list[dict[str, Any]]:
-    """Gymnasium's dict of arrays as SB3's list of dicts."""
+def _rows_of(infos: dict[str, Any], num_envs: int, mask: np.ndarray | None = None) -> list[dict[str, Any]]:
+    """Gymnasium's dict of arrays, which may hold others, as SB3's list of dicts.
+
+    :param infos: by name, each with a mask that says which rows have it, under the same name after ``_``.
+    :param num_envs: the number of rows.
+    :param mask: which rows have what has no such mask; None: no row has it, as what a wrapper says of all together.
+    :return: the infos of each row.
+    """
     rows: list[dict[str, Any]] = [{} for _ in range(num_envs)]
     for key, values in infos.items():
-        if not key.startswith("_"):
-            for row in np.flatnonzero(infos[f"_{key}"]):
-                rows[row][key] = values[row]
+        having = infos.get(f"_{key}", mask)
+        if key.startswith("_") or having is None:
+            continue
+        of_rows = _rows_of(values, num_envs, having) if isinstance(values, dict) else values
+        for row in np.flatnonzero(having):
+            rows[row][key] = of_rows[row]
     return rows

@@ -11,6 +11,7 @@ import pytest
 import stable_baselines3 as sb3
 import torch
 from gymnasium.vector import AutoresetMode
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from learners import (
     EOS,
     PROMPTS,
@@ -341,6 +342,27 @@ def test_reset_infos_are_those_of_the_episodes_that_are_under_way() -> None:
         assert [info["prompt"] for info in env.reset_infos] == under_way
         seen.add(env.reset_infos[1]["prompt"])
     assert len(seen) > 1
+
+
+class SaysMore(gym.vector.VectorWrapper):
+    """Tells of every step something of each row, in a dict of its own, and something of all rows together."""
+
+    def step(self, actions: Any) -> Any:
+        *step, infos = self.env.step(actions)
+        rows = np.ones(self.num_envs, dtype=bool)
+        return *step, {**infos, "said": {"row": np.arange(self.num_envs)}, "_said": rows, "load": 0.5}
+
+
+def test_what_wrappers_say_of_a_step_is_taken_apart_into_the_rows() -> None:
+    env = TextVecEnv(SaysMore(RecordEpisodeStatistics(make_env(3))))
+    env.reset()
+    _, _, _, infos = play(env, [EOS, 5, EOS])
+    assert [info["episode"]["l"] for info in (infos[0], infos[2])] == [1, 1]
+    assert infos[1] == {}
+    for row in (0, 2):
+        assert env.reset_infos[row]["prompt"] == env.vector_env.episodes.prompt(row).text
+        assert env.reset_infos[row]["said"] == {"row": row}
+        assert not {"episode", "load", "final_info"} & set(env.reset_infos[row])
 
 
 def test_attributes_and_methods_of_the_environment_can_be_reached() -> None:
