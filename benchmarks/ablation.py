@@ -27,7 +27,7 @@ from agents.algorithms.ppo import PPO
 from agents.state.arguments import argument_defaults
 from agents.state.schedules import LearningRate
 from benchmarks.arithmetic import Curve, mean_and_interval, measure
-from benchmarks.many_runs import all_runs, write_results
+from benchmarks.many_runs import all_runs, file_of, write_results
 from benchmarks.plot_style import STYLE
 from text_env.arithmetic import MODEL
 
@@ -210,9 +210,8 @@ def main(options: Options) -> int:
     :param options: the settings.
     :return: the exit status, 0.
     """
-    runs, size = options.out / "runs", f"{options.total_timesteps}-{options.episodes}"
     todo = {
-        runs / f"{name.replace(' ', '-')}-{size}-{seed}.json": (name, seed, options)
+        file_of(options.out, name, options.total_timesteps, options.episodes, seed): (name, seed, options)
         for seed in range(options.seeds)
         for name in VARIANTS
     }

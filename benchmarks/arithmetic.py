@@ -35,7 +35,7 @@ from agents.policies.causal_lm_policy import load_policy
 from agents.runs.algorithms import ALGORITHMS
 from agents.runs.curves import TOKENS, colour, dashes, line_of
 from agents.state.schedules import LearningRate
-from benchmarks.many_runs import all_runs, write_results
+from benchmarks.many_runs import all_runs, file_of, write_results
 from benchmarks.plot_style import STYLE
 from text_env.arithmetic import MODEL
 
@@ -260,9 +260,8 @@ def main(options: Options) -> int:
     :param options: the settings.
     :return: the exit status: 0 if every run of PPO reached 0.9 greedily and 0.85 by sampling, else 1.
     """
-    runs, size = options.out / "runs", f"{options.total_timesteps}-{options.episodes}"
     todo = {
-        runs / f"{name}-{size}-{seed}.json": (name, seed, options)
+        file_of(options.out, name, options.total_timesteps, options.episodes, seed): (name, seed, options)
         for seed in range(options.seeds)
         for name in options.algorithms
     }

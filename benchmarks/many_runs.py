@@ -6,6 +6,7 @@ import functools
 import json
 import multiprocessing
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -15,6 +16,20 @@ from typing import Any
 from benchmarks.provenance import CPU, commit, machine, provenance
 
 Row = dict[str, Any]
+
+
+def file_of(out: Path, name: str, tokens: int, episodes: int, seed: int) -> Path:
+    """The file that the row of a run is kept in. Whatever is in its name makes it another run, to be made anew.
+
+    :param out: the directory of the benchmark's results.
+    :param name: what was trained, in words.
+    :param tokens: the number of tokens that it was trained for.
+    :param episodes: the number of texts that it was evaluated on.
+    :param seed: the seed.
+    :return: a path in the folder runs/.
+    """
+    words = re.sub(r"[^\w.-]+", "-", name)
+    return out / "runs" / f"{words}-{tokens}-{episodes}-{seed}.json"
 
 
 def all_runs(run: Callable[..., Row], todo: Mapping[Path, tuple[Any, ...]], workers: int) -> list[Row]:

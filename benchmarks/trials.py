@@ -25,7 +25,7 @@ from agents.algorithms.ppo import PPO
 from agents.evaluation.evaluate import evaluate
 from agents.policies.causal_lm_policy import load_policy
 from agents.state.schedules import LearningRate
-from benchmarks.many_runs import all_runs, write_results
+from benchmarks.many_runs import all_runs, file_of, write_results
 from text_env.arithmetic import MODEL
 
 KL_COEF = 0.04
@@ -162,17 +162,6 @@ def tokens_of(name: str, options: Options) -> int:
     return round(TRIALS[name].tokens * options.share)
 
 
-def file_of(name: str, seed: int, options: Options) -> Path:
-    """
-    :param name: a key of ``TRIALS``.
-    :param seed: the seed.
-    :param options: the settings of the benchmark.
-    :return: the file that the trial's row is kept in.
-    """
-    words = name.replace(" ", "-").replace(",", "").replace(":", "")
-    return options.out / "runs" / f"{words}-{tokens_of(name, options)}-{options.episodes}-{seed}.json"
-
-
 def run(name: str, seed: int, options: Options) -> dict[str, Any]:
     """Train and evaluate once.
 
@@ -238,7 +227,7 @@ def main(options: Options) -> int:
     if unknown := set(options.only) - set(TRIALS):
         raise ValueError(f"Expected names of trials, got {sorted(unknown)}; there are {list(TRIALS)}.")
     todo = {
-        file_of(name, seed, options): (name, seed, options)
+        file_of(options.out, name, tokens_of(name, options), options.episodes, seed): (name, seed, options)
         for name in options.only
         for seed in range(TRIALS[name].seeds)
     }

@@ -265,6 +265,11 @@ def test_pages_say_what_the_seeds_of_the_demo_and_the_trials_of_the_defaults_cam
     assert "next to nothing is learned in this time ({})".format(*objective("head, trust region 0.1")) in ppo
 
 
+def test_the_page_about_ppo_has_the_table_of_the_ablation() -> None:
+    table = (ROOT / "benchmarks" / "results" / "ablation" / "table.md").read_text()
+    assert table in (ROOT / "docs" / "ppo.md").read_text()
+
+
 def test_the_page_about_the_command_line_shows_and_explains_every_command() -> None:
     page = (ROOT / "docs" / "command_line.md").read_text()
     shown = re.findall(r"^textrlhf ([\w-]+)", "".join(code for _, code in FENCE.findall(page)), re.MULTILINE)

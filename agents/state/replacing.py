@@ -21,7 +21,7 @@ def present(directory: Path) -> Path:
     :param directory: a directory that may be being replaced.
     :return: where it can be read: at its place, or moved aside if a process died before the new one took that place.
     """
-    previous = _beside(directory, PREVIOUS)
+    previous = _beside(_itself(directory), PREVIOUS)
     return previous if previous.exists() and not directory.exists() else directory
 
 
@@ -101,7 +101,6 @@ def sync(path: Path) -> None:
 
 
 def _beside(directory: Path, ending: str) -> Path:
-    directory = _itself(directory)
     return directory.with_name(directory.name + ending)
 
 

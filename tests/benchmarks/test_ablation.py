@@ -53,16 +53,3 @@ def test_the_ablation_runs_reports_and_is_not_run_twice(
     assert (tmp_path / "learning_curves.png").stat().st_size > 5000
     monkeypatch.setattr(ablation, "PPO", None)
     assert main(options) == 0
-
-
-def test_runs_that_were_evaluated_on_other_problems_are_other_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Path] = []
-    monkeypatch.setattr(ablation, "all_runs", lambda run, todo, workers: asked.extend(todo) or [])
-    monkeypatch.setattr(ablation, "report", lambda rows, options: None)
-    for episodes in (8, 16, 8):
-        main(Options(tmp_path, seeds=1, episodes=episodes))
-    n = len(VARIANTS)
-    assert asked[:n] == asked[2 * n :]
-    assert not {*asked[:n]} & {*asked[n : 2 * n]}

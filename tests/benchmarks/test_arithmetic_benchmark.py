@@ -42,17 +42,6 @@ def test_every_run_is_written_down_with_its_figures_and_is_not_run_again(
     assert json.loads((tmp_path / "results.json").read_text()) == rows
 
 
-def test_runs_that_were_evaluated_on_other_problems_are_other_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Path] = []
-    monkeypatch.setattr(arithmetic, "all_runs", lambda run, todo, workers: asked.extend(todo) or [])
-    monkeypatch.setattr(arithmetic, "report", lambda rows, options: None)
-    for episodes in (8, 16, 8):
-        main(Options(tmp_path, ("ppo",), seeds=1, episodes=episodes))
-    assert asked[0] == asked[2] != asked[1]
-
-
 def test_the_control_answers_without_looking() -> None:
     np.random.seed(0)
     scores = answers_at_random(["right"] * 1000)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.commits import commit_of
-from benchmarks.many_runs import all_runs, write_results
+from benchmarks.many_runs import all_runs, file_of, write_results
 
 
 def square(number: int) -> dict[str, Any]:
@@ -30,6 +30,13 @@ def test_only_what_is_missing_is_run_and_rows_keep_their_order(tmp_path: Path, w
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert environment["commits"] == {commit_of("HEAD"): 2, "an older one": 1}
     assert environment["setting"] == 5
+
+
+def test_a_run_of_another_length_or_evaluated_on_other_texts_is_another_one(tmp_path: Path) -> None:
+    name = "reward model, 1 epoch at 4e-4: twice"
+    assert file_of(tmp_path, name, 60, 8, 0) == tmp_path / "runs" / "reward-model-1-epoch-at-4e-4-twice-60-8-0.json"
+    others = [(name, 60, 8, 0), ("copy", 60, 8, 0), (name, 61, 8, 0), (name, 60, 9, 0), (name, 60, 8, 1)]
+    assert len({file_of(tmp_path, *other) for other in others}) == 5
 
 
 def test_a_run_that_fails_leaves_the_finished_ones_and_no_file_of_its_own(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from agents.algorithms.ppo import PPO
 from agents.state.arguments import argument_defaults
-from benchmarks.trials import TASKS, TRIALS, Options, file_of, main
+from benchmarks.trials import TASKS, TRIALS, Options, main
 
 
 def test_every_trial_is_of_a_known_task_and_of_known_arguments() -> None:
@@ -31,8 +31,3 @@ def test_a_trial_runs_and_is_reported_and_not_run_again(tmp_path: Path, capsys: 
     assert next((tmp_path / "runs").iterdir()).stat().st_mtime_ns == stamp
     with pytest.raises(ValueError, match="names of trials"):
         main(Options(tmp_path, only=("nothing",)))
-
-
-def test_a_trial_that_was_evaluated_on_other_texts_is_another_one(tmp_path: Path) -> None:
-    names = [file_of("copy, 2 epochs", 0, Options(tmp_path, episodes=episodes)) for episodes in (8, 16, 8)]
-    assert names[0] == names[2] != names[1]
