@@ -152,9 +152,17 @@ class AccelerateEngine(Engine):
                     torch._foreach_copy_(pieces, list(flat.split([len(piece) for piece in pieces])))
 
 
+def reduced_in(dtype: torch.dtype) -> torch.dtype:
+    """
+    :param dtype: of a gradient.
+    :return: in which it is added up over processes: not in 16 bits, in which a sum would be rounded.
+    """
+    return torch.promote_types(dtype, torch.float32)
+
+
 def _kind(tensor: torch.Tensor) -> tuple[torch.device, torch.dtype]:
-    """Where and how a gradient is added up: not in 16 bits, in which a sum would be rounded."""
-    return tensor.device, torch.promote_types(tensor.dtype, torch.float32)
+    """Where and how a gradient is added up."""
+    return tensor.device, reduced_in(tensor.dtype)
 
 
 def _sizes(tensors: Iterable[torch.Tensor]) -> dict[tuple[torch.device, torch.dtype], int]:

@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from agents.algorithms.accelerate_engine import AccelerateEngine, together
+from agents.algorithms.accelerate_engine import AccelerateEngine, reduced_in, together
 from agents.algorithms.engine import Engine
 from agents.algorithms.gradient import is_out_of_memory
 from agents.algorithms.snapshot import local
@@ -191,8 +191,7 @@ def _cut_up(policy: CausalLMPolicy, n: int, settings: FullyShardedDataParallelPl
     shared = (policy.optimizer, policy.lm.distribution, policy.constructor_arguments, policy.tokenizer)
     policy = copy.deepcopy(policy, {id(one): one for one in shared})
     mesh = init_device_mesh(policy.lm.device.type, (n,))
-    # A sum in 16 bits would be rounded.
-    reduced_in = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(policy.lm.model.dtype, torch.float32))
+    precision = MixedPrecisionPolicy(reduce_dtype=reduced_in(policy.lm.model.dtype))
     layers = set(settings.transformer_cls_names_to_wrap or policy.lm.model._no_split_modules or ())
     # What is inside comes first. The value head has a dtype of its own.
     inner = [part for part in reversed([*policy.modules()]) if type(part).__name__ in layers]
@@ -200,7 +199,7 @@ def _cut_up(policy: CausalLMPolicy, n: int, settings: FullyShardedDataParallelPl
     for part in (*inner, policy.value_head, root):
         # What is outside of the layers is needed again at once, when the backward pass begins.
         again = settings.reshard_after_forward and part is not root
-        whole: FSDPModule = fully_shard(part, mesh=mesh, reshard_after_forward=again, mp_policy=reduced_in)
+        whole: FSDPModule = fully_shard(part, mesh=mesh, reshard_after_forward=again, mp_policy=precision)
         whole.set_gradient_divide_factor(1.0)  # the gradients are added up
         whole.set_force_sum_reduction_for_comms(True)
     # FSDP warns of results that are views, since changing them in place would go wrong. Nobody does that to a policy's.

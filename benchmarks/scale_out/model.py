@@ -24,6 +24,7 @@ MATRIX_SHARE = 0.4  # of the peak of matrix products that large forward and back
 MEMORY_SHARE = 0.6  # of the bandwidth of the memory that a decode step reaches
 LINK_SHARE = 0.7  # of the bandwidth between GPUs that collectives reach
 BYTES = 2  # of a weight, of its gradient, and of each of Adam's two moments: all in bfloat16
+REDUCED = 4  # of a number of the gradient while it is added up over GPUs: float32, as both engines do it
 RESERVED = 0.1  # of the memory, for the allocator, kernels and libraries
 
 
@@ -215,10 +216,11 @@ def predict(
     reference += work.tokens / work.micro_batch_tokens * model.layers * over.reference_layer
     computed = work.epochs * _matrices(6, model, work.tokens, gpu) + work.passes * model.layers * over.pass_layer
     gradient = 0.0 if adapter else all_weights
+    reduced = gradient / BYTES * REDUCED
     if cut_up:  # weights come for the forward and for the backward pass, gradients go after each, while others compute
-        update = max(computed, work.passes * others * (2 * all_weights + gradient) / link)
+        update = max(computed, work.passes * others * (2 * all_weights + reduced) / link)
     else:  # gradients are added up before each step, and nothing is computed meanwhile
-        update = computed + work.epochs * work.minibatches * 2 * others * gradient / link
+        update = computed + work.epochs * work.minibatches * 2 * others * reduced / link
     fetched = others * all_weights if cut_up else 0.0
     share = 1 / n if cut_up else 1.0
     cache = work.rows * (work.prompt + work.response) * model.layers * model.kv * BYTES

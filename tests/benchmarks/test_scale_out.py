@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from agents.algorithms.accelerate_engine import reduced_in
 from benchmarks.scale_out import __main__ as scale_out
 from benchmarks.scale_out import model
 
@@ -69,6 +71,23 @@ def test_what_is_cut_up_takes_less_memory_and_what_is_replicated_none_but_gradie
         assert part.in_turn < part.overlapped
     assert model.predict(model.MODELS["0.5B"], 1, cut_up=False).fits
     assert not model.predict(model.MODELS["70B"], 64, cut_up=True).fits
+
+
+def test_gradients_are_sent_in_the_dtype_in_which_engines_add_them_up_and_weights_in_their_own() -> None:
+    assert reduced_in(torch.bfloat16).itemsize == model.REDUCED
+    assert torch.bfloat16.itemsize == model.BYTES
+    thousand = model.Model(parameters=1000, layers=1, hidden=1, kv=1)
+    slow = model.GPU(link=1.0)  # a byte a second: besides, nothing takes time
+
+    def seconds(cut_up: bool, adapter: bool = False) -> float:
+        work = model.Work(rows=64, prompt=128, response=256, epochs=2, minibatches=4, micro_batch_tokens=4096)
+        return model.LINK_SHARE * model.predict(thousand, 2, cut_up, adapter, work, slow).learner
+
+    # Two processes. Replicated: in 2 x 4 steps half of the gradient goes, and half of the sum comes.
+    assert seconds(cut_up=False) == pytest.approx(2 * 4 * (500 + 500) * 4, rel=1e-3)
+    # Cut up: in 2 x 4 x 2 passes half of the weights comes twice, and half of the gradient goes.
+    assert seconds(cut_up=True, adapter=True) == pytest.approx(16 * 2 * 500 * 2, rel=1e-3)
+    assert seconds(cut_up=True) == pytest.approx(16 * (2 * 500 * 2 + 500 * 4), rel=1e-3)
 
 
 def test_processes_share_the_work_and_wait_for_each_other() -> None:
