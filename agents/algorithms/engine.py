@@ -154,7 +154,7 @@ class Engine:
     # ---- the gradient ---------------------------------------------------------------------------------------------
 
     def zero_grad(self) -> None:
-        """Set the gradient to zero."""
+        """Set the gradient to zero, by letting go of its memory."""
         self.policy.optimizer.zero_grad()
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:

@@ -605,7 +605,7 @@ class OnPolicyAlgorithm(Resumable):
         self.engine.shard()
         self.before = Snapshot(self.policy) if self.max_bad_updates else None
         numbers = {name: getattr(self, name) for name in ("_n_updates", *self.state_attributes)}
-        bad_updates = self.bad_updates
+        bad_updates, reason = self.bad_updates, ""
         try:
             self.train()
             # The steps themselves can overflow, at a learning rate that is far too high.
@@ -615,18 +615,20 @@ class OnPolicyAlgorithm(Resumable):
                     "rate."
                 )
             self.bad_updates_in_a_row = 0
-            self.engine.unshard()
         except FloatingPointError as error:
+            reason = str(error)
             self.bad_updates += 1
             self.bad_updates_in_a_row += 1
             if self.before is not None:
                 self.before.restore()
                 for name, number in numbers.items():
                     setattr(self, name, number)
-            self.engine.unshard()
-            self._report_bad_update(str(error))
-        finally:
+        finally:  # let go of, before whole weights and a rollout need memory
             self.before = None
+            self.engine.zero_grad()
+        self.engine.unshard()
+        if self.bad_updates > bad_updates:
+            self._report_bad_update(reason)
         self.logger.record("train/bad_updates", self.bad_updates)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         return self.bad_updates == bad_updates

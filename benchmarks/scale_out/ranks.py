@@ -148,6 +148,8 @@ def speed(options: dict[str, Any], directory: Path) -> dict[str, Any]:
         together = {"shard": engine.shard, "unshard": engine.unshard}
     elif isinstance(engine, AccelerateEngine):
         together = {"reduce": engine._reduce}
+        for parameter in trained(model.policy):  # an update has let go of them
+            parameter.grad = torch.zeros_like(parameter)
     seconds = {name: [seconds_of(do)[0] for _ in range(5)] for name, do in together.items()}
     return {
         "rollout": rollout,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import warnings
@@ -137,6 +138,23 @@ def test_of_an_update_that_is_undone_nothing_else_is_left() -> None:
     with pytest.warns(UserWarning, match="bad update number 2 in a row"):
         assert not model.update()
     assert model.logger.name_to_value["train/n_updates"] == updates
+
+
+@pytest.mark.parametrize("undone", [False, True], ids=["made", "undone"])
+def test_an_update_lets_go_of_gradient_and_copies_before_anything_else_needs_memory(undone: bool) -> None:
+    model = make_ppo(n_epochs=1)
+    unshard, held = model.engine.unshard, []
+
+    def look() -> None:
+        held.append((model.before, [p.grad for p in model.policy.parameters() if p.grad is not None]))
+        unshard()
+
+    model.engine.unshard = look  # type: ignore[method-assign]
+    if undone:
+        infinite_weights(model)
+    with pytest.warns(UserWarning, match="bad update number 1") if undone else contextlib.nullcontext():
+        model.learn(1)
+    assert held[-1] == (None, [])
 
 
 def test_a_warm_up_that_is_undone_is_not_over() -> None:

@@ -30,11 +30,13 @@ def test_two_processes_beside_one_in_miniature(tmp_path: Path, capsys: pytest.Ca
     weights = one["update"]["weights"]
     assert one["update"]["gradient"] == weights
     assert 2 * weights <= one["rollout"]["moments"] < 2.01 * weights
+    assert one["rollout"]["gradient"] == 0
     for rank in report["memory"]["replicated"]:
         assert rank == one
     for rank in report["memory"]["cut up"]:
         for kind, part in {"weights": 0.5, "gradient": 0.5, "moments": 1.0}.items():
             assert rank["update"].get(kind, 0) <= 1.01 * part * weights, kind
+        assert rank["rollout"]["gradient"] == 0
         assert weights * 1.5 <= rank["rollout"]["weights"] <= weights * 1.51  # whole ones to write with, and its part
 
     for way in ("one process", "replicated", "cut up"):
