@@ -3,7 +3,8 @@
 
 python -m benchmarks.scale_out --json benchmarks/results/scale_out/ranks.json
 
-For the speeds the machine must be idle, with a core for each process.
+For the speeds the machine must be idle, with a core for each process. The figures of a part replace those that the
+file has of it already; the others stay.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def measured(scratch: Path, parts: Sequence[str], rounds: int, **options: Any) -
     :param parts: names of :data:`~benchmarks.scale_out.ranks.JOBS`.
     :param rounds: how often each way is timed, in turn.
     :param options: of the jobs.
-    :return: the results by the names of the parts.
+    :return: the figures of each part.
     """
     results: dict[str, list[list[dict[str, Any]]]] = {way: [] for way in WAYS}
     for number in range(rounds if "speed" in parts else 1):
@@ -75,7 +76,8 @@ def measured(scratch: Path, parts: Sequence[str], rounds: int, **options: Any) -
             jobs = [part for part in parts if part != "decode" or way == "cut up"]  # which is about FSDP alone
             if number:  # only speeds differ from time to time
                 jobs = ["speed"]
-            results[way].append(run(jobs, way, scratch / way / str(number), **options))
+            if jobs:
+                results[way].append(run(jobs, way, scratch / way / str(number), **options))
     report: dict[str, Any] = {}
     if "weights" in parts:
         report["weights"] = _differences(scratch)
@@ -155,26 +157,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sizes = {"episodes": args.episodes, "response": args.response}
     origin = provenance("benchmarks.scale_out", arguments)
     origin["versions"]["accelerate"] = importlib.metadata.version("accelerate")
-    report = {
-        **origin,
-        "model": "random GPT-2 of 4 million parameters, float32, gloo, one thread a process",
-        **sizes,
-    }
+    origin |= {"model": "random GPT-2 of 4 million parameters, float32, gloo, one thread a process", **sizes}
     with tempfile.TemporaryDirectory() as scratch:
-        report |= measured(Path(scratch), args.parts, args.rounds, iterations=args.iterations, **sizes)
+        figures = measured(Path(scratch), args.parts, args.rounds, iterations=args.iterations, **sizes)
+    before = json.loads(args.json.read_text()) if args.json.exists() else {}
+    report = {**before, **{part: {**origin, "figures": found} for part, found in figures.items()}}
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    _show(report)
+    _show(figures)
 
 
-def _show(report: dict[str, Any]) -> None:
+def _show(figures: dict[str, Any]) -> None:
     console = Console(width=120)
-    for part in JOBS:
-        if part in report:
-            table = Table(part, "")
-            for name, value in report[part].items():
-                table.add_row(name, json.dumps(value, ensure_ascii=False)[:600])
-            console.print(table)
+    for part, found in figures.items():
+        table = Table(part, "")
+        for name, value in found.items():
+            table.add_row(name, json.dumps(value, ensure_ascii=False)[:600])
+        console.print(table)
 
 
 if __name__ == "__main__":

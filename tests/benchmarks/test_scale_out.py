@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from agents.algorithms.accelerate_engine import reduced_in
+from benchmarks.provenance import commit
 from benchmarks.scale_out import __main__ as scale_out
 from benchmarks.scale_out import model
 
 ROOT = Path(__file__).parents[2]
+RANKS = ROOT / "benchmarks" / "results" / "scale_out" / "ranks.json"
 
 
 def test_two_processes_beside_one_in_miniature(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "ranks.json"
     scale_out.main(["--json", str(out), "--episodes", "32", "--response", "4", "--rounds", "1", "--iterations", "1"])
-    report = json.loads(out.read_text())
+    report = {part: kept["figures"] for part, kept in json.loads(out.read_text()).items()}
     for how in ("replicated", "cut up"):
         for figures in report["weights"][how].values():
             assert figures["between processes"] == 0.0
@@ -46,6 +50,28 @@ def test_two_processes_beside_one_in_miniature(tmp_path: Path, capsys: pytest.Ca
     assert report["decode"]["at_once"] > 0
     assert report["decode"]["for_each_token"] > 0
     assert "decode" in capsys.readouterr().out
+
+
+def test_figures_of_a_part_replace_its_older_ones_alone_and_only_ways_that_have_it_are_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = []
+
+    def run(jobs: Sequence[str], way: str, directory: Path, **options: Any) -> list[dict[str, Any]]:
+        ran.append((list(jobs), way))
+        return [{"decode": {"at_once": 2.0, "for_each_token": 1.0}}]
+
+    monkeypatch.setattr(scale_out, "run", run)
+    committed = json.loads(RANKS.read_text())
+    out = tmp_path / "ranks.json"
+    out.write_text(json.dumps(committed))
+    scale_out.main(["--json", str(out), "--parts", "decode"])
+    assert ran == [(["decode"], "cut up")]
+    kept = json.loads(out.read_text())
+    decode = kept.pop("decode")
+    assert decode["figures"] == {"at_once": 2.0, "for_each_token": 1.0}
+    assert decode["commit"] == commit() != committed["decode"]["commit"]
+    assert kept == {part: of for part, of in committed.items() if part != "decode"}
 
 
 def test_the_model_gives_back_what_was_measured() -> None:
