@@ -53,6 +53,7 @@ class StandIn:
         self.model: Any = copy.deepcopy(self.started_with)
         self.adapters: dict[str, Any] = {}
         self.dies_after = None
+        self.started = time.time()
 
     @property
     def is_dead(self) -> bool:
@@ -63,6 +64,8 @@ class StandIn:
         if path == "/v1/completions":
             with self.lock:
                 return self._complete(body)
+        if path == "/metrics":
+            return 200, f"# TYPE process_start_time_seconds gauge\nprocess_start_time_seconds {self.started}\n"
         self.asked.append((path, body))
         if path == "/v1/models":
             adapters = [{"id": name, "parent": "base", "max_model_len": None} for name in self.adapters]

@@ -4,13 +4,15 @@ A server is vLLM's own (``python -m vllm.entrypoints.openai.api_server``); nothi
 need not be installed here. ``docs/engines.md`` says how one is started. These requests are used:
 
 - ``GET /v1/models``: which model is served, and how long its contexts may be.
+- ``GET /metrics``: when the server was started, so that one that has lost its weights is noticed.
 - ``POST /v1/completions``, with token ids for a prompt: one request a text, each with its own seed.
 - ``POST /collective_rpc`` with ``reload_weights`` and ``POST /reset_prefix_cache``: new weights, out of a directory.
 - ``POST /v1/load_lora_adapter`` and ``POST /v1/unload_lora_adapter``: a new adapter, out of a directory.
 
 A server that dies is tried again a few times and then left out. Its unfinished texts are written by the others, from
-their beginning. Whenever there are new weights, or nobody is left, those that were left out are asked whether they are
-back, and given the weights before they write again. If nobody comes back in time, the error says so.
+their beginning; so are those at which a server fails that answers all else. Whenever there are new weights, or nobody
+is left, those that were left out are asked whether they are back, and given the weights before they write again. If
+nobody comes back in time, the error says so.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import shutil
 import tempfile
 import threading
@@ -121,6 +124,10 @@ class VllmServers:
         if self._weights is None:
             raise ValueError("Expected take_weights() before write(): what the servers were started with is not known.")
         body = sampling_parameters(sampling)
+        with self._lock:
+            for server in self._servers:
+                if server.is_live and server.was_restarted():
+                    self._load(server)
         futures = [in_background(partial(self._text, request, sampling, body)) for request in requests]
         return [future.result() for future in futures]
 
@@ -149,24 +156,30 @@ class VllmServers:
         body["max_tokens"] = sampling.max_new_tokens - request.step
         if request.step < sampling.min_new_tokens:
             body["min_tokens"] = sampling.min_new_tokens - request.step
-        failed: list[str] = []
+        failed: list[tuple[_Server, str]] = []
         with self._slots:
             while len(failed) < TRIES:
-                server = self._server()
+                server = self._server([at for at, _ in failed])
                 loads = server.loads
                 try:
                     server.check(sampling)
                     answer = server.ask("/v1/completions", {"model": self._weights.name or server.model, **body})
                     return _continuation(answer, server.url, self._weights.version)
                 except _Unreachable as error:
-                    failed.append(str(error))
+                    failed.append((server, str(error)))
                     self._look_after(server, loads)
                 finally:
                     self._done(server)
-        raise NoServerLeft(f"A text could not be written in {TRIES} attempts: {'; '.join(failed)}.")
+        raise NoServerLeft(f"A text could not be written in {TRIES} attempts: {'; '.join(said for _, said in failed)}.")
 
-    def _server(self) -> _Server:
-        """The server with the least to do, to which one more text is counted."""
+    def _server(self, failed: Sequence[_Server] = ()) -> _Server:
+        """The server with the least to do, to which one more text is counted.
+
+        :param failed: servers that have failed at this text, which are asked again only if there are no others. One
+            that fails at once has nothing to do, and would get it again and again.
+        :return: the server.
+        :raises NoServerLeft: if there is none.
+        """
 
         def pick() -> _Server:
             with self._lock:
@@ -182,7 +195,7 @@ class VllmServers:
                     self._waits = True
                     raise NoServerLeft(message)
                 self._waits = False
-                least = min(live, key=lambda server: server.busy)
+                least = min(live, key=lambda server: (failed.count(server), server.busy))
                 least.busy += 1
                 return least
 
@@ -292,6 +305,7 @@ class _Server:
         self.cause = "not asked yet"  # why not
         self.busy = 0  # the number of texts that it is writing
         self._adapter: str | None = None  # the latest one that it was given
+        self._started: str | None = None  # when it was started, as it said when it was given weights
         self._longest = 0  # the number of tokens of the longest text that it can write, prompt included
         self._says_what_was_sampled = False  # whether its log-probabilities are those after temperature and masks
 
@@ -303,6 +317,7 @@ class _Server:
         :raises ValueError: if it refuses.
         """
         was_live, self.is_live = self.is_live, False
+        self._started = self._start()  # before the weights: if it is started anew meanwhile, it gets them twice
         answer = self.ask("/v1/models", seconds=GREETING_SECONDS)
         with _as_vllm_says(self.url, "the models that it serves", answer):
             models = [(str(model["id"]), model.get("parent"), model["max_model_len"]) for model in answer["data"]]
@@ -326,6 +341,25 @@ class _Server:
                 self._says_what_was_sampled = abs(choice["logprobs"]["token_logprobs"][0]) < 1e-3
         self.loads += 1
         self.is_live = True
+
+    def was_restarted(self) -> bool:
+        """
+        :return: whether the server has been started anew since it was given weights, so that it has those of its start.
+            A server that doesn't say when it was started, or doesn't answer, has not.
+        """
+        try:
+            return self._start() not in (None, self._started)
+        except _Unreachable:  # which is noticed when it is asked for a text
+            return False
+
+    def _start(self) -> str | None:
+        """When the server was started, or None if it doesn't say."""
+        try:
+            said = self.ask("/metrics", seconds=GREETING_SECONDS)
+        except ValueError:
+            return None
+        found = re.search(r"^process_start_time_seconds (\S+)", str(said), re.MULTILINE)
+        return found and found[1]
 
     def check(self, sampling: Sampling) -> None:
         """

@@ -75,6 +75,8 @@ def load(path: str | Path) -> Tree:
         state = json.loads((directory / STATE).read_bytes())
         tree: Tree = state["values"]
         for entry, names in state["tensors"].items():
+            if not entry.isidentifier():
+                raise ValueError(f"{entry!r} is not the name of a file of tensors")
             _put_together(tree, {entry: names}, load_file(directory / f"{entry}.safetensors"))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         # The files are as they were written, but this function's counterpart has not written them.

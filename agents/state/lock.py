@@ -80,8 +80,9 @@ def _acquire(path: Path, directory: Path) -> int:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The last holder may have removed the file after it was opened here: what is locked is then no longer it.
-            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 holder = os.pread(descriptor, 1000, 0).decode(errors="replace")

@@ -160,9 +160,10 @@ def test_the_texts_of_a_server_that_dies_are_written_by_the_others(
     assert len(servers[0].completions) > before
 
 
+@pytest.mark.parametrize("waits", [False, True], ids=["at once", "after a while"])
 @pytest.mark.parametrize("lora", [None, LORA], ids=["all weights", "adapter"])
 def test_the_only_server_may_come_back_and_is_given_the_weights_before_it_writes_again(
-    lora: Any, model: str, servers: list[StandIn]
+    lora: Any, waits: bool, model: str, servers: list[StandIn]
 ) -> None:
     env = make_env()
     policy = policy_of(env, model, lora=lora)
@@ -170,8 +171,8 @@ def test_the_only_server_may_come_back_and_is_given_the_weights_before_it_writes
     backend = client(servers[0], patience=30.0)
     backend.take_weights(policy, 1)
     expected = backend.write(REQUESTS, Sampling.of(policy, env))
-    servers[0].restart()  # so quickly that nobody has noticed, if it knows an adapter no more
-    if lora is None:
+    servers[0].restart()
+    if waits:
         servers[0].dies_after = len(servers[0].completions)
         threading.Timer(1.0, servers[0].restart).start()
     written = backend.write(REQUESTS, Sampling.of(policy, env))
@@ -224,6 +225,41 @@ def test_a_text_at_which_every_server_fails_is_not_tried_for_ever(
         )
     with pytest.raises(NoServerLeft, match=r"could not be written in 4 attempts.*status 500: 'broken'"):
         backend.write([Request([40, 50], 0, 1)], Sampling.of(policy, env))
+
+
+def test_the_texts_at_which_one_server_fails_that_answers_all_else_are_written_by_the_others(
+    model: str, servers: list[StandIn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = make_env()
+    policy = policy_of(env, model)
+    backend = client(*servers)
+    backend.take_weights(policy, 1)
+    expected = backend.write(REQUESTS, Sampling.of(policy, env))
+    monkeypatch.setattr("agents.rollouts.vllm_servers.WAITS", ())
+    answer, failures = servers[0].answer, []
+    servers[1].seconds = 0.02  # so that the other one has the least to do
+
+    def failing(path: str, body: Any) -> tuple[int, Any]:
+        if path == "/v1/completions":
+            failures.append(body)
+            return 500, "broken"
+        return answer(path, body)
+
+    servers[0].answer = failing  # type: ignore[method-assign]
+    written = backend.write(REQUESTS, Sampling.of(policy, env))
+    assert [one.token_ids.tolist() for one in written] == [one.token_ids.tolist() for one in expected]
+    assert failures
+
+
+def test_a_server_that_does_not_say_when_it_was_started_writes_all_the_same(model: str, servers: list[StandIn]) -> None:
+    env = make_env()
+    policy = policy_of(env, model)
+    backend, answer = client(servers[0]), servers[0].answer
+    silent = lambda path, body: (404, "Not Found") if path == "/metrics" else answer(path, body)  # noqa: E731
+    servers[0].answer = silent  # type: ignore[method-assign]
+    backend.take_weights(policy, 1)
+    assert len(backend.write(REQUESTS, Sampling.of(policy, env))) == len(REQUESTS)
+    assert [path for path, _ in servers[0].asked].count("/collective_rpc") == 1
 
 
 def test_a_server_that_says_log_probabilities_of_another_distribution_is_refused(model: str) -> None:

@@ -82,6 +82,33 @@ def test_a_directory_that_was_removed_meanwhile_is_no_error(tmp_path: Path) -> N
         (tmp_path / "run").rmdir()
 
 
+def test_a_file_that_others_make_and_remove_while_it_is_locked_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, lockf, stat = tmp_path.resolve() / ".lock", fcntl.lockf, Path.stat
+    happened: list[str] = []
+
+    def replaced(descriptor: int, *operations: int) -> None:
+        lockf(descriptor, *operations)
+        if not happened:
+            happened.append("replaced")
+            path.unlink()
+            path.write_text("of another process")
+
+    def removed(self: Path, **options: Any) -> os.stat_result:
+        found = stat(self, **options)
+        if self == path and happened == ["replaced"]:
+            happened.append("removed")
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(fcntl, "lockf", replaced)
+    monkeypatch.setattr(Path, "stat", removed)
+    with locked(tmp_path):
+        assert str(os.getpid()) in path.read_text()
+    assert happened == ["replaced", "removed"]
+
+
 def test_a_file_system_without_locks_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")

@@ -118,6 +118,18 @@ def test_a_directory_that_something_else_has_sealed_says_so(tmp_path: Path) -> N
         checkpoint.load(tmp_path / "tree")
 
 
+@pytest.mark.parametrize("entry", ["../other/policy", "{tmp}/other/policy", "no name"])
+def test_no_file_outside_of_the_checkpoint_is_read(tmp_path: Path, entry: str) -> None:
+    checkpoint.save(tmp_path / "other", {"policy": {"weight": torch.zeros(1)}})
+    checkpoint.save(tmp_path / "tree", {"old": 1})
+    state = {"values": {}, "tensors": {entry.format(tmp=tmp_path): {"weight": "weight"}}}
+    (tmp_path / "tree" / "state.json").write_text(json.dumps(state))
+    (tmp_path / "tree" / "manifest.json").unlink()
+    seal(tmp_path / "tree", {})
+    with pytest.raises(CheckpointError, match="is not the name of a file of tensors"):
+        checkpoint.load(tmp_path / "tree")
+
+
 def test_numbers_that_are_not_finite_are_refused_only_where_they_are_asked_for(tmp_path: Path) -> None:
     tree = {"policy": {"good": torch.zeros(2), "bad": torch.tensor([1.0, float("nan")])}}
     checkpoint.save(tmp_path / "tree", tree)
