@@ -36,7 +36,7 @@ class Damage(NamedTuple):
     """Something that happens to the files of a checkpoint.
 
     :param kind: what happens, for the table.
-    :param names: the error must name one of these.
+    :param names: what the error must name.
     :param do: does it to a directory.
     """
 
@@ -77,7 +77,9 @@ def damages(good: Path, others: dict[str, Path], flips: int, rng: random.Random)
                 if any(_same(good, other, some) for some in (names, kept)):
                     continue  # files that are the same in both: the result is one of the two
                 kind = f"files of {which} checkpoint are mixed in"
-                yield Damage(kind, tuple(files), partial(_copy_from, other, names))
+                strangers = kept if MANIFEST in names else names  # to the manifest that is there
+                wrong = tuple(name for name in strangers if not _same(good, other, [name]))
+                yield Damage(kind, wrong, partial(_copy_from, other, names))
     for unknown in ("pytorch_model.bin", "policy.safetensors.tmp", "state.json.orig"):
         yield Damage("there is an unknown file", (unknown,), partial(_write, unknown, b"x"))
     yield Damage("it is of another format", (MANIFEST,), _other_format)
@@ -92,7 +94,7 @@ def examine_damages(work: Path, save: Callable[[int, Path], object], flips: int,
     :param flips: the number of flipped bits in each file.
     :param seed: seed of the places of the bits.
     :return: the number of cases of each kind, and three lists, which should be empty: damages that were accepted,
-        damages of which the error doesn't say which file it is, and damages after which the history didn't give the
+        damages of which the error doesn't say which files they are, and damages after which the history didn't give the
         checkpoint before.
     """
     for number in (1, 2, 3):
@@ -113,7 +115,7 @@ def examine_damages(work: Path, save: Callable[[int, Path], object], flips: int,
             checkpoint.load(history.path(2))
             accepted.append(case)
         except (CheckpointError, OSError) as error:
-            if not any(name in str(error) for name in damage.names):
+            if not all(name in str(error) for name in damage.names):
                 unnamed.append(case)
         path, tree = history.newest()
         if (
@@ -220,15 +222,16 @@ class Save(NamedTuple):
         """
         self._save(directory, self.number)
 
-    def lost(self, directory: Path, after_an_error: bool) -> str | None:
+    def lost(self, directory: Path, ended: int) -> str | None:
         """
         :param directory: where the save was interrupted.
-        :param after_an_error: by an error; otherwise the process was killed.
+        :param ended: how its process ended: by SIGKILL, with ``FAILED``, or with 0, by which it says that it has saved.
         :return: what was lost; None if nothing was, and the next save is as if there had been no interruption.
         """
-        if after_an_error and (left := list(directory.glob(f"*{PARTIAL}"))):
+        if ended != -signal.SIGKILL and (left := list(directory.glob(f"*{PARTIAL}"))):
             return f"{left[0].name} was left"
-        if (what := self._missing(directory, {self.number, self.before[-1] if self.before else None})) is not None:
+        old = self.before[-1] if self.before else None
+        if (what := self._missing(directory, {self.number} if ended == 0 else {self.number, old})) is not None:
             return what
         self.do(directory)
         if (what := self._missing(directory, {self.number})) is not None:
@@ -246,21 +249,27 @@ class Save(NamedTuple):
             CheckpointHistory(directory).save(state, number, value=number)
 
     def _missing(self, directory: Path, allowed: set[int | None]) -> str | None:
-        """What is wrong if the newest checkpoint should be one of these; None among them: there may be none at all."""
+        """What is wrong if the newest and the best should be of these; None among them: there may be none at all."""
         history = CheckpointHistory(directory)
-        try:
-            tree = checkpoint.load(directory / "alone") if self.alone else history.newest()[1]
-            best = None if self.alone or not self.before else checkpoint.load(history.best)
-        except FileNotFoundError as error:
-            return None if None in allowed else str(error)
-        except CheckpointError as error:
-            return str(error)
-        number = tree["counters"]["num_timesteps"]
-        if number not in allowed or history.damaged or not same(tree, small_state(number)):
-            return f"the newest is {number}, damaged are {history.damaged}"
-        if best is not None and best["counters"]["num_timesteps"] not in {self.before[-1], self.number}:
-            return f"the best is {best['counters']}"
-        return None
+        reads: dict[str, Callable[[], dict[str, Any]]] = {
+            "newest": lambda: history.newest()[1],
+            "best": lambda: checkpoint.load(history.best),
+        }
+        if self.alone:
+            reads = {"only one": lambda: checkpoint.load(directory / "alone")}
+        for which, read in reads.items():
+            try:
+                tree = read()
+            except FileNotFoundError as error:
+                if None not in allowed:
+                    return str(error)
+                continue
+            except CheckpointError as error:
+                return str(error)
+            number = tree["counters"]["num_timesteps"]
+            if number not in allowed or not same(tree, small_state(number)):
+                return f"the {which} is {number}"
+        return f"damaged are {history.damaged}" if history.damaged else None
 
 
 SAVES = {
@@ -289,7 +298,7 @@ def killed_at_every_call(work: Path, saves: Mapping[str, Save] = SAVES) -> dict[
             points += 1
             if ended != -signal.SIGKILL:
                 lost.append(f"{name}, call {point}: the process ended with {ended}")
-            elif what := save.lost(directory, after_an_error=False):
+            elif what := save.lost(directory, ended):
                 lost.append(f"{name}, call {point}: {what}")
     return {"points": points, "lost": lost}
 
@@ -313,22 +322,27 @@ def too_large_at_every_size(work: Path, step: int, saves: Mapping[str, Save] = S
             failed += 1
             if ended != FAILED:
                 lost.append(f"{name}, {size} bytes: the process ended with {ended}")
-            elif what := save.lost(directory, after_an_error=True):
+            elif what := save.lost(directory, ended):
                 lost.append(f"{name}, {size} bytes: {what}")
     return {"points": failed, "lost": lost}
 
 
-# The system calls by which a save changes files, and those of them that fail where a disk is full.
+# The system calls by which a save opens and changes files.
 CHANGES = (
     *("openat", "write", "pwrite64", "copy_file_range", "sendfile", "ftruncate", "fsync", "close"),
     *("mkdir", "mkdirat", "rename", "renameat", "renameat2", "link", "linkat", "unlink", "unlinkat", "rmdir"),
     *("chmod", "fchmod", "fchmodat"),
 )
-FAILS_WHEN_FULL = ("write", "pwrite64", "fsync", "mkdir", "rename", "renameat", "renameat2", "link", "linkat")
+# Those of them that fail where a disk is full. So does openat where it makes a file; but strace can't tell that from
+# openat where it reads, which goes on.
+FAILS_WHEN_FULL = (
+    *("write", "pwrite64", "copy_file_range", "sendfile", "ftruncate", "fsync", "mkdir", "mkdirat"),
+    *("rename", "renameat", "renameat2", "link", "linkat"),
+)
 
 
 def at_every_system_call(work: Path, killed: bool) -> dict[str, Any]:
-    """Kill the process before every system call that changes files, or let these calls fail from some point on.
+    """Kill the process before every call of ``CHANGES``, or let those of ``FAILS_WHEN_FULL`` fail from some point on.
 
     :param work: a directory.
     :param killed: kill it; otherwise the disk is full.
@@ -354,7 +368,7 @@ def at_every_system_call(work: Path, killed: bool) -> dict[str, Any]:
                 # A copy replaces a hard link that fails, so the process may end well.
                 if ended not in ((-signal.SIGKILL,) if killed else (FAILED, 0)):
                     lost.append(f"{name}, {call} {point}: the process ended with {ended}")
-                elif what := save.lost(directory, after_an_error=not killed):
+                elif what := save.lost(directory, ended):
                     lost.append(f"{name}, {call} {point}: {what}")
     return {"points": points, "lost": lost}
 

@@ -9,12 +9,14 @@ damages       every damage of ``benchmarks.faults`` to the newest checkpoint of 
               and the checkpoint before it is taken
 strangers     checkpoints loaded by another algorithm, and in other environments: refused, by the name of what differs
 killed        SIGKILL before every call by which a save changes files: the old checkpoint or the new one loads
-limited       no file grows beyond n bytes, for every n up to the largest file: the old one loads, and no half is left
-system-calls  the same by strace: SIGKILL before, and "no space left" from, every system call that changes files
+limited       no file grows beyond n bytes, for all multiples of --step up to the largest file: the old one loads, and
+              no half is left
+system-calls  the same by strace: SIGKILL before every system call by which files are opened or changed, and "no space
+              left" from each on that writes, makes directories, links or renames
 sigkill       SIGKILL at random moments of ``textrlhf train``, then ``train --resume``: the end is the same, bit for bit
 soak          half an hour of ``textrlhf train``: the resident memory at the end beside that of minute three
 
-The figures of a part replace those that the file has of it already; the others stay.
+After each part its figures are written, in place of those that the file has of it already; the others stay.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -120,7 +122,7 @@ def examine_strangers(work: Path) -> dict[str, Any]:
 
 def measure(
     parts: Sequence[str], work: Path, flips: int, step: int, kills: int = 50, minutes: float = 30.0
-) -> dict[str, Any]:
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     :param parts: names of parts.
     :param work: an empty directory.
@@ -128,7 +130,7 @@ def measure(
     :param step: limits of file sizes are multiples of this, in bytes.
     :param kills: the number of kills of a whole run.
     :param minutes: the length of the soak.
-    :return: the figures of each part.
+    :return: each part with its figures, as soon as it is measured.
     """
     measured: dict[str, Callable[[Path], dict[str, Any]]] = {
         "damages": lambda path: examine_run(path, flips),
@@ -142,12 +144,9 @@ def measure(
         "sigkill": lambda path: kill_runs(path, kills),
         "soak": lambda path: soak(path, minutes),
     }
-    figures = {}
     for part in parts:
         (work / part).mkdir()
-        figures[part] = measured[part](work / part)
-        print(part, json.dumps(figures[part], indent=1), flush=True)
-    return figures
+        yield part, measured[part](work / part)
 
 
 PARTS = ("damages", "strangers", "killed", "limited", "system-calls", "sigkill", "soak")
@@ -166,13 +165,13 @@ def main(args: Sequence[str] | None = None) -> int:
         parser.error(f"Expected parts among {', '.join(PARTS)}, got {', '.join(sorted(unknown))}.")
     origin = provenance("benchmarks.reliability", args)
     with tempfile.TemporaryDirectory() as work:
-        figures = measure(
-            options.parts or PARTS, Path(work), options.flips, options.step, options.kills, options.minutes
-        )
-    if options.json is not None:
-        before = json.loads(options.json.read_text()) if options.json.exists() else {}
-        results = {**before, **{part: {**origin, "figures": found} for part, found in figures.items()}}
-        options.json.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        measured = (options.parts or PARTS, Path(work), options.flips, options.step, options.kills, options.minutes)
+        for part, figures in measure(*measured):
+            print(part, json.dumps(figures, indent=1), flush=True)
+            if options.json is not None:
+                before = json.loads(options.json.read_text()) if options.json.exists() else {}
+                results = {**before, part: {**origin, "figures": figures}}
+                options.json.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     return 0
 
 

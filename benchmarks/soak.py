@@ -33,8 +33,15 @@ def soak(work: Path, minutes: float, start_minute: float = 3.0, options: Sequenc
     :return: the resident memory of the process in MiB, at the two times (medians of the minute before the end and of
         the one after ``start_minute``, or of a tenth of a shorter run) and once a minute; the growth as a share; how
         many iterations, tokens and checkpoints there were.
+    :raises ValueError: if the run is over before what its end is compared with has been read.
     :raises RuntimeError: if the run ended by itself, or not as SIGTERM asks for.
     """
+    window = min(60.0, 6 * minutes)
+    if 60 * start_minute + window > 60 * minutes:
+        raise ValueError(
+            f"Expected a soak that goes on after its first {start_minute:g} minutes, whose end is compared with the "
+            f"minute that follows these, got {minutes:g} minutes. Ask for {start_minute + 1:g} or more (--minutes)."
+        )
     run = work / "run"
     command = [sys.executable, "-m", "agents.cli", "train", "--run-dir", str(run), *options]
     path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -50,7 +57,6 @@ def soak(work: Path, minutes: float, start_minute: float = 3.0, options: Sequenc
         raise RuntimeError(
             f"Expected SIGTERM to end the run with {TERMINATED}, got {status}: {output.read_text()[-2000:]}"
         )
-    window = min(60.0, 6 * minutes)
     first = round(_median(read, 60 * start_minute, 60 * start_minute + window), 1)
     last = round(_median(read, 60 * minutes - window, 60 * minutes), 1)
     with (run / "progress.csv").open(newline="") as progress:

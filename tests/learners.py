@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from stable_baselines3.common.logger import KVWriter
 from tiny import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -23,19 +22,6 @@ from text_env.vector_env import TextVectorEnv
 PROMPTS = ["The movie", "I loved this", "a", "That film was so good and"]
 EOS = 0  # of the tiny tokenizer
 Observation = dict[str, torch.Tensor]
-
-
-class Rows(KVWriter):
-    """Keeps what is logged."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-
-    def write(self, key_values: dict[str, Any], key_excluded: Any, step: int = 0) -> None:
-        self.rows.append(dict(key_values))
-
-    def close(self) -> None:
-        pass
 
 
 def even_tokens(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:

@@ -183,7 +183,7 @@ def help_of(module: str, subcommand: list[str]) -> str:
     imported = {name: sys.modules.pop(name) for name in (program,) if name in sys.modules}
     try:
         with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-            runpy.run_module(module, run_name="__main__")
+            runpy.run_module(module, run_name="__main__", alter_sys=True)  # tyro looks for types in it by its name
     finally:
         sys.argv = before
         sys.modules.update(imported)

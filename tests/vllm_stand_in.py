@@ -44,6 +44,8 @@ class StandIn:
         self.asked: list[tuple[str, Any]] = []  # path and body of each request, but the completions
         self.completions: list[dict[str, Any]] = []
         self.dies_after: int | None = None  # so many completions
+        self.cut_off: list[str] = []  # the paths of requests that it was at when it died
+        self.lives = 0
         self.seconds = 0.0  # that a completion takes at least
         self.lock = threading.Lock()
         self.restart()
@@ -53,7 +55,7 @@ class StandIn:
         self.model: Any = copy.deepcopy(self.started_with)
         self.adapters: dict[str, Any] = {}
         self.dies_after = None
-        self.started = time.time()
+        self.lives += 1
 
     @property
     def is_dead(self) -> bool:
@@ -65,7 +67,7 @@ class StandIn:
             with self.lock:
                 return self._complete(body)
         if path == "/metrics":
-            return 200, f"# TYPE process_start_time_seconds gauge\nprocess_start_time_seconds {self.started}\n"
+            return 200, f"# TYPE process_start_time_seconds gauge\nprocess_start_time_seconds {self.lives}\n"
         self.asked.append((path, body))
         if path == "/v1/models":
             adapters = [{"id": name, "parent": "base", "max_model_len": None} for name in self.adapters]
@@ -134,8 +136,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         if self.stand_in.is_dead:
             return
+        life = self.stand_in.lives
         status, answer = self.stand_in.answer(self.path, body)
-        if self.stand_in.is_dead:
+        if self.stand_in.is_dead or self.stand_in.lives != life:
+            self.stand_in.cut_off.append(self.path)
             return
         said = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
         self.send_response(status)

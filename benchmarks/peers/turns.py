@@ -10,6 +10,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,10 @@ class Child:
 
     def __init__(self, command: list[str], directory: Path) -> None:
         self._command = command
+        # Not a pipe: nobody reads it between the turns, and a child that has filled one waits for ever.
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (it is there as long as the child)
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=directory
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, cwd=directory
         )
 
     def turn(self) -> dict[str, Any]:
@@ -78,7 +81,10 @@ class Child:
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
-            _, errors = self._process.communicate()
+            self._process.communicate()
+            with self._errors:
+                self._errors.seek(0)
+                errors = self._errors.read().decode(errors="replace")
             raise RuntimeError(f"{' '.join(self._command)} ended early:\n{errors[-2000:]}")
         answer: dict[str, Any] = json.loads(line)
         return answer
@@ -86,3 +92,4 @@ class Child:
     def stop(self) -> None:
         """Tell it that there are no more turns, and wait for its end."""
         self._process.communicate("stop\n")
+        self._errors.close()

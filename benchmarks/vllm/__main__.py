@@ -4,28 +4,28 @@
     python -m benchmarks.vllm
 
 Trainings with the same settings and several seeds, once with ``rollouts="local"``, once with a real server and
-``max_lag=0``, and once with ``max_lag=1``; and one whose server is killed with SIGKILL in the middle of a rollout, and
-started again at once. Learner and server have one thread each. On a CPU vLLM is no faster than the policy itself: this
-is about whether it is right. A training that is there is not run again.
+``max_lag=0``, and once with ``max_lag=1``; and one whose server is killed with SIGKILL while it writes texts of a
+rollout, and started again at once. Learner and server have one thread each. On a CPU vLLM is no faster than the policy
+itself: this is about whether it is right. A training that is there is not run again, and the trainings of other seeds
+and writers stay in the file of the results.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import tyro
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.utils import set_random_seed
 
 from agents.algorithms.ppo import PPO
@@ -34,7 +34,10 @@ from agents.evaluation.intervals import bootstrap_interval
 from agents.policies.causal_lm_policy import load_policy
 from agents.rollouts.vllm_servers import VllmServers
 from agents.state.schedules import LearningRate
+from benchmarks.logged import Rows
+from benchmarks.many_runs import all_runs, file_of
 from benchmarks.provenance import provenance
+from benchmarks.vllm.killed import KilledWhileWriting
 from benchmarks.vllm.server import Server, running, untied, version
 from text_env.arithmetic import MODEL
 from text_env.builtin import ARITHMETIC_MODEL
@@ -104,7 +107,7 @@ class Options:
     """Train with rollouts of vLLM, and beside that without."""
 
     out: Path = Path("benchmarks/results/scale_out/vllm.json")
-    """The file of the results. Those of another subject in it are kept."""
+    """The file of the results. What is in it already and not measured again is kept."""
     subject: str = "arithmetic"
     """'arithmetic' (the built-in model, calculations of two steps, all weights) or 'smollm2' (film reviews, LoRA)."""
     seeds: int = 5
@@ -121,44 +124,6 @@ class Options:
     """Where the figures of each training are kept, and the server's output."""
 
 
-class _Rows(KVWriter):
-    """Keeps what is logged."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-
-    def write(self, key_values: dict[str, Any], key_excluded: Any, step: int = 0) -> None:
-        self.rows.append(dict(key_values))
-
-    def close(self) -> None:
-        pass
-
-
-class _KillServer(BaseCallback):
-    """Kills the server in the middle of a rollout, once, and starts it again.
-
-    :param server: the server.
-    """
-
-    def __init__(self, server: Server) -> None:
-        super().__init__()
-        self._server, self._starts = server, 0
-        self.killed = False
-
-    def _on_step(self) -> bool:
-        return True
-
-    def _on_rollout_start(self) -> None:
-        self._starts += 1
-        if self._starts == KILLED_ROLLOUT:
-            threading.Timer(0.2, self._kill).start()
-
-    def _kill(self) -> None:
-        self._server.kill()
-        self.killed = True
-        self._server.start()
-
-
 def run(subject: Subject, writer: str, seed: int, server: Server | None, options: Options) -> dict[str, Any]:
     """Train once.
 
@@ -168,19 +133,21 @@ def run(subject: Subject, writer: str, seed: int, server: Server | None, options
     :param server: the server; None for the policy itself.
     :param options: the settings of the benchmark.
     :return: the figures of the training.
+    :raises RuntimeError: if the server should have been killed while it writes, and was not.
     """
-    callback = None
+    killed = None
     arguments = dict(subject.arguments)
     if server is not None:
-        arguments |= {"rollouts": VllmServers(server.url, patience=900.0), "max_lag": int(writer.endswith("max_lag=1"))}
-        callback = _KillServer(server) if writer.endswith("killed") else None
+        servers = VllmServers(server.url, patience=900.0)
+        killed = KilledWhileWriting(servers, server, KILLED_ROLLOUT) if writer.endswith("killed") else None
+        arguments |= {"rollouts": killed or servers, "max_lag": int(writer.endswith("max_lag=1"))}
     policy_kwargs = {"model": subject.model, **arguments.pop("policy_kwargs", {})}
     env = TextVectorEnv(arguments["n_episodes"], **subject.env)
     model = PPO("CausalLMPolicy", env, seed=seed, policy_kwargs=policy_kwargs, **arguments)
-    rows = _Rows()
+    rows = Rows()
     model.set_logger(Logger(None, [rows]))
     start = time.perf_counter()
-    model.learn(options.tokens, callback)
+    model.learn(options.tokens)
     seconds = time.perf_counter() - start
     scores = [row["objective/scores"] for row in rows.rows]
     row: dict[str, Any] = {
@@ -195,8 +162,13 @@ def run(subject: Subject, writer: str, seed: int, server: Server | None, options
         "kl_at_end": float(np.mean([row["objective/kl"] for row in rows.rows[-LAST:]])),
         "scores": scores,
     }
-    if callback is not None:
-        row["server_killed"] = callback.killed
+    if killed is not None:
+        if not killed.cut_off:
+            raise RuntimeError(
+                f"Expected the server to be killed while it writes texts of rollout {KILLED_ROLLOUT}, but it was asked "
+                f"for none at the moment; there were {len(scores)} rollouts. Train for more --tokens."
+            )
+        row["requests_cut_off"] = killed.cut_off
     if server is not None:
         row |= {
             "mean_log_prob_difference": float(np.mean([row["mismatch/log_prob_mean"] for row in rows.rows])),
@@ -206,6 +178,7 @@ def run(subject: Subject, writer: str, seed: int, server: Server | None, options
         }
     if subject.held_out is not None:
         row["held_out"] = held_out_score(subject, model, seed, options.episodes)
+    print(f"{writer:16} seed {seed} score {row['score_at_end']:.3f} {seconds:.0f} s", flush=True)
     return row
 
 
@@ -223,19 +196,6 @@ def held_out_score(subject: Subject, model: PPO, seed: int, episodes: int) -> fl
     policy, reference = (load_policy(subject.model, env, "cpu", "float32", 1.0) for _ in range(2))
     policy.lm.load_state_dict(model.policy.lm.state_dict())
     return float(evaluate(policy, reference, env, episodes)["policy"]["score"])
-
-
-def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """
-    :param path: a file.
-    :param make: makes what is written there.
-    :return: what was made before and is in the file, or is made now.
-    """
-    if not path.exists():
-        row = make()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(row) + "\n")
-    return dict(json.loads(path.read_text()))
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -259,32 +219,65 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+@contextlib.contextmanager
+def served(subject: Subject, options: Options) -> Iterator[Server]:
+    """
+    :param subject: the subject.
+    :param options: the settings of the benchmark.
+    :return: a context manager, within which a server runs that serves the subject's model.
+    """
+    env = TextVectorEnv(1, **subject.env)
+    options.runs.mkdir(parents=True, exist_ok=True)
+    model = untied(subject.served, options.runs / f"{options.subject}-untied")
+    length = env.max_prompt_tokens + env.max_new_tokens
+    with running(Server(model, (options.runs / "server.log").resolve(), length, subject.server)) as server:
+        yield server
+
+
 def main(options: Options) -> int:
     """
     :param options: the settings.
     :return: the exit status, 0.
+    :raises ValueError: if the file of the results has trainings with other settings.
     """
     torch.set_num_threads(1)
     subject = subjects(options.smollm2)[options.subject]
-    options.runs.mkdir(parents=True, exist_ok=True)
     origin = provenance("benchmarks.vllm")
-    env = TextVectorEnv(1, **subject.env)
-    length = env.max_prompt_tokens + env.max_new_tokens
-    model = untied(subject.served, options.runs / f"{options.subject}-untied")
-    server = Server(model, (options.runs / "server.log").resolve(), length, subject.server)
-    rows = []
-    with running(server):
-        for seed in range(options.seeds):
-            for writer in options.writers:
-                if writer.endswith("killed") and seed:
-                    continue
-                name = f"{options.subject}-{writer.replace(', ', '-')}-{options.tokens}-{seed}.json"
-                used = None if writer == "local" else server
-                row = kept(options.runs / name, partial(run, subject, writer, seed, used, options))
-                rows.append(row)
-                print(f"{writer:16} seed {seed} score {row['score_at_end']:.3f} {row['seconds']:.0f} s", flush=True)
+    del origin["commit"]  # each training has its own
+    settings = {"tokens": options.tokens, "episodes": options.episodes}
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
-    results[options.subject] = {**origin, "server": version(), "summary": summary(rows), "trainings": rows}
+    before = results.get(options.subject, {"settings": settings, "trainings": []})
+    if before["settings"] != settings:
+        raise ValueError(
+            f"Expected the settings of the trainings that are in {options.out}, {before['settings']}, got {settings}. "
+            "Pass those, or another file as --out."
+        )
+    todo = {
+        file_of(options.runs, f"{options.subject} {writer}", options.tokens, options.episodes, seed): (writer, seed)
+        for seed in range(options.seeds)
+        for writer in options.writers
+        if not (writer.endswith("killed") and seed)
+    }
+    with contextlib.ExitStack() as stack:
+        server = None
+        if any(writer != "local" and not path.exists() for path, (writer, _) in todo.items()):
+            server = stack.enter_context(served(subject, options))
+            before["server"] = version()
+        runs = {
+            path: (subject, writer, seed, None if writer == "local" else server, options)
+            for path, (writer, seed) in todo.items()
+        }
+        rows = all_runs(run, runs, workers=1)
+    trainings = {(row["writer"], row["seed"]): row for row in (*before["trainings"], *rows)}
+    rows = sorted(trainings.values(), key=lambda row: row["seed"])
+    results[options.subject] = {
+        **origin,
+        "server": before.get("server"),
+        "settings": settings,
+        "commits": Counter(row["commit"] for row in rows),
+        "summary": summary(rows),
+        "trainings": rows,
+    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(results, indent=1) + "\n")
     return 0

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 """The interpreter that benchmarks/vllm/install.sh makes."""
 STARTING_SECONDS = 600.0
 """How long a server may take until it answers; two or three minutes are usual on two cores."""
+ESTABLISHED = "01"  # in /proc/net/tcp
 
 
 class Server:
@@ -91,6 +93,16 @@ class Server:
         if self.process is not None and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+
+
+def open_requests(url: str) -> int:
+    """
+    :param url: the address of a server on this machine.
+    :return: the number of connections to it that are open (Linux): as many requests it has not answered yet.
+    """
+    port = urllib.parse.urlsplit(url).port
+    connections = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(remote.endswith(f":{port:04X}") and state == ESTABLISHED for _, _, remote, state, *_ in connections)
 
 
 def untied(model: Path, directory: Path) -> Path:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from learners import (
-    Rows,
     even_tokens,
     largest_difference,
     length_of,
@@ -35,6 +34,7 @@ from agents.algorithms.reinforce import REINFORCE
 from agents.algorithms.rloo import RLOO
 from agents.objectives.advantages import group_relative, leave_one_out
 from agents.runs.algorithms import ALGORITHMS
+from benchmarks.logged import Rows
 from text_env.finished_texts import RESERVED_NAMES
 
 N_EPISODES = 8

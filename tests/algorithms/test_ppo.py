@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from learners import (
-    Rows,
     after_each_rollout,
     constant,
     counted_forwards,
@@ -39,6 +38,7 @@ from agents.objectives.advantages import gae
 from agents.objectives.kl import AdaptiveKL, FixedKL
 from agents.rollouts.sb3_vec_env import make_vec_env
 from agents.state.schedules import LearningRate
+from benchmarks.logged import Rows
 from text_env.rewards import RewardError
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from learners import Rows, after_each_rollout, largest_difference, make_env, save_model, weights_of
+from learners import after_each_rollout, largest_difference, make_env, save_model, weights_of
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from transformers import AutoModelForCausalLM
@@ -24,6 +24,7 @@ from agents.algorithms.ppo import PPO
 from agents.algorithms.vineppo import VinePPO
 from agents.rollouts.backend import Continuation, Request, Sampling
 from agents.rollouts.vllm_servers import NoServerLeft, VllmServers
+from benchmarks.logged import Rows
 
 
 @pytest.fixture(scope="module")

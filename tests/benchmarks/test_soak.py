@@ -27,6 +27,15 @@ def test_a_soak_compares_the_memory_of_its_end_with_that_of_its_start(tmp_path: 
     assert figures["tokens"] == figures["checkpoint_kept"]  # SIGTERM made the last one
 
 
+@pytest.mark.parametrize("minutes", [2.0, 3.0, 3.1])
+def test_a_soak_that_is_over_before_there_is_something_to_compare_with_is_refused_before_it_starts(
+    tmp_path: Path, minutes: float
+) -> None:
+    with pytest.raises(ValueError, match=rf"first 3 minutes.* got {minutes:g} minutes\. Ask for 4 or more"):
+        soak(tmp_path, minutes)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_run_that_ends_by_itself_is_no_soak(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"ended after \d+ s by itself, with status 0"):
         soak(tmp_path, minutes=5, options=small_run(tmp_path, 8))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 import pytest
 
 from agents.state import checkpoint
-from agents.state.manifest import MANIFEST
-from benchmarks.faults import examine_damages, small_state
+from agents.state.history import CheckpointHistory
+from agents.state.manifest import MANIFEST, CheckpointError, verify
+from benchmarks.faults import FAILED, SAVES, examine_damages, small_state
 
 ROOT = Path(__file__).parents[2]
-THIRD, ALONE = "the third of a history that keeps two", "one in place of another"
+FIRST, THIRD, ALONE = "the first of a history", "the third of a history that keeps two", "one in place of another"
 
 
 def save_state(number: int, path: Path) -> None:
@@ -93,6 +95,45 @@ def test_a_directory_that_is_written_in_place_would_be_lost(interrupted: dict[st
     """A negative control."""
     found = interrupted["killed, in place"]
     assert len(found["lost"]) > found["points"] / 2
+
+
+def test_an_error_that_names_another_file_is_none_that_names_the_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A negative control."""
+
+    def name_one(directory: Path) -> None:
+        try:
+            verify(directory)
+        except CheckpointError as error:
+            raise CheckpointError("policy.safetensors is damaged") from error
+
+    monkeypatch.setattr(checkpoint, "verify", name_one)
+    unnamed = examine_damages(tmp_path, save_state, flips=0)["unnamed"]
+    assert "files of a later checkpoint are mixed in: state.json" in unnamed
+    assert "files of a later checkpoint are mixed in: policy.safetensors" not in unnamed
+
+
+@pytest.mark.parametrize("name", [THIRD, ALONE])
+def test_a_save_that_writes_nothing_and_says_that_it_has_would_be_noticed(tmp_path: Path, name: str) -> None:
+    """A negative control: what is there is what a save that failed may leave."""
+    save = SAVES[name]
+    save.prepare(tmp_path / "saves")
+    assert str(save.lost(tmp_path / "saves", ended=0)).endswith(f" is {save.before[-1]}")
+    assert save.lost(tmp_path / "saves", FAILED) is None
+
+
+@pytest.mark.parametrize(("name", "best"), [(FIRST, 7), (THIRD, 2)])
+def test_a_best_that_is_not_the_best_would_be_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, best: int
+) -> None:
+    """A negative control."""
+    SAVES[name].prepare(tmp_path / "saves")
+    monkeypatch.setattr(
+        CheckpointHistory, "_keep_best", lambda history: checkpoint.save(history.best, small_state(best))
+    )
+    SAVES[name].do(tmp_path / "saves")
+    assert SAVES[name].lost(tmp_path / "saves", -signal.SIGKILL) == f"the best is {best}"
 
 
 def test_the_manifest_lists_every_other_file(tmp_path: Path) -> None:
