@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from agents.algorithms import on_policy
+from agents.algorithms.snapshot import Snapshot
+from benchmarks import update
 from benchmarks.gpu import demo, determinism, ppo, throughput
 from benchmarks.gpu.__main__ import main, merge, work
 from benchmarks.gpu.models import subject
@@ -143,6 +146,14 @@ def test_a_profile_counts_operators_by_step(tmp_path: Path) -> None:
     times = [row["milliseconds"] for row in eager["by_processor_time"]]
     assert times == sorted(times, reverse=True)
     assert len(times) == 15
+
+
+def test_an_update_that_is_timed_is_the_one_that_learn_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    algorithm = update.own_ppo(subject("tiny", 4, 4, 6, torch.device("cpu")))
+    copied: list[Any] = []
+    monkeypatch.setattr(on_policy, "Snapshot", lambda policy: copied.append(policy) or Snapshot(policy))
+    assert update.update(algorithm)() == 2 * algorithm.buffer.n_tokens
+    assert copied == [algorithm.policy]
 
 
 def test_an_iteration_of_ppo_is_the_sum_of_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
