@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -17,7 +18,7 @@ from agents.algorithms import on_policy
 from agents.algorithms.snapshot import Snapshot
 from benchmarks import update
 from benchmarks.gpu import demo, determinism, ppo, throughput
-from benchmarks.gpu.__main__ import main, merge, work
+from benchmarks.gpu.__main__ import main, merge, name_of, work
 from benchmarks.gpu.models import subject
 from benchmarks.gpu.options import PARTS, Options, Stage
 from benchmarks.gpu.record import Record, spread
@@ -128,7 +129,8 @@ def test_without_time_everything_is_skipped_and_says_so(tmp_path: Path) -> None:
 
 def test_a_slow_side_has_fewer_turns_than_a_fast_one_but_at_least_one() -> None:
     runs = {"a": lambda: time.sleep(0.05) or 1, "b": lambda: 2}
-    for seconds, counted in ((100.0, [3, 3]), (0.12, [1, 3])):
+    # With 0.18 there is no time for a second turn, and for a third only as if there had been a second.
+    for seconds, counted in ((100.0, [3, 3]), (0.12, [1, 3]), (0.18, [1, 3])):
         seen: list[list[int]] = []
         rounds(runs, 3, seconds, lambda speeds, seen=seen: seen.append([len(of) for of in speeds.values()]))
         assert seen[:2] == [[1, 0], [1, 1]]
@@ -226,9 +228,37 @@ def test_the_command_goes_on_after_a_stage_that_dies_and_keeps_what_was_found(
     assert "| tests | 1 | failed |" in page
     assert "3 s were left" in capsys.readouterr().out
 
+    assert "| precision | 2 | failed or left out: x |" in page
+    assert "| demo | 4 | to its end |" in page
+
     assert main(Options(out=tmp_path, parts=("demo",), minutes=0.1, **TINY)) == 1
     assert len(asked) == 2
-    assert "no time for 1 of its stages" in path.with_suffix(".md").read_text()
+    assert path.with_suffix(".md").read_text() == page, "another choice of parts has a report of its own"
+    [other] = set(tmp_path.glob("*.md")) - {path.with_suffix(".md")}
+    assert "no time for 1 of its stages" in other.read_text()
+
+
+@pytest.mark.parametrize(
+    ("figure", "status"),
+    [({"passed": True}, 0), ({"passed": False}, 1), ({"error": "RuntimeError: no"}, 1), ({"skipped": "no pytest"}, 1)],
+)
+def test_the_exit_status_says_whether_every_figure_is_there(
+    figure: dict[str, Any], status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake(stages: list[Stage], end: float, options: Options, look: Any) -> int:
+        look({"tests": {"figures": {"tests": {"summary": "", **figure}}, "seconds": 1.0}})
+        return len(stages)
+
+    monkeypatch.setattr("benchmarks.gpu.__main__.work", fake)
+    assert main(Options(out=tmp_path, parts=("tests",), **TINY)) == status
+
+
+def test_only_a_whole_run_has_the_name_of_the_device_alone() -> None:
+    whole = Options(out=Path("x"), minutes=9.2, device="cuda")
+    assert name_of(whole, "NVIDIA H200 ") == "nvidia-h200"
+    assert name_of(dataclasses.replace(whole, quick=True), "NVIDIA H200 ") == "nvidia-h200-quick-true"
+    some = dataclasses.replace(whole, parts=("ppo", "demo"), rows=(64,))
+    assert name_of(some, "NVIDIA H200 ") == "nvidia-h200-parts-ppo-demo-rows-64"
 
 
 def test_figures_of_two_workers_are_added_up() -> None:
