@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
+import os
 import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -186,13 +190,29 @@ def test_on_a_cpu_the_same_seed_gives_the_same_weights_twice(tmp_path: Path, mon
     monkeypatch.setattr(determinism, "ITERATIONS", 1)
     monkeypatch.setattr(determinism, "RESPONSE", 4)
     monkeypatch.setattr(determinism, "EPISODES", 4)
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # is put back afterwards
+    asked: list[str] = []
+
+    def here(command: list[str], env: dict[str, str], **kwargs: Any) -> SimpleNamespace:
+        """In place of a process, which would take many seconds for its imports alone."""
+        assert command[:3] == [sys.executable, "-m", determinism.__name__]
+        assert env["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        asked.append(command[-1])
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            determinism.main(*command[3:])
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        torch.use_deterministic_algorithms(False)
+        return SimpleNamespace(stdout=said.getvalue())
+
+    monkeypatch.setattr(determinism.subprocess, "run", here)
     figures = measured("determinism", tmp_path)
     assert len(figures) == 4
     for figure in figures.values():
         assert figure["same_weights"], figures
         assert figure["same_texts"]
-    assert not torch.are_deterministic_algorithms_enabled()
+        assert figure["warnings"] == []
+    assert asked == ["float32", "bfloat16"]
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
 
 
 def test_a_demo_that_does_not_end_in_time_is_stopped() -> None:
