@@ -61,12 +61,18 @@ def versions() -> dict[str, str]:
 
 def commit() -> str | None:
     """
-    :return: the hash of the commit that is measured; None where there is no repository.
+    :return: the hash of the commit that is measured, with ``-dirty`` if its code has been changed since; None where
+        there is no repository.
     """
-    asked = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return asked.stdout.strip() or None
+
+    def git(*arguments: str) -> str:
+        asked = ["git", *arguments]
+        return subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout
+
+    # Results are written while others are measured, so that only what runs counts.
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/*.py", ":/*.toml", ":/text_env")
+    head = git("rev-parse", "HEAD").strip()
+    return f"{head}-dirty" if head and changed else head or None
 
 
 def today() -> str:

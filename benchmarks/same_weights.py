@@ -19,7 +19,7 @@ from typing import Any
 
 ITERATIONS = 3
 CLOSE = 1e-5
-"""How far apart weights may be after the first iteration where a forward pass has another shape than before."""
+"""How far apart weights may be after the first iteration that differs, where a forward pass has another shape."""
 
 
 # ---- in either tree ------------------------------------------------------------------------------------------------
@@ -115,33 +115,35 @@ def worker(names: list[str], out: Path, iterations: int, seed: int, threads: int
 # ---- both trees ----------------------------------------------------------------------------------------------------
 
 
-def compare(base: Path, ours: Path) -> dict[str, dict[str, float]]:
+def compare(base: Path, ours: Path, names: list[str], iterations: int) -> dict[str, dict[str, float]]:
     """
     :param base: directory of the other tree's weights.
     :param ours: directory of this tree's.
+    :param names: of the learners.
+    :param iterations: how many there were, of which a demo leaves the last one's weights alone.
     :return: for each learner the largest difference of any weight after each iteration.
+    :raises FileNotFoundError: if one of them has left no weights.
     """
     from safetensors.torch import load_file
 
     found: dict[str, dict[str, float]] = {}
-    for path in sorted(base.glob("*.safetensors")):
-        name, _, iteration = path.stem.rpartition("-")
-        before, after = load_file(path), load_file(ours / path.name)
-        assert before.keys() == after.keys(), sorted(before.keys() ^ after.keys())
-        difference = max(float((before[key].double() - after[key].double()).abs().max()) for key in before)
-        found.setdefault(name, {})[iteration] = difference
+    for name in names:
+        for iteration in range(iterations if name == "demo" else 1, iterations + 1):
+            before, after = (load_file(tree / f"{name}-{iteration}.safetensors") for tree in (base, ours))
+            assert before.keys() == after.keys(), sorted(before.keys() ^ after.keys())
+            difference = max(float((before[key].double() - after[key].double()).abs().max()) for key in before)
+            found.setdefault(name, {})[str(iteration)] = difference
     return found
 
 
 def verdict(differences: dict[str, float]) -> str:
     """
-    :param differences: of one learner, by iteration.
+    :param differences: of one learner, by iteration, the first one first.
     :return: in words.
     """
-    if not any(differences.values()):
-        return "the same bits"
-    first = differences[min(differences)]
-    return "close" if first <= CLOSE else "different"
+    # What comes after the first difference says little: a token that flips changes everything after it.
+    first = next(filter(None, differences.values()), 0.0)
+    return "the same bits" if not first else "close" if first <= CLOSE else "different"
 
 
 def main(args: list[str] | None = None) -> int:
@@ -157,8 +159,12 @@ def main(args: list[str] | None = None) -> int:
     if options.worker is not None:
         worker(options.learners, options.worker, options.iterations, options.seed, options.threads[0])
         return 0
+    if options.iterations < 1:
+        parser.error(f"Expected at least one iteration, got {options.iterations}.")
     from benchmarks.commits import ROOT, checked_out, commit_of, run_in  # which the other tree may not have
+    from benchmarks.provenance import provenance
 
+    origin = provenance("benchmarks.same_weights", args)
     commit = commit_of(options.base)
     with checked_out(commit) as other, tempfile.TemporaryDirectory() as scratch:
         directories = []
@@ -170,12 +176,12 @@ def main(args: list[str] | None = None) -> int:
             command = [str(Path(__file__).resolve()), commit, "--worker", str(out), "--learners", *options.learners]
             command += ["--iterations", str(options.iterations), "--seed", str(options.seed)]
             run_in(tree, [*command, "--threads", threads, threads])
-        differences = compare(*directories)
+        differences = compare(*directories, options.learners, options.iterations)
     for name, values in differences.items():
         print(f"{name:10} {verdict(values):14} {', '.join(f'{i}: {x:.1e}' for i, x in sorted(values.items()))}")
     if options.json is not None:
-        given = {name: getattr(options, name) for name in ("iterations", "seed", "threads")}
-        result = {"base": commit, **given, "differences": differences}
+        given = {name: getattr(options, name) for name in ("learners", "iterations", "seed", "threads")}
+        result = {**origin, "base": commit, **given, "differences": differences}
         options.json.write_text(json.dumps(result, indent=2) + "\n")
     return 1 if any(verdict(values) == "different" for values in differences.values()) else 0
 

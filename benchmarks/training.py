@@ -82,7 +82,7 @@ def kept_bytes(algorithm: PPO) -> int:
 
     engine.backward = look_then_backward
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        algorithm.train()
+        assert algorithm.update(), "an update that was undone keeps less"
     del engine.backward
     return most
 

@@ -46,10 +46,11 @@ def own_ppo(subject: Subject, separate_critic: bool = False) -> PPO:
 
 
 def update(algorithm: PPO) -> Callable[[], int]:
-    """Our whole update: packing, loss, clipping, optimiser steps."""
+    """Our whole update, as ``learn()`` makes it: the copy for undoing it, packing, loss, clipping, optimiser steps, the
+    look at what came out."""
 
     def run() -> int:
-        algorithm.train()
+        assert algorithm.update(), "an update that was undone says nothing of one that is made"
         return EPOCHS * algorithm.buffer.n_tokens
 
     return run

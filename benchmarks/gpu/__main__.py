@@ -31,7 +31,7 @@ import tyro
 from rich.console import Console
 
 from benchmarks.gpu.options import Options, Stage
-from benchmarks.gpu.report import as_markdown, tables
+from benchmarks.gpu.report import as_markdown, tables, troubles
 from benchmarks.provenance import provenance
 
 ROOT = Path(__file__).parents[2]
@@ -143,18 +143,34 @@ def work(stages: list[Stage], end: float, options: Options, look: Callable[[dict
         return done
 
 
+def name_of(options: Options, device: str) -> str:
+    """
+    :param options: as they were given.
+    :param device: on which everything runs.
+    :return: the name of the report's files: the device and, so that a try-out leaves a whole report alone, each option
+        by which this is another measurement.
+    """
+    values = dataclasses.asdict(options)
+    changed = {
+        field.name: values[field.name]
+        for field in dataclasses.fields(options)
+        if field.name not in ("out", "minutes", "device") and values[field.name] != field.default
+    }
+    return re.sub(r"[^A-Za-z0-9]+", "-", f"{device} {changed or ''}").strip("-").lower()
+
+
 def main(options: Options) -> int:
     """
     :param options: of the command line.
     :return: the exit status: 0 if everything ran to its end.
     """
-    options = options.resolved()
+    given, options = options, options.resolved()
     console = Console(width=150)
     start = time.time()
     end = start + 60 * options.minutes
     report: dict[str, Any] = {**origin_of(options), "parts": {}}
     cores = f"{os.cpu_count()}cores" if torch.device(options.device or "cpu").type == "cpu" else ""
-    name = re.sub(r"[^A-Za-z0-9]+", "-", f"{report['device']} {cores}").strip("-").lower()
+    name = name_of(given, f"{report['device']} {cores}")
     options.out.mkdir(parents=True, exist_ok=True)
     stages, before = options.stages(), report["parts"]
 
@@ -180,7 +196,7 @@ def main(options: Options) -> int:
     for table in tables(report):
         console.print(table.rich())
     console.print(f"Wrote {options.out / name}.json and .md")
-    return 0 if not any({"error", "skipped"} & set(found) for found in report["parts"].values()) else 1
+    return 1 if any(map(troubles, report["parts"].values())) else 0
 
 
 if __name__ == "__main__":

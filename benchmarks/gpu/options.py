@@ -52,7 +52,7 @@ class Options:
     """
 
     out: Path = Path("benchmarks/results/gpu")
-    """The directory of the report, whose files are named after the device."""
+    """The directory of the report, whose files are named after the device and what is measured otherwise."""
     parts: tuple[Part, ...] = PARTS
     """What is measured; in which order, and how long each may take, is fixed."""
     minutes: float = FULL_MINUTES

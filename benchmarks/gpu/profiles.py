@@ -21,7 +21,7 @@ RESPONSE = 32
 """Tokens of a response under the profiler, which writes down some thousand events for each."""
 TOP = 15
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
-WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize")  # for the whole device only the profiler waits, at its end
 COPIES = ("cudaMemcpyAsync", "cudaMemcpy")
 
 
@@ -72,10 +72,11 @@ def profiled(run: Callable[[], Any], device: torch.device, steps: int) -> dict[s
     plain, _ = seconds_of(run)
     cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as found:
-        seconds_of(run)
+        run()
     events = found.key_averages()
     on_processor = [event for event in events if event.device_type == DeviceType.CPU]
-    on_device = [event for event in events if event.device_type != DeviceType.CPU]
+    # Spans with a name, such as steps of the optimiser, repeat the time of the kernels in them.
+    on_device = [e for e in events if e.device_type != DeviceType.CPU and not e.is_user_annotation]
     # Operators repeat the time of the kernels that they have launched.
     busy = sum(float(event.self_device_time_total) for event in on_device) / 1e6
     return {

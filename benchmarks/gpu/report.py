@@ -60,6 +60,19 @@ def trouble(figure: dict[str, Any]) -> str | None:
     return str(said).strip().splitlines()[-1][:110] if said else None
 
 
+def troubles(found: dict[str, Any]) -> list[str]:
+    """
+    :param found: a part of the report.
+    :return: what failed in it or was left out, each in one line; nothing if it ran to its end.
+    """
+    said = [str(found["error"])] if "error" in found else []
+    if "skipped" in found:
+        said.append(f"no time for {len(found['skipped'])} of its stages")
+    figures = found.get("figures", {})
+    without = [name for name, figure in figures.items() if trouble(figure) or figure.get("passed") is False]
+    return [*said, f"failed or left out: {', '.join(without)}"] if without else said
+
+
 def _rows(
     title: str, columns: tuple[str, ...], figures: Figures, cells: Callable[[dict[str, Any]], tuple[str, ...]]
 ) -> Rows:
@@ -186,9 +199,7 @@ def tables(report: dict[str, Any]) -> Iterator[Rows]:
             yield TABLES[part](found["figures"])
     rows = []
     for part, found in report["parts"].items():
-        left_out = f"no time for {len(found['skipped'])} of its stages" if "skipped" in found else None
-        said = "; ".join(filter(None, (found.get("error"), left_out))) or "to its end"
-        rows.append((part, number(found["seconds"]), said[:110]))
+        rows.append((part, number(found["seconds"]), ("; ".join(troubles(found)) or "to its end")[:110]))
     yield Rows("Parts", ("", "seconds", "ran"), rows)
 
 

@@ -86,7 +86,7 @@ def rounds(
     runs: dict[str, Callable[[], int]], repeats: int, seconds: float, look: Callable[[dict[str, list[float]]], None]
 ) -> None:
     """Rounds in which each side has its turn, in alternating order; each at least once, and then as long as its share
-    of the time allows. So a slow side has fewer turns than a fast one.
+    of the time allows. So a slow side has fewer turns than a fast one, which are those of the first rounds.
 
     :param runs: the sides.
     :param repeats: rounds at most.
@@ -97,7 +97,8 @@ def rounds(
     spent = dict.fromkeys(runs, 0.0)
     for number in range(repeats):
         for name in list(runs) if number % 2 == 0 else reversed(runs):
-            if number and spent[name] * (number + 1) / number > seconds / len(runs):
+            turns = len(speeds[name])
+            if turns < number or (turns and spent[name] * (turns + 1) / turns > seconds / len(runs)):
                 continue
             elapsed, tokens = seconds_of(runs[name])
             spent[name] += elapsed

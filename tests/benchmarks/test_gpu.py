@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import io
 import json
+import os
 import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from agents.algorithms import on_policy
+from agents.algorithms.snapshot import Snapshot
+from benchmarks import update
 from benchmarks.gpu import demo, determinism, ppo, throughput
-from benchmarks.gpu.__main__ import main, merge, work
+from benchmarks.gpu.__main__ import main, merge, name_of, work
 from benchmarks.gpu.models import subject
 from benchmarks.gpu.options import PARTS, Options, Stage
 from benchmarks.gpu.record import Record, spread
@@ -125,7 +133,8 @@ def test_without_time_everything_is_skipped_and_says_so(tmp_path: Path) -> None:
 
 def test_a_slow_side_has_fewer_turns_than_a_fast_one_but_at_least_one() -> None:
     runs = {"a": lambda: time.sleep(0.05) or 1, "b": lambda: 2}
-    for seconds, counted in ((100.0, [3, 3]), (0.12, [1, 3])):
+    # With 0.18 there is no time for a second turn, and for a third only as if there had been a second.
+    for seconds, counted in ((100.0, [3, 3]), (0.12, [1, 3]), (0.18, [1, 3])):
         seen: list[list[int]] = []
         rounds(runs, 3, seconds, lambda speeds, seen=seen: seen.append([len(of) for of in speeds.values()]))
         assert seen[:2] == [[1, 0], [1, 1]]
@@ -143,6 +152,14 @@ def test_a_profile_counts_operators_by_step(tmp_path: Path) -> None:
     times = [row["milliseconds"] for row in eager["by_processor_time"]]
     assert times == sorted(times, reverse=True)
     assert len(times) == 15
+
+
+def test_an_update_that_is_timed_is_the_one_that_learn_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    algorithm = update.own_ppo(subject("tiny", 4, 4, 6, torch.device("cpu")))
+    copied: list[Any] = []
+    monkeypatch.setattr(on_policy, "Snapshot", lambda policy: copied.append(policy) or Snapshot(policy))
+    assert update.update(algorithm)() == 2 * algorithm.buffer.n_tokens
+    assert copied == [algorithm.policy]
 
 
 def test_an_iteration_of_ppo_is_the_sum_of_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,13 +190,29 @@ def test_on_a_cpu_the_same_seed_gives_the_same_weights_twice(tmp_path: Path, mon
     monkeypatch.setattr(determinism, "ITERATIONS", 1)
     monkeypatch.setattr(determinism, "RESPONSE", 4)
     monkeypatch.setattr(determinism, "EPISODES", 4)
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # is put back afterwards
+    asked: list[str] = []
+
+    def here(command: list[str], env: dict[str, str], **kwargs: Any) -> SimpleNamespace:
+        """In place of a process, which would take many seconds for its imports alone."""
+        assert command[:3] == [sys.executable, "-m", determinism.__name__]
+        assert env["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        asked.append(command[-1])
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            determinism.main(*command[3:])
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        torch.use_deterministic_algorithms(False)
+        return SimpleNamespace(stdout=said.getvalue())
+
+    monkeypatch.setattr(determinism.subprocess, "run", here)
     figures = measured("determinism", tmp_path)
     assert len(figures) == 4
     for figure in figures.values():
         assert figure["same_weights"], figures
         assert figure["same_texts"]
-    assert not torch.are_deterministic_algorithms_enabled()
+        assert figure["warnings"] == []
+    assert asked == ["float32", "bfloat16"]
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
 
 
 def test_a_demo_that_does_not_end_in_time_is_stopped() -> None:
@@ -215,9 +248,37 @@ def test_the_command_goes_on_after_a_stage_that_dies_and_keeps_what_was_found(
     assert "| tests | 1 | failed |" in page
     assert "3 s were left" in capsys.readouterr().out
 
+    assert "| precision | 2 | failed or left out: x |" in page
+    assert "| demo | 4 | to its end |" in page
+
     assert main(Options(out=tmp_path, parts=("demo",), minutes=0.1, **TINY)) == 1
     assert len(asked) == 2
-    assert "no time for 1 of its stages" in path.with_suffix(".md").read_text()
+    assert path.with_suffix(".md").read_text() == page, "another choice of parts has a report of its own"
+    [other] = set(tmp_path.glob("*.md")) - {path.with_suffix(".md")}
+    assert "no time for 1 of its stages" in other.read_text()
+
+
+@pytest.mark.parametrize(
+    ("figure", "status"),
+    [({"passed": True}, 0), ({"passed": False}, 1), ({"error": "RuntimeError: no"}, 1), ({"skipped": "no pytest"}, 1)],
+)
+def test_the_exit_status_says_whether_every_figure_is_there(
+    figure: dict[str, Any], status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake(stages: list[Stage], end: float, options: Options, look: Any) -> int:
+        look({"tests": {"figures": {"tests": {"summary": "", **figure}}, "seconds": 1.0}})
+        return len(stages)
+
+    monkeypatch.setattr("benchmarks.gpu.__main__.work", fake)
+    assert main(Options(out=tmp_path, parts=("tests",), **TINY)) == status
+
+
+def test_only_a_whole_run_has_the_name_of_the_device_alone() -> None:
+    whole = Options(out=Path("x"), minutes=9.2, device="cuda")
+    assert name_of(whole, "NVIDIA H200 ") == "nvidia-h200"
+    assert name_of(dataclasses.replace(whole, quick=True), "NVIDIA H200 ") == "nvidia-h200-quick-true"
+    some = dataclasses.replace(whole, parts=("ppo", "demo"), rows=(64,))
+    assert name_of(some, "NVIDIA H200 ") == "nvidia-h200-parts-ppo-demo-rows-64"
 
 
 def test_figures_of_two_workers_are_added_up() -> None:

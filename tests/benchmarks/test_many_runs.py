@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.commits import commit_of
 from benchmarks.many_runs import all_runs, file_of, write_results
+from benchmarks.provenance import commit
 
 
 def square(number: int) -> dict[str, Any]:
@@ -24,11 +24,11 @@ def test_only_what_is_missing_is_run_and_rows_keep_their_order(tmp_path: Path, w
     (tmp_path / "2.json").write_text(json.dumps(kept))
     rows = all_runs(square, {tmp_path / f"{n}.json": (n,) for n in (3, 2, 1)}, workers)
     assert [row["square"] for row in rows] == [9, "as it was", 1]
-    assert [row["commit"] for row in rows] == [commit_of("HEAD"), "an older one", commit_of("HEAD")]
+    assert [row["commit"] for row in rows] == [commit(), "an older one", commit()]
     assert json.loads((tmp_path / "3.json").read_text()) == rows[0]
     write_results("benchmarks.nothing", tmp_path, rows, setting=5)
     environment = json.loads((tmp_path / "environment.json").read_text())
-    assert environment["commits"] == {commit_of("HEAD"): 2, "an older one": 1}
+    assert environment["commits"] == {commit(): 2, "an older one": 1}
     assert environment["setting"] == 5
 
 
