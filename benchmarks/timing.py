@@ -22,10 +22,10 @@ def seconds_of(run: Callable[[], Any]) -> tuple[float, Any]:
     :return: the seconds that it took, the device's work included, and what it returned.
     """
     gc.collect()
-    _synchronize()
+    synchronize()
     start = time.perf_counter()
     result = run()
-    _synchronize()
+    synchronize()
     return time.perf_counter() - start, result
 
 
@@ -105,6 +105,7 @@ def reached(value: float, goal: str) -> bool | None:
     return value >= float(number) if sign == ">=" else value <= float(number)
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Wait until the device has finished."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
