@@ -224,12 +224,12 @@ def beside_trl(run: Iteration, child: Child, repeats: int) -> dict[str, Any]:
     :param child: TRL's.
     :param repeats: timed rounds.
     """
-    ours: list[float] = []
-    theirs: list[float] = []
+    sides: dict[str, Callable[[], float]] = {"ours": lambda: seconds_of(run)[0], "TRL": lambda: child.turn()["seconds"]}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
     child.turn()  # warm-up
-    for _ in range(repeats):
-        ours.append(seconds_of(run)[0])
-        theirs.append(child.turn()["seconds"])
+    for number in range(repeats):
+        for name in list(sides) if number % 2 == 0 else reversed(sides):
+            seconds[name].append(sides[name]())
     child.stop()
-    ratios = [their / our for our, their in zip(ours, theirs, strict=True)]
-    return {"seconds": spread(theirs), "ours_seconds": spread(ours), "TRL ÷ ours": spread(ratios)}
+    ratios = [their / our for our, their in zip(seconds["ours"], seconds["TRL"], strict=True)]
+    return {"seconds": spread(seconds["TRL"]), "ours_seconds": spread(seconds["ours"]), "TRL ÷ ours": spread(ratios)}
