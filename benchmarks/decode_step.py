@@ -169,10 +169,10 @@ def decode_steps(plan: Plan) -> Figures:
                 seconds[mode],
                 seconds["products"],
                 "s/step",
-                "<= 1.3",
                 f'A decode step with decode="{mode}", head, sampling and value included ÷ the bare products of its '
                 f"rows with the weights, one thread; {name}, contexts of {PROMPT_TOKENS + 1} to "
                 f"{PROMPT_TOKENS + plan.response - 1} tokens, {plan.episodes} rows.",
                 **profiles[mode],
+                threads=1,
             )
     return figures

@@ -28,11 +28,10 @@ from benchmarks.models import EPISODES, PEERS, RESPONSE, Subject, gpt2_4m, hazar
 from benchmarks.peers.turns import Child
 from benchmarks.plan import Figures, Plan
 from benchmarks.provenance import machine, provenance
-from benchmarks.timing import alternate, entry, seconds_of, speed_ratio
+from benchmarks.timing import alternate, entry, reached, seconds_of, speed_ratio
 
 MODELS = ("builtin", "gpt2-4m", "smollm2")
 CRITICS = {False: "with a value head", True: "with a separate critic"}
-GOALS = {"builtin": ">= 1.4", "gpt2-4m": ">= 1.8", "smollm2": ">= 1.5"}  # rollout beside generate(), on a CPU
 BARE_CRITIC = {False: "", True: " by two decoders"}
 ROOT = Path(__file__).parent.parent
 
@@ -61,15 +60,13 @@ def rollouts(plan: Plan) -> Figures:
             "hand": rollout.hand_loop(what, ours.env),
         }
         speeds = alternate(sides, plan.repeats if name != "smollm2" else plan.slow_repeats)
-        goal = GOALS[name] if plan.device.type == "cpu" else ">= 1.0"
         length = f"{name}, prompt 8, response {plan.response} fixed, {plan.episodes} rows"
         figures[key] = speed_ratio(
-            speeds["ours"], speeds["generate"], goal, f"Rollout through TextVectorEnv.step ÷ generate(); {length}."
+            speeds["ours"], speeds["generate"], f"Rollout through TextVectorEnv.step ÷ generate(); {length}."
         )
         figures[hand_key] = speed_ratio(
             speeds["ours"],
             speeds["hand"],
-            ">= 1.1" if name == "gpt2-4m" and plan.device.type == "cpu" else "",
             f"Rollout through TextVectorEnv.step ÷ a hand-written DynamicCache loop; {length}.",
         )
         counted = slice(-len(speeds["ours"]), None)
@@ -78,7 +75,6 @@ def rollouts(plan: Plan) -> Figures:
             ours.env_seconds[counted],
             ours.total_seconds[counted],
             "s",
-            "<= 0.05" if name == "gpt2-4m" else "",
             f"Share of rollout time inside TextVectorEnv.step, reward excluded (theirs: the rollout); {length}.",
         )
     return figures
@@ -98,7 +94,6 @@ def compiled(plan: Plan) -> Figures:
         figures[key] = speed_ratio(
             speeds["compiled"],
             speeds["eager"],
-            "",
             f'Rollout with decode="compiled" ÷ with "eager"; {name}, prompt 8, response {plan.response} fixed, '
             f"{plan.episodes} rows.",
             seconds_of_first_rollout=first,
@@ -125,7 +120,6 @@ def varied(plan: Plan) -> Figures:
     figure = speed_ratio(
         speeds["ours"],
         speeds["generate"],
-        ">= 2.2",
         "Rollout ÷ generate(), real tokens only, when EOS ends texts after half the budget on average; gpt2-4m.",
         mean_length=float(np.mean(ours.lengths)),
     )
@@ -140,7 +134,6 @@ def long_texts(plan: Plan) -> Figures:
     figure = speed_ratio(
         speeds["ours"],
         speeds["generate"],
-        ">= 1.5",
         f"Rollout through TextVectorEnv.step ÷ generate(); gpt2-4m, prompt 8, response {8 * plan.response} fixed, "
         f"{plan.growth_episodes} rows.",
     )
@@ -162,10 +155,9 @@ def updates(plan: Plan) -> Figures:
             figures[key] = speed_ratio(
                 speeds["ours"],
                 speeds["bare"],
-                ">= 1.1",
                 f"PPO's whole update (4 minibatches, 2 epochs, optimiser steps included), {CRITICS[separate]}, ÷ bare "
-                f"model(x).logits.log_softmax() and backward() on the same minibatches{BARE_CRITIC[separate]}, no "
-                f"optimiser step; {name}.",
+                f"model(x).logits.log_softmax() and backward() on as many minibatches of the same texts"
+                f"{BARE_CRITIC[separate]}, no optimiser step; {name}.",
             )
     return figures
 
@@ -179,9 +171,8 @@ def mixed_updates(plan: Plan) -> Figures:
     figure = speed_ratio(
         speeds["ours"],
         speeds["bare"],
-        ">= 1.4",
-        "PPO's whole update ÷ bare model(x).logits.log_softmax() and backward() on the same minibatches, each padded "
-        "to its longest text, when EOS ends texts after half the budget on average; gpt2-4m.",
+        "PPO's whole update ÷ bare model(x).logits.log_softmax() and backward() on as many minibatches of the same "
+        "texts, each padded to its longest, when EOS ends texts after half the budget on average; gpt2-4m.",
     )
     return {"update_vs_bare_mixed": figure}
 
@@ -198,14 +189,12 @@ def stock(plan: Plan) -> Figures:
     figure = speed_ratio(
         speeds["ours"],
         speeds["plain"],
-        ">= 10",
         "One iteration of unmodified stable_baselines3.PPO with CausalLMPolicy ÷ with the same policy without memo, "
         "one forward per transition; gpt2-4m.",
     )
     with_buffer = speed_ratio(
         speeds["buffer"],
         speeds["plain"],
-        ">= 10",
         "The same with rollout_buffer_class=EpisodeBuffer on our side, whose minibatches are whole episodes; gpt2-4m.",
     )
     return {"stock_ppo_speedup": figure, "stock_ppo_episode_buffer_speedup": with_buffer}
@@ -222,9 +211,8 @@ def growth(plan: Plan) -> Figures:
         seconds["256"],
         seconds["128"],
         "s/episode",
-        "<= 2.3",
-        "Seconds per episode (rollout and update), response 256 ÷ response 128; gpt2-4m, "
-        f"{plan.growth_episodes} episodes an iteration.",
+        f"Seconds per episode (rollout and update), response {8 * plan.response} ÷ response {4 * plan.response}; "
+        f"gpt2-4m, {plan.growth_episodes} episodes an iteration.",
     )
     return {"growth_128_256": figure}
 
@@ -238,7 +226,6 @@ def memory(plan: Plan) -> Figures:
         [short[0]],
         [short[1]],
         "B/token",
-        "<= 64",
         "Bytes that EpisodeBuffer keeps per generated token, the larger of response 56 and 1016 "
         "(ours, theirs: at 56, theirs being SB3's DictRolloutBuffer).",
         by_response={"56": short[0], "1016": long[0]},
@@ -279,23 +266,23 @@ def trl(plan: Plan) -> Figures:
         for child in children.values():
             child.stop()
     same = (
-        "64 episodes, prompt 8, response 32, 4 minibatches, 2 epochs, fp32, reward model of the policy's size; gpt2-4m"
+        f"{plan.episodes} episodes, prompt 8, response {plan.response}, {update.MINIBATCHES} minibatches, "
+        f"{update.EPOCHS} epochs, fp32, reward model of the policy's size; gpt2-4m"
     )
     figures: Figures = {}
-    for key, side, goal, critic in (
-        ("trl_ppo_vs_ours", "ours", ">= 2.5", "a value head"),
-        ("trl_ppo_vs_ours_separate_critic", "separate", ">= 1.5", "a separate critic like TRL's"),
+    for key, side, critic in (
+        ("trl_ppo_vs_ours", "ours", "a value head"),
+        ("trl_ppo_vs_ours_separate_critic", "separate", "a separate critic like TRL's"),
     ):
         ratios = [a / b for a, b in zip(seconds["trl"], seconds[side], strict=True)]
         what = f"One PPO iteration, TRL 1.12.0's time ÷ ours with {critic}; {same}."
-        figures[key] = entry(ratios, seconds[side], seconds["trl"], "s/iteration", goal, what)
+        figures[key] = entry(ratios, seconds[side], seconds["trl"], "s/iteration", what)
     rss_ratios = [a / b for a, b in zip(peaks["ours"], peaks["trl"], strict=True)]
     figures["rss_vs_trl"] = entry(
         rss_ratios,
         peaks["ours"],
         peaks["trl"],
         "MiB",
-        "<= 0.5",
         f"Peak resident memory of that run, ours ÷ TRL's, interpreter and imports taken off both; {same}.",
         separate_critic=float(np.median(peaks["separate"])),
     )
@@ -326,23 +313,45 @@ SECTIONS: dict[Callable[[Plan], Figures], tuple[str, ...]] = {
     stock: ("stock_ppo_speedup", "stock_ppo_episode_buffer_speedup"),
 }
 KEYS = [key for keys in SECTIONS.values() for key in keys]
+GOALS = {
+    "buffer_bytes_per_token": "<= 64",
+    "rollout_vs_generate": ">= 1.8",
+    "rollout_vs_generate_builtin": ">= 1.4",
+    "rollout_vs_generate_smollm2": ">= 1.5",
+    "rollout_vs_generate_varied": ">= 2.2",
+    **dict.fromkeys(("rollout_vs_generate_long", "rollout_vs_generate_256", "rollout_vs_generate_1024"), ">= 1.5"),
+    "rollout_vs_hand_loop": ">= 1.1",
+    "env_share": "<= 0.05",
+    **dict.fromkeys(SECTIONS[decode_steps], "<= 1.3"),
+    "memo_bytes_per_token": "<= 1.3",
+    **dict.fromkeys(SECTIONS[updates], ">= 1.1"),
+    "update_vs_bare_mixed": ">= 1.4",
+    "growth_128_256": "<= 2.3",
+    "trl_ppo_vs_ours": ">= 2.5",
+    "trl_ppo_vs_ours_separate_critic": ">= 1.5",
+    "rss_vs_trl": "<= 0.5",
+    **dict.fromkeys(SECTIONS[stock], ">= 10"),
+}
+"""Stated for a CPU and two threads. No file holds them, since a goal may change after something was measured."""
 NEED_PEERS = {key for key in KEYS if "trl" in key or "smollm2" in key}
 
 
-def show(figures: Figures, console: Console) -> None:
+def show(figures: Figures, device: torch.device, console: Console) -> None:
     """Print the table.
 
     :param figures: by key.
+    :param device: where they were measured.
     :param console: where.
     """
     table = Table("figure", "value", "low–high", "goal", "ours", "theirs", "unit", "repeats")
     for key, figure in figures.items():
-        colour = {True: "green", False: "red", None: "white"}[figure["reached"]]
+        goal = GOALS.get(key, "") if device.type == "cpu" else ""
+        colour = {True: "green", False: "red", None: "white"}[reached(figure["value"], goal)]
         table.add_row(
             key,
             f"[{colour}]{figure['value']:.3g}[/]",
             f"{figure['low']:.3g}–{figure['high']:.3g}",
-            figure["goal"],
+            goal,
             f"{figure['ours']:,.4g}",
             f"{figure['theirs']:,.4g}",
             figure["unit"],
@@ -357,12 +366,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--only", nargs="+", choices=KEYS, default=[], metavar="KEY", help=", ".join(KEYS))
     parser.add_argument("--json", type=Path, help="where the figures go, if not beside the results of this processor")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2, help="of torch; the goals are stated for 2")
     parser.add_argument("--repeats", type=int, help="fewer, to try something out")
-    parser.add_argument("--episodes", type=int, default=EPISODES, help="fewer, to try something out; at least 4")
+    parser.add_argument("--episodes", type=int, default=EPISODES, help="fewer, to try something out; a multiple of 4")
     parser.add_argument("--response", type=int, default=RESPONSE, help="fewer tokens, likewise")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    update.minibatch(args.episodes)  # an error now, and not after half an hour
+    sizes = ("threads", "repeats", "episodes", "response")
+    if args.json is None and any(getattr(args, name) != parser.get_default(name) for name in sizes):
+        parser.error(f"what is tried with other {', '.join(sizes)} than usual needs a file of its own: --json FILE")
+    return args
 
 
 def file_for(device: torch.device) -> Path:
@@ -425,10 +439,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for section in wanted:
         console.print(f"[{time.perf_counter() - start:4.0f} s] {section.__name__}: {(section.__doc__ or '').strip()}")
         figures = section(plan)
-        report["figures"] |= {key: {**figure, **how} for key, figure in figures.items() if plan.wants(key)}
+        report["figures"] |= {key: {**how, **figure} for key, figure in figures.items() if plan.wants(key)}
         # After each section: an interrupted run is not lost.
         file.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    show(report["figures"], console)
+    show(report["figures"], plan.device, console)
 
 
 if __name__ == "__main__":

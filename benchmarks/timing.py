@@ -22,10 +22,10 @@ def seconds_of(run: Callable[[], Any]) -> tuple[float, Any]:
     :return: the seconds that it took, the device's work included, and what it returned.
     """
     gc.collect()
-    _synchronize()
+    synchronize()
     start = time.perf_counter()
     result = run()
-    _synchronize()
+    synchronize()
     return time.perf_counter() - start, result
 
 
@@ -52,7 +52,6 @@ def entry(
     ours: Sequence[float],
     theirs: Sequence[float],
     unit: str,
-    goal: str,
     what: str,
     **more: Any,
 ) -> dict[str, Any]:
@@ -62,7 +61,6 @@ def entry(
     :param ours: in ``unit``, one a repeat.
     :param theirs: likewise.
     :param unit: of ours and theirs.
-    :param goal: ``">= 1.1"`` or ``"<= 0.05"``; empty: none.
     :param what: one sentence.
     :param more: whatever else belongs to it.
     :return: median of the ratios, quartiles, medians of both sides.
@@ -76,27 +74,25 @@ def entry(
         "ours": float(np.median(ours)),
         "theirs": float(np.median(theirs)),
         "unit": unit,
-        "goal": goal,
-        "reached": reached(float(value), goal),
         "what": what,
         **more,
     }
 
 
-def speed_ratio(ours: Sequence[float], theirs: Sequence[float], goal: str, what: str, **more: Any) -> dict[str, Any]:
+def speed_ratio(ours: Sequence[float], theirs: Sequence[float], what: str, **more: Any) -> dict[str, Any]:
     """How many times faster we are.
 
     :param ours: tokens per second, one a round.
     :param theirs: of the same rounds.
     """
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    return entry(ratios, ours, theirs, "tokens/s", goal, what, **more)
+    return entry(ratios, ours, theirs, "tokens/s", what, **more)
 
 
 def reached(value: float, goal: str) -> bool | None:
     """
     :param value: of a figure.
-    :param goal: its goal.
+    :param goal: ``">= 1.1"`` or ``"<= 0.05"``; empty: none.
     :return: whether it is met, None without one.
     """
     if not goal:
@@ -105,6 +101,7 @@ def reached(value: float, goal: str) -> bool | None:
     return value >= float(number) if sign == ">=" else value <= float(number)
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Wait until the device has finished."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()

@@ -47,7 +47,7 @@ def ppo(subject: models.Subject, way: dict[str, Any]) -> PPO:
         rollout.make_env(subject),
         learning_rate=update.LEARNING_RATE,
         n_episodes=subject.episodes,
-        batch_size=subject.episodes // update.MINIBATCHES,
+        batch_size=update.minibatch(subject.episodes),
         n_epochs=update.EPOCHS,
         seed=0,
         device=model.device,
@@ -129,9 +129,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, required=True, help="where the figures go")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help=", ".join(WAYS))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--episodes", type=int, default=16, help="at least 4")
+    parser.add_argument("--episodes", type=int, default=16, help="a multiple of 4")
     parser.add_argument("--response", type=int, default=120)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
     origin = provenance("benchmarks.training", arguments, torch.device(args.device))
     torch.manual_seed(0)

@@ -24,6 +24,20 @@ EPOCHS = 2
 LEARNING_RATE = 1e-5  # small, so that the hundredth update sees the model of the first
 
 
+def minibatch(episodes: int) -> int:
+    """
+    :param episodes: of a rollout.
+    :return: those of each of its minibatches.
+    :raises ValueError: if not every minibatch has as many.
+    """
+    size, left = divmod(episodes, MINIBATCHES)
+    if left or not size:
+        raise ValueError(
+            f"Expected a multiple of {MINIBATCHES} episodes, as many as there are minibatches, got {episodes}"
+        )
+    return size
+
+
 def own_ppo(subject: Subject, separate_critic: bool = False) -> PPO:
     """
     :param subject: of which a copy is trained.
@@ -36,7 +50,7 @@ def own_ppo(subject: Subject, separate_critic: bool = False) -> PPO:
         make_env(subject),
         learning_rate=LEARNING_RATE,
         n_episodes=subject.episodes,
-        batch_size=subject.episodes // MINIBATCHES,
+        batch_size=minibatch(subject.episodes),
         n_epochs=EPOCHS,
         seed=0,
         device=subject.model.device,

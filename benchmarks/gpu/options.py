@@ -57,12 +57,12 @@ class Options:
     """What is measured; in which order, and how long each may take, is fixed."""
     minutes: float = FULL_MINUTES
     """The time for everything. What doesn't fit is left out, and the report says so."""
-    device: str | None = None
-    """'cuda', 'cpu', …; by default CUDA if there is any."""
+    device: Literal["cuda", "cpu"] | None = None
+    """By default CUDA if there is any; CUDA_VISIBLE_DEVICES chooses among several GPUs."""
     models: tuple[Shape, ...] | None = None
     """Shapes of random Llamas; by default 135m and 0.5b on CUDA and 2m elsewhere."""
     rows: tuple[int, ...] | None = None
-    """How many texts are written side by side; by default 64 and 512 on CUDA and 16 elsewhere."""
+    """How many texts are written side by side, for updates a multiple of 4; by default 64 and 512 on CUDA, else 16."""
     prompt: int | None = None
     """Tokens of a prompt; by default 128 on CUDA and 16 elsewhere."""
     response: int | None = None

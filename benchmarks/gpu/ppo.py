@@ -20,7 +20,7 @@ from benchmarks.gpu.record import Record, spread
 from benchmarks.gpu.throughput import decodings
 from benchmarks.models import PEERS, Subject
 from benchmarks.peers.turns import Child
-from benchmarks.timing import alternate, seconds_of
+from benchmarks.timing import alternate, seconds_of, synchronize
 from text_env.rewards import SequenceClassifierReward
 
 ROOT = Path(__file__).parents[2]
@@ -40,10 +40,10 @@ class Clocks:
         """
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            _synchronize()
+            synchronize()
             start = time.perf_counter()
             result = function(*args, **kwargs)
-            _synchronize()
+            synchronize()
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
             return result
 
@@ -86,7 +86,7 @@ class Iteration:
             rollout.make_env(what, reward),
             learning_rate=1e-5,
             n_episodes=what.episodes,
-            batch_size=max(1, what.episodes // update.MINIBATCHES),
+            batch_size=update.minibatch(what.episodes),
             n_epochs=update.EPOCHS,
             kl_coef=0.05,
             seed=0,
@@ -224,17 +224,12 @@ def beside_trl(run: Iteration, child: Child, repeats: int) -> dict[str, Any]:
     :param child: TRL's.
     :param repeats: timed rounds.
     """
-    ours: list[float] = []
-    theirs: list[float] = []
+    sides: dict[str, Callable[[], float]] = {"ours": lambda: seconds_of(run)[0], "TRL": lambda: child.turn()["seconds"]}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
     child.turn()  # warm-up
-    for _ in range(repeats):
-        ours.append(seconds_of(run)[0])
-        theirs.append(child.turn()["seconds"])
+    for number in range(repeats):
+        for name in list(sides) if number % 2 == 0 else reversed(sides):
+            seconds[name].append(sides[name]())
     child.stop()
-    ratios = [their / our for our, their in zip(ours, theirs, strict=True)]
-    return {"seconds": spread(theirs), "ours_seconds": spread(ours), "TRL ÷ ours": spread(ratios)}
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    ratios = [their / our for our, their in zip(seconds["ours"], seconds["TRL"], strict=True)]
+    return {"seconds": spread(seconds["TRL"]), "ours_seconds": spread(seconds["ours"]), "TRL ÷ ours": spread(ratios)}

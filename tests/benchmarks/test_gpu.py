@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -174,6 +175,15 @@ def test_an_iteration_of_ppo_is_the_sum_of_its_parts(tmp_path: Path, monkeypatch
         assert all(seconds > 0 for seconds in parts.values())
         assert sum(parts.values()) == pytest.approx(figures[name]["seconds"]["median"], rel=0.3)
         assert figures[name]["first_ratio_max"] < 1e-5
+
+
+def test_trl_and_ours_take_turns_in_alternating_order() -> None:
+    turns: list[str] = []
+    child: Any = SimpleNamespace(
+        turn=lambda: turns.append("TRL") or {"seconds": 2.0}, stop=lambda: turns.append("stop")
+    )
+    assert len(ppo.beside_trl(partial(turns.append, "ours"), child, 2)["TRL ÷ ours"]["all"]) == 2
+    assert turns == ["TRL", "ours", "TRL", "TRL", "ours", "stop"]
 
 
 def test_numbers_are_compared_with_the_cpu_in_float32(tmp_path: Path) -> None:

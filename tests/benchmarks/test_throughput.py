@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,9 @@ from tiny import tiny_tokenizer
 from transformers.utils import logging as transformers_logging
 
 from agents.models import decoding
-from benchmarks import models, throughput, timing
+from benchmarks import long_texts, models, throughput, timing
 from benchmarks.provenance import machine
-from benchmarks.throughput import KEYS, main
+from benchmarks.throughput import GOALS, KEYS, main
 
 # TRL's own PPO needs an environment of its own, which `make peers` installs.
 WITHOUT_TRL = [key for key in KEYS if "trl" not in key]
@@ -45,6 +46,7 @@ def test_every_figure_is_measured_also_on_an_instruct_model(
     monkeypatch.setattr(decoding, "_compiled_step", lambda: decoding.decode_step)
     smaller = partial(models.gpt2_config, n_embd=32, n_layer=1, n_head=2)
     monkeypatch.setattr(models, "gpt2_config", smaller)
+    monkeypatch.setattr(long_texts, "GROWN", (8, 32))
     for module in (models, throughput):
         monkeypatch.setattr(module, "PEERS", tmp_path)
     small = ["--repeats", "1", "--episodes", "4", "--response", "3", "--threads", "1", "--device", "cpu"]
@@ -57,7 +59,10 @@ def test_every_figure_is_measured_also_on_an_instruct_model(
     assert report["figures"]["buffer_bytes_per_token"]["value"] < 100
     assert "smollm2, prompt 8, response 3 fixed, 4 rows" in report["figures"]["env_share_smollm2"]["what"]
     shown = capsys.readouterr().out
-    assert "rollout_vs_generate_smollm2" in shown
+    assert re.search(r"rollout_vs_generate_smollm2 .*>= 1\.5", shown)
+    assert set(GOALS) <= set(KEYS)
+    assert not any({"goal", "reached"} & set(figure) for figure in report["figures"].values())
+    assert "response 24 ÷ response 12;" in report["figures"]["growth_128_256"]["what"]
     assert [line for line in shown.splitlines() if not line.strip()] == []  # nobody watches a bar that isn't there
 
     main([*small, "--only", "buffer_bytes_per_token", "--json", str(path)])
@@ -72,6 +77,18 @@ def test_every_figure_is_measured_also_on_an_instruct_model(
             SystemExit, match=r"figures of this machine \(.*\), got some of \(.*'another'.*take another"
         ):
             main([*small, "--only", "buffer_bytes_per_token", "--json", str(path)])
+
+
+def test_a_try_out_keeps_off_the_committed_file_and_out_of_uneven_minibatches(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for option in ("--repeats", "--episodes", "--response", "--threads"):
+        with pytest.raises(SystemExit):
+            main([option, "4", "--only", "buffer_bytes_per_token"])
+        assert "needs a file of its own: --json FILE" in capsys.readouterr().err
+    for episodes in ("2", "6"):
+        with pytest.raises(ValueError, match=f"Expected a multiple of 4 episodes.*got {episodes}"):
+            main(["--episodes", episodes, "--only", "buffer_bytes_per_token"])
 
 
 @pytest.mark.parametrize(
