@@ -22,7 +22,7 @@ def test_a_run_that_is_killed_twice_ends_as_the_run_that_was_left_alone(tmp_path
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     options = ["--model", save_model(tmp_path / "model"), "--prompts", str(tmp_path / "prompts.txt")]
     options += ["--reward", "length(budget=3)", "--gold", "None", "--max-new-tokens", "6", "--n-episodes", "8"]
-    options += ["--total-timesteps", "800", "--checkpoint-every", "1", "--n-samples", "2", "--device", "cpu"]
+    options += ["--total-timesteps", "240", "--checkpoint-every", "1", "--n-samples", "2", "--device", "cpu"]
     (tmp_path / "runs").mkdir()
     figures = kill_runs(tmp_path / "runs", 2, kills_per_run=2, options=[*options, "--no-progress"], seed=1)
     assert figures["differing"] == {}
